@@ -1,0 +1,136 @@
+"""The distillation loss, and the teacher's soft targets for every view of an epoch.
+
+Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from files import Damaged, Failure, load_arrays, make_folder, save_arrays
+
+INFERENCE_BATCH = 1000  # one fixed size, so that a view's logits are the same bits whoever asks for them
+SPARE_DISK = 256 << 20  # bytes that soft targets leave free
+
+
+def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha):
+    """alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * CE(student, labels).
+
+    `student_logits` and `teacher_logits` are (B, classes), `labels` (B,). The KL is summed over classes and averaged
+    over the batch; the factor T^2 keeps its gradients at one size for all temperatures (arXiv 1503.02531, section 2.1).
+    Computed in float32 whatever the logits' type; no gradient flows to the teacher. At `alpha` 0 this is the
+    cross-entropy alone, and `teacher_logits` may be None; at 1 the labels are not looked at. Returns a scalar.
+    """
+    student_logits = student_logits.float()
+    if alpha == 0:
+        return F.cross_entropy(student_logits, labels)
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    soft = temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    if alpha == 1:
+        return soft
+    return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
+
+
+def precision_context(device, precision):
+    """The autocast that `precision` ("fp32" or "bf16") asks for on a device."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@torch.inference_mode()
+def predict(network, batches, precision):
+    """The float32 logits (N, classes) of `batches`, an iterable of network inputs (B, 3, S, S)."""
+    logits = []
+    with precision_context(network.head.weight.device, precision):
+        for batch in batches:
+            logits.append(network(batch).float())
+    return torch.cat(logits)
+
+
+class SoftTargets:
+    """A teacher's logits for every view of an epoch, asked for once and kept below `folder`.
+
+    They are kept as float16 with each row's maximum subtracted (a softmax does not change with it, and float16 resolves
+    best near 0). Fresh, recomputed and kept targets pass through the same rounding, so they are the same bits. What
+    they depend on makes the name of their folder: a stale file cannot be met.
+    """
+
+    def __init__(self, teacher, teacher_digest, data_digest, views, folder, precision):
+        """`teacher` is on the views' device, in evaluation mode; `folder` None keeps nothing."""
+        self.teacher, self.views, self.precision = teacher, views, precision
+        self.key = json.dumps(
+            {
+                "teacher": teacher_digest,
+                "data": data_digest,
+                "views": [views.purpose, data.VIEWS_VERSION, views.size, views.mean, views.std],
+                "precision": precision,
+                "device": views.device.type,
+                "batch": INFERENCE_BATCH,
+            }
+        )
+        self.folder = folder and Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]
+        self.said_full = False
+        self.seconds = 0.0  # spent asking the teacher, all epochs together
+
+    @property
+    def shape(self):
+        return self.views.count, self.teacher.head.out_features
+
+    @property
+    def bytes_per_epoch(self):
+        return 2 * math.prod(self.shape)
+
+    def epoch(self, epoch, description="soft targets"):
+        """float16 (N, classes) on the views' device: the targets of all pictures of the full training set."""
+        path = self.folder and self.folder / f"epoch-{epoch + 1:04d}.npz"
+        if path and path.is_file():
+            try:
+                kept = load_arrays(path)
+                logits = kept.get("logits")
+                if kept.get("key") == self.key and logits is not None and logits.shape == self.shape:
+                    return torch.from_numpy(logits).to(self.views.device)
+                raise Damaged(f"{path} is damaged: it is not what its name says.")
+            except Damaged as error:
+                tqdm.write(f"{error} The teacher is asked again.", file=sys.stderr)
+        started = time.perf_counter()
+        logits = self._ask(epoch, description)
+        self.seconds += time.perf_counter() - started
+        if path and self._fits():
+            try:
+                make_folder(self.folder)
+                save_arrays(path, key=self.key, logits=logits.cpu().numpy())
+            except Failure as error:
+                self._say_full(str(error))
+        return logits
+
+    def _ask(self, epoch, description):
+        self.views.start(epoch)
+        rows = torch.arange(self.views.count, device=self.views.device).split(INFERENCE_BATCH)
+        with tqdm(rows, desc=description, unit="batch", leave=False, disable=None) as bar:
+            logits = predict(self.teacher, (self.views.batch(part) for part in bar), self.precision)
+        return (logits - logits.amax(1, keepdim=True)).clamp_min(-65504).half()
+
+    def _fits(self):
+        top = next(parent for parent in [self.folder, *self.folder.parents] if parent.exists())
+        free = shutil.disk_usage(top).free
+        if free > self.bytes_per_epoch + SPARE_DISK:
+            return True
+        self._say_full(f"the disk of {self.folder} has {free / 1e6:.0f} MB left.")
+        return False
+
+    def _say_full(self, why):
+        if not self.said_full:
+            tqdm.write(f"The soft targets are not kept: {why}\nThe teacher is asked anew each time.", file=sys.stderr)
+            self.said_full = True

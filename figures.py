@@ -1,0 +1,259 @@
+"""The figures of a comparison. The only module that needs matplotlib, which takes a second to import.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; line styles and hatches tell roles apart in grey.
+"""
+
+import csv
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from files import make_folder, read, remove, write
+
+STYLES = {
+    "teacher": {"color": "#000000", "linestyle": ":", "hatch": None, "label": "teacher"},
+    "kd": {"color": "#D55E00", "linestyle": "-", "hatch": None, "label": "student with KD"},
+    "baseline": {"color": "#0072B2", "linestyle": "--", "hatch": "//", "label": "student, baseline"},
+}
+EXAMPLES = 5
+
+
+def draw(comparison):
+    """Draws every figure that the comparison has something for, and removes one that it has not; returns their paths.
+
+    `comparison` is a report.Comparison.
+    """
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    folder = comparison.output / "figures"
+    make_folder(folder)
+    drawn = []
+    for name, function in {
+        "curves": curves, "gain": gain, "sweep": sweep, "reliability": reliability_diagrams,
+        "dark_knowledge": dark_knowledge,
+    }.items():  # fmt: skip
+        path = folder / f"{name}.png"
+        figure = function(comparison)
+        if figure is None:
+            remove(path)
+            continue
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=150)
+        write(path, content.getvalue())
+        drawn.append(path)
+    return drawn
+
+
+def _line(role):
+    return {name: STYLES[role][name] for name in ("color", "linestyle", "label")}
+
+
+def curves(comparison):
+    """Training loss and accuracy of all runs by epoch, with the final test accuracies."""
+    figure = Figure((9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    runs = [run for run in comparison.runs if not run["settings"]["val_fraction"]]
+    folders = [(run["settings"]["role"], run["folder"], run["accuracy"]) for run in runs]
+    teacher = comparison.teacher_folder
+    if teacher is not None:
+        folders.insert(0, ("teacher", teacher, comparison.teacher["accuracy"]))
+    seen = set()
+    for role, place, accuracy in folders:
+        rows = list(csv.DictReader(io.StringIO(read(place / "history.csv").decode())))
+        epochs = [int(row["epoch"]) for row in rows]
+        style = _line(role) | {"linewidth": 1.3, "marker": "" if len(epochs) > 1 else "o"}
+        if role in seen:
+            style.pop("label")
+        seen.add(role)
+        left.plot(epochs, [float(row["train_loss"]) for row in rows], **style)
+        style.pop("label", None)
+        right.plot(epochs, [float(row["train_accuracy"]) for row in rows], **style)
+        right.plot(epochs[-1], accuracy, marker="D", markersize=5, color=style["color"], markerfacecolor="white")
+    left.set(xlabel="epoch", ylabel="training loss (with KD: of soft and hard targets)", yscale="log")
+    right.set(xlabel="epoch", ylabel="accuracy (lines: training, ◇: test)")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+    left.legend(frameon=False)
+    figure.suptitle(f"Training curves of {len(folders)} runs")
+    return figure
+
+
+def gain(comparison):
+    """Each seed's gain with distillation, their mean and its 95% confidence interval."""
+    entry = comparison.kd[0]
+    improvement = entry["improvement"]
+    figure = Figure((5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    positions = range(len(entry["seeds"]))
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.plot(positions, improvement["by_seed"], "o", color=STYLES["kd"]["color"], label="one seed")
+    ticks = [str(seed) for seed in entry["seeds"]]
+    if len(ticks) > 1:
+        place = len(ticks)
+        interval = improvement["ci95"]
+        if interval is not None:
+            error = [[improvement["mean"] - interval[0]], [interval[1] - improvement["mean"]]]
+            axes.errorbar(
+                place, improvement["mean"], error, fmt="D", color="black", capsize=5, label="mean, 95% interval"
+            )
+        else:
+            axes.plot(place, improvement["mean"], "D", color="black", label="mean (no interval: all equal)")
+        ticks.append("mean")
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(
+        xlabel="student seed",
+        ylabel="test accuracy with KD minus baseline\n(percentage points)",
+        xlim=(-0.6, len(ticks) - 0.4),
+    )
+    axes.margins(y=0.2)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)
+    axes.set_title(f"Gain with distillation, T = {entry['temperature']:g}, alpha = {entry['alpha']:g}")
+    return figure
+
+
+def sweep(comparison):
+    """Validation accuracy by temperature and alpha, as gain over the baseline. None without a sweep."""
+    entries = {(e["temperature"], e["alpha"]): e["mean"] for e in comparison.selection if e["role"] == "kd"}
+    reference = [e["mean"] for e in comparison.selection if e["role"] == "baseline"]
+    if not entries or not reference:
+        return None
+    temperatures, alphas = (sorted({pair[k] for pair in entries}) for k in (0, 1))
+    grid = np.array([[entries.get((t, a), np.nan) for a in alphas] for t in temperatures])
+    gains = 100 * (grid - reference[0])
+    figure = Figure((2.6 + 1.1 * len(alphas), 1.8 + 0.7 * len(temperatures)), layout="constrained")
+    axes = figure.subplots()
+    limit = max(float(np.nanmax(np.abs(gains))), 0.01)
+    picture = axes.imshow(gains, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(gains):
+        if not np.isnan(value):
+            ink = "white" if abs(value) > 0.6 * limit else "black"
+            text = f"{grid[row, column]:.4f}\n({value:+.2f})"
+            axes.text(column, row, text, ha="center", va="center", color=ink)
+    best = max(entries, key=entries.get)
+    spot = alphas.index(best[1]) - 0.5, temperatures.index(best[0]) - 0.5
+    axes.add_patch(matplotlib.patches.Rectangle(spot, 1, 1, fill=False, linewidth=3, edgecolor="black"))
+    axes.set_xticks(range(len(alphas)), [f"{a:g}" for a in alphas])
+    axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
+    axes.set(xlabel="alpha (weight of the soft targets)", ylabel="temperature")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(picture, label="gain over baseline (points)")
+    figure.suptitle(f"Validation accuracy (baseline {reference[0]:.4f}; framed: best)", fontsize=9)
+    return figure
+
+
+def reliability_diagrams(comparison):
+    """Accuracy against confidence for teacher, distilled student and baseline; students' seeds pooled."""
+    from report import BINS, calibration_error, reliability, softmax
+
+    figure = Figure((9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    models = {
+        "teacher": [comparison.teacher_logits],
+        "kd": comparison.kd_logits[0],
+        "baseline": comparison.baseline_logits,
+    }
+    for axes, (role, logits) in zip(panels, models.items(), strict=True):
+        labels = np.tile(comparison.labels, len(logits))
+        probabilities = softmax(np.concatenate(logits))
+        share, confidence, accuracy = reliability(probabilities, labels)
+        there = share > 0
+        middle = (np.arange(BINS) + 0.5) / BINS
+        axes.bar(
+            middle[there], accuracy[there], 1 / BINS, color=STYLES[role]["color"], alpha=0.55, edgecolor="black",
+            linewidth=0.6, hatch=STYLES[role]["hatch"], label="accuracy in the bin",
+        )  # fmt: skip
+        axes.plot(
+            confidence[there], confidence[there], "k--", linewidth=1, marker=".", label="mean confidence in the bin"
+        )
+        error = calibration_error(probabilities, labels)
+        axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
+        axes.set_title(
+            f"{STYLES[role]['label']}\nECE {error:.4f}, {share[-1]:.0%} of pictures in the last bin", fontsize=9
+        )
+    panels[0].set_ylabel("accuracy")
+    panels[0].legend(frameon=False, loc="upper left")
+    return figure
+
+
+def telling_pictures(comparison, count=EXAMPLES):
+    """Indices of the test pictures that show most what soft targets carry, at most one a class while classes last.
+
+    Teacher and distilled student are right, the baseline wrong and takes the class that the teacher found second most
+    likely; among these, those whose second class the teacher found most likely. Where there are too few, pictures with
+    that ordering for which less of it holds follow.
+    """
+    from report import softmax
+
+    labels = comparison.labels
+    teacher = softmax(comparison.teacher_logits)
+    ranked = teacher.argsort(1)
+    second = ranked[:, -2]
+    kd, baseline = comparison.kd_logits[0][0].argmax(1), comparison.baseline_logits[0].argmax(1)
+    right = (ranked[:, -1] == labels).astype(int)
+    score = 4 * right + 2 * (right & (kd == labels) & (baseline != labels)) + (right & (baseline == second))
+    order = np.lexsort((-teacher[np.arange(len(labels)), second], -score))
+    first = [order[labels[order] == k][:1] for k in range(len(comparison.classes))]
+    leaders = {int(each[0]) for each in first if len(each)}
+    chosen = [int(i) for i in order if int(i) in leaders] + [int(i) for i in order if int(i) not in leaders]
+    return chosen[:count]
+
+
+def dark_knowledge(comparison):
+    """Test pictures with the probabilities of teacher, at T = 1 and softened, and of both students at T = 1."""
+    from report import softmax
+
+    temperature = comparison.kd[0]["temperature"]
+    indices = telling_pictures(comparison)
+    kd, baseline = comparison.kd_logits[0][0], comparison.baseline_logits[0]
+    columns = [
+        ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
+        (f"teacher, T = {temperature:g}", "teacher", comparison.teacher_logits, temperature),
+        ("student with KD", "kd", kd, 1.0),
+        ("student, baseline", "baseline", baseline, 1.0),
+    ]
+    shown = min(6, len(comparison.classes))
+    figure = Figure((11, 0.6 + 1.35 * len(indices)), layout="constrained")
+    grid = figure.subplots(len(indices), 5, squeeze=False, width_ratios=(1, 1.5, 1.5, 1.5, 1.5))
+    for row, index in zip(grid, indices, strict=True):
+        row[0].imshow(comparison.pictures[index], interpolation="nearest")
+        row[0].set(xticks=[], yticks=[], ylabel="")
+        row[0].set_title(comparison.classes[comparison.labels[index]], fontsize=9)
+        row[0].spines[:].set_visible(False)
+        classes = comparison.teacher_logits[index].argsort()[::-1][:shown]
+        for axes, (title, role, logits, softness) in zip(row[1:], columns, strict=True):
+            values = softmax(logits[index : index + 1], softness)[0][classes]
+            style = STYLES[role]
+            axes.barh(
+                range(shown),
+                values,
+                color=style["color"],
+                alpha=0.65,
+                hatch=style["hatch"],
+                edgecolor="black",
+                linewidth=0.4,
+            )
+            for place, value in enumerate(values):
+                axes.text(
+                    min(value, 0.75) + 0.02,
+                    place,
+                    f"{value:.2f}" if value >= 0.005 else f"{value:.0e}",
+                    va="center",
+                    fontsize=7,
+                )
+            names = [comparison.classes[k][:14] for k in classes] if axes is row[1] else []
+            axes.set_yticks(range(shown) if axes is row[1] else [], names, fontsize=8)
+            axes.set(xlim=(0, 1), xticks=[0, 0.5, 1])
+            axes.invert_yaxis()
+            axes.tick_params(axis="x", labelsize=7)
+            if row is grid[0]:
+                axes.set_title(title, fontsize=9)
+            if row is grid[-1]:
+                axes.set_xlabel("probability", fontsize=8)
+    figure.suptitle(
+        f"What the soft targets carry: real test pictures, the teacher's {shown} likeliest classes", fontsize=10
+    )
+    return figure

@@ -1,0 +1,515 @@
+#!/usr/bin/env python3
+"""Knowledge distillation on CIFAR-10 (Hinton, Vinyals and Dean, arXiv 1503.02531), with an honest baseline.
+
+    python main.py --train-teacher --epochs 200
+    python main.py --epochs 200 --temperature 4.0 --alpha 0.1
+
+The first command trains the teacher; the second trains the same student with and without it, and compares. Every
+command can simply be repeated: what is finished is reused, what was interrupted is continued.
+"""
+
+import argparse
+import math
+import os
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from files import Failure, Interrupted, Stop, lock, read_json  # PyTorch is imported once the arguments are known good
+
+DEMO = {
+    "dataset": "shapes",
+    "image_size": 16,
+    "epochs": 12,
+    "temperature": [4.0],
+    "alpha": [0.9],
+    "output_dir": "outputs/demo",
+}
+
+EXAMPLES = """\
+examples:
+  python main.py --demo                                     teacher and comparison on drawn shapes, offline, in a minute
+  python main.py --train-teacher --epochs 200               train the teacher
+  python main.py --epochs 200 --temperature 4 --alpha 0.1   train the student with and without it, and compare
+  python main.py --seeds 5                                  five pairs of students: is the gain real?
+  python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
+  python main.py --dataset folder --data-dir pets --train-teacher    pictures in pets/train/CLASS and pets/test/CLASS
+"""
+
+
+class Usage(Exception):
+    """Wrong arguments: exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Usage(message)
+
+
+def whole(low, high=None):
+    """An argparse type: a whole number from `low` to `high`."""
+
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            limits = f"from {low} up" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {limits}")
+        return value
+
+    return convert
+
+
+def number(low, high, above=False):
+    """An argparse type: a number from `low` (or above it) to `high`."""
+
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high if above else low <= value <= high):
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not a number {'above' if above else 'from'} {low:g} to {high:g}"
+            )
+        return value
+
+    return convert
+
+
+def device_name(text):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of auto, cpu, cuda, cuda:N, mps")
+    return text
+
+
+def parser():
+    top = Parser(
+        prog="main.py",
+        description=__doc__.split("\n\n")[0] + " Train a teacher, then the same student with and without it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+
+    def group(title):
+        options = top.add_argument_group(title)
+
+        def option(name, text, default=None, **rest):
+            if "action" not in rest:
+                rest.setdefault("metavar", name[2:].split("-")[-1].upper())
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text = text.replace("%", "%%") + (f" [{shown}]" if shown is not None else "")
+            options.add_argument(name, default=default, help=text, **rest)
+
+        return option
+
+    option = group("what to do")
+    top._action_groups[-1].add_argument("-h", "--help", action="help", help="show this text")
+    option(
+        "--train-teacher",
+        "train the teacher; without it, the student with and without distillation",
+        action="store_true",
+        default=None,
+    )
+    option(
+        "--report",
+        "print and draw the comparison again from a folder's finished runs",
+        action="store_true",
+        default=None,
+    )
+    option(
+        "--demo",
+        "both steps on small drawn shapes, offline; other options overrule its settings",
+        action="store_true",
+        default=None,
+    )
+
+    option = group("distillation")
+    option(
+        "--temperature",
+        "softens teacher and student; several values are a sweep",
+        [4.0],
+        type=number(0, 1000, above=True),
+        nargs="+",
+        metavar="T",
+    )
+    option(
+        "--alpha",
+        "weight of the soft targets, 0 to 1; several values are a sweep",
+        [0.1],
+        type=number(0, 1),
+        nargs="+",
+        metavar="A",
+    )
+    option("--teacher", "a finished teacher's folder or model.pt [the one in the output folder]", metavar="PATH")
+    option(
+        "--seeds",
+        "pairs of students to train, from --seed up: more give a narrower interval",
+        1,
+        type=whole(1, 1000),
+        metavar="N",
+    )
+    option(
+        "--val-fraction", "part of the training set on which a sweep is judged [0.1]", type=number(0, 0.5, above=True)
+    )
+
+    option = group("training")
+    option("--epochs", "passes over the training set", 200, type=whole(1, 100_000), metavar="N")
+    option("--batch-size", "pictures a step", 128, type=whole(1, 1_000_000), metavar="N")
+    option(
+        "--lr",
+        "peak learning rate [follows the batch size: 0.2 at 128]",
+        type=number(0, 1000, above=True),
+        metavar="RATE",
+    )
+    option(
+        "--weight-decay",
+        "on convolutions and matrices, not on batch norm and biases",
+        5e-4,
+        type=number(0, 1),
+        metavar="RATE",
+    )
+    option("--seed", "of initial weights and order of pictures", 0, type=whole(0, 2**31 - 1), metavar="N")
+
+    option = group("pictures")
+    option(
+        "--dataset",
+        "cifar10, pictures in folders, or drawn shapes",
+        "cifar10",
+        choices=("cifar10", "folder", "shapes"),
+        metavar="{cifar10,folder,shapes}",
+    )
+    option("--data-dir", "where CIFAR-10 is or goes, or the folder with train/CLASS/ and test/CLASS/", "data")
+    option("--data-url", "a mirror to download the CIFAR-10 archive from", metavar="URL")
+    option(
+        "--image-size", "height and width that pictures are brought to, 16 to 64", 32, type=whole(16, 64), metavar="N"
+    )
+    option("--num-workers", "threads that decode pictures in folders", 2, type=whole(0, 256), metavar="N")
+
+    option = group("machine and files")
+    option(
+        "--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", "auto", type=device_name, metavar="NAME"
+    )
+    option(
+        "--precision",
+        "fp32, bf16, or auto (bf16 on a GPU that has it)",
+        "auto",
+        choices=("auto", "fp32", "bf16"),
+        metavar="{auto,fp32,bf16}",
+    )
+    option("--output-dir", "everything the program writes goes here", "outputs")
+    option(
+        "--save-every", "seconds between saved states within an epoch", 120.0, type=number(0, 1e6), metavar="SECONDS"
+    )
+    option(
+        "--overwrite",
+        "train anew what this command trains, in place of what is there",
+        action="store_true",
+        default=None,
+    )
+    option("--debug", "show the traceback of an error", action="store_true", default=None)
+    return top  # fmt: skip
+
+
+def parse(argv):
+    """The arguments as a namespace, --demo's settings applied; raises Usage."""
+    top = parser()
+    if "--demo" in argv:
+        top.set_defaults(**DEMO)
+    arguments = top.parse_args(argv)
+    arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))
+    arguments.sweep = len(arguments.temperature) * len(arguments.alpha) > 1
+    if arguments.train_teacher:
+        for name, given in (
+            ("--report", arguments.report),
+            ("--teacher", arguments.teacher),
+            ("--seeds", arguments.seeds > 1),
+        ):
+            if given:
+                raise Usage(f"{name} is for students and does not go with --train-teacher")
+    if arguments.train_teacher and arguments.sweep:
+        raise Usage("several temperatures or alphas are for students and do not go with --train-teacher")
+    if arguments.val_fraction is not None and not arguments.sweep:
+        raise Usage("--val-fraction goes with a sweep: several values of --temperature or --alpha")
+    if arguments.data_url is not None:
+        if arguments.dataset != "cifar10":
+            raise Usage("--data-url goes with --dataset cifar10")
+        if not re.match(r"https?://[^/]|file:///", arguments.data_url):
+            raise Usage(f"--data-url: '{arguments.data_url}' does not begin with http://, https:// or file:///")
+    if arguments.seed + arguments.seeds > 2**31:
+        raise Usage("--seed and --seeds together pass the largest seed, 2147483647")
+    return arguments
+
+
+# Which runs are needed -----------------------------------------------------------------------------------------------
+
+
+def teacher_command(arguments):
+    """The command that trains the teacher which these arguments miss."""
+    words = ["python main.py --train-teacher"]
+    for name in ("dataset", "data_dir", "epochs", "image_size", "output_dir"):
+        value = getattr(arguments, name)
+        if name == "epochs" or value != parser().get_default(name):
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
+
+
+def find_teacher(arguments):
+    """The path of the finished teacher's model.pt; raises Failure where there is none. Needs no PyTorch."""
+    output = Path(arguments.output_dir)
+    if arguments.teacher:
+        place = Path(arguments.teacher)
+        if place.is_file():
+            return place
+        if not place.is_dir():
+            raise Failure(f"--teacher {place} is not there.")
+    else:
+        place = output / f"teacher-s{arguments.seed}"
+        if not place.is_dir():
+            others = sorted(each for each in output.glob("teacher-s*") if each.is_dir())
+            if len(others) > 1:
+                raise Failure(
+                    f"{output} holds several teachers. Name one with --teacher: {', '.join(map(str, others))}"
+                )
+            place = others[0] if others else place
+    if (place / "model.pt").is_file():
+        return place / "model.pt"
+    if (place / "run.json").is_file():
+        run = read_json(place / "run.json")
+        try:
+            progress = f"epoch {int(run['epochs_done'])} of {int(run['settings']['epochs'])}"
+        except (KeyError, TypeError, ValueError):
+            progress = "its run.json is damaged"
+        raise Failure(
+            f"The teacher in {place} is unfinished ({progress}). Finish it with its own command, such as:\n"
+            f"{teacher_command(arguments)}"
+        )
+    where = arguments.teacher or output
+    raise Failure(f"There is no teacher in {where} yet. Train one first:\n{teacher_command(arguments)}")
+
+
+def choose_device(name):
+    """The torch.device that `name` means; raises Failure where this machine has none such."""
+    import torch
+
+    kinds = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name == "auto":
+        name = next(kind for kind, there in kinds.items() if there())
+    device = torch.device(name)
+    if not kinds[device.type]() or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        there = [kind for kind, there in kinds.items() if there()]
+        raise Failure(f"The device {name} is not on this machine. It has: {', '.join(there)}.")
+    return device
+
+
+def choose_precision(name, device):
+    import torch
+
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+class Session:
+    """What one command works with: data, device, trainer; and the runs it asks for."""
+
+    def __init__(self, arguments, stop):
+        import data
+        import models
+        import train
+
+        self.arguments, self.output = arguments, Path(arguments.output_dir)
+        self.device = choose_device(arguments.device)
+        self.precision = choose_precision(arguments.precision, self.device)
+        loaded = data.load(
+            arguments.dataset,
+            data_dir=arguments.data_dir,
+            data_url=arguments.data_url,
+            image_size=arguments.image_size,
+            workers=arguments.num_workers,
+            cache=self.output / "data",
+        )
+        self.data = loaded.to(self.device)
+        self.trainer = train.Trainer(self.data, self.device, self.precision, arguments.save_every, stop)
+        self.costs = {
+            name: models.costs(name, len(loaded.classes), loaded.image_size) for name in ("teacher", "student")
+        }
+        print(
+            f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test pictures "
+            f"of {loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
+        )
+        for name, (parameters, macs) in self.costs.items():
+            print(f"{name.capitalize()}: {parameters:,} parameters, {macs / 1e6:.1f} million multiply-adds a picture")
+        print(f"Device: {train.describe(self.device)}, {self.precision}", flush=True)
+
+    def settings(self, role, seed, **rest):
+        """A run's Settings, from the arguments and the data."""
+        import train
+
+        given = self.arguments
+        pictures = len(self.data.train_labels)
+        return train.Settings(
+            role=role,
+            data=self.data.digest,
+            epochs=given.epochs,
+            batch_size=given.batch_size,
+            learning_rate=given.lr or train.default_learning_rate(min(given.batch_size, pictures)),
+            weight_decay=given.weight_decay,
+            seed=seed,
+            image_size=given.image_size,
+            **rest,
+        )
+
+    def train(self, runs, targets=None):
+        """Trains what is not yet finished of `runs`, pairs of (folder, Settings), and prints each one's accuracy."""
+        import train
+
+        given = self.arguments
+        if not given.overwrite:
+            for folder, settings in runs:  # all are looked at before any is trained
+                if train.is_finished(folder):
+                    train.finished(folder, settings)
+                elif (folder / "run.json").is_file():
+                    found = read_json(folder / "run.json").get("settings")
+                    train.refuse_other_settings(folder, found if isinstance(found, dict) else {}, settings.as_dict())
+        waiting = [given.overwrite or not train.is_finished(folder) for folder, _ in runs]
+        for position, (folder, settings) in enumerate(runs):
+            self.trainer.later = sum(waiting[position + 1 :]) * settings.epochs * len(self.data.train_labels)
+            before = "" if waiting[position] else " (finished before)"
+            title = folder.name if len(runs) == 1 else f"[{position + 1}/{len(runs)}] {folder.name}"
+            result = self.trainer.train(folder, settings, targets if settings.alpha else None, given.overwrite, title)
+            kind = "validation" if settings.val_fraction else "test"
+            print(f"{folder}: {kind} accuracy {result:.4f}{before}", flush=True)
+
+
+def train_teacher(session):
+    settings = session.settings("teacher", session.arguments.seed)
+    session.train([(session.output / settings.name, settings)])
+
+
+def train_students(session, teacher_path):
+    """The sweep where there is one, then the students with and without distillation. Returns what the report needs."""
+    import distill
+    import models
+    import report
+
+    given, data = session.arguments, session.data
+    content = models.read(teacher_path)
+    for what, found, wanted in (
+        ("holds a network of architecture", content["architecture"], "teacher"),
+        ("was trained for the classes", ", ".join(content["classes"]), ", ".join(data.classes)),
+        ("was trained for the image size", content["image_size"], data.image_size),
+    ):
+        if found != wanted:
+            raise Failure(f"The teacher {teacher_path} {what} {found}, but {wanted} is needed.")
+    if content["settings"].get("data") != data.digest:
+        raise Failure(
+            f"The teacher {teacher_path} was trained on other pictures than these. Train one on these:\n"
+            f"{teacher_command(given)}"
+        )
+    teacher_digest = models.digest(content["state_dict"])
+    teacher = models.restore(content)
+    import torch
+
+    teacher = teacher.to(session.device, memory_format=torch.channels_last)
+    print(f"{teacher_path}: test accuracy {content['accuracy']:.4f} (teacher)")
+    targets = distill.SoftTargets(
+        teacher, teacher_digest, data.digest, session.trainer.views(), session.output / "targets", session.precision
+    )
+    if any(given.alpha):
+        print(f"Soft targets: {given.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {targets.folder}", flush=True)
+    report.keep_test_set(session.output, data, teacher, teacher_digest, session.precision)
+
+    seeds = range(given.seed, given.seed + given.seeds)
+    pairs = [(t, a) for t in given.temperature for a in given.alpha]
+
+    def runs(folder, pairs, val_fraction=0.0):
+        listed = []
+        for seed in seeds:
+            for t, a in pairs:
+                settings = session.settings(
+                    "kd", seed, temperature=t, alpha=a, teacher=teacher_digest, val_fraction=val_fraction
+                )
+                listed.append((folder / settings.name, settings))
+            settings = session.settings("baseline", seed, val_fraction=val_fraction)
+            listed.append((folder / settings.name, settings))
+        return listed
+
+    best = pairs[0]
+    if given.sweep:
+        fraction = given.val_fraction or 0.1
+        print(f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training pictures")
+        session.train(runs(session.output / "selection", pairs, fraction), targets)
+        best = report.best_pair(session.output, pairs, seeds)
+        print(f"Best on the validation part: temperature {best[0]}, alpha {best[1]}")
+    session.train(runs(session.output, [best]), targets)
+    return {"temperature": best[0], "alpha": best[1], "seeds": list(seeds)}
+
+
+def run(arguments, stop):
+    """Does what the arguments ask for."""
+    if arguments.report:
+        import report
+
+        if not Path(arguments.output_dir).is_dir():
+            raise Failure(f"{arguments.output_dir} is not there: --report needs a folder with finished runs.")
+        with lock(arguments.output_dir):
+            report.report(arguments.output_dir)
+        return
+    demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
+    teacher_path = None if arguments.train_teacher or demo else find_teacher(arguments)
+    with lock(arguments.output_dir):
+        import report
+
+        session = Session(arguments, stop)
+        if teacher_path is None:
+            train_teacher(session)
+        if not arguments.train_teacher:
+            asked = train_students(session, teacher_path or find_teacher(arguments))
+            report.report(arguments.output_dir, asked)
+
+
+def main(argv=None):
+    """The command line; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 and 143 when stopped."""
+    argv = sys.argv[1:] if argv is None else argv
+    stop = Stop()
+    handlers = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments = None
+    try:
+        arguments = parse(argv)
+        run(arguments, stop)
+        return 0
+    except Usage as error:
+        print(f"error: {error} (see python main.py --help)", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        again = "The same command without --overwrite" if arguments and arguments.overwrite else "The same command"
+        print(f"\n{error} {again} continues.", file=sys.stderr)
+        return 128 + error.signal_number
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if arguments is None or arguments.debug:
+            traceback.print_exc()
+        elif isinstance(error, Failure):
+            print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            print("error: there is not enough memory. Try a smaller --batch-size or --image-size.", file=sys.stderr)
+        else:
+            first = next(iter(str(error).splitlines()), "")
+            print(f"error: {type(error).__name__}: {first}\n(--debug shows where)", file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What the tests share: small pictures in folders, a finished output folder, and the command line in this process."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+CLASSES = ("blue", "green", "red")
+
+
+def make_pictures(directory, train=16, test=8, size=16):
+    """`directory`/{train,test}/CLASS/NN.png: noise whose class is its colour, faintly."""
+    random = np.random.default_rng(5)
+    for split, count in (("train", train), ("test", test)):
+        for channel, name in zip((2, 1, 0), CLASSES, strict=True):
+            folder = Path(directory) / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 200, (size, size, 3))
+                pixels[..., channel] += 35
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02d}.png")
+    return Path(directory)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A picture folder of three classes; not to be changed."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+class Result:
+    def __init__(self, status, out, err):
+        self.status, self.out, self.err = status, out, err
+
+    def __repr__(self):
+        return f"status {self.status}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+@pytest.fixture
+def cli(capfd):
+    """Runs main.main(argv) in this process, as a person types it; returns status, stdout and stderr."""
+    import main
+
+    def run(*words):
+        capfd.readouterr()
+        try:
+            status = main.main([str(word) for word in words])
+        except SystemExit as end:
+            status = end.code
+        return Result(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def flags(pictures):
+    """What makes a command small: 48 pictures of 16x16, 2 epochs of 3 steps."""
+    return ("--dataset", "folder", "--data-dir", pictures, "--image-size", 16, "--epochs", 2, "--batch-size", 16,
+            "--device", "cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, flags):
+    """An output folder with teacher, distilled student and baseline; not to be changed (see `copy`)."""
+    import main
+
+    output = tmp_path_factory.mktemp("finished") / "out"
+    for more in (["--train-teacher"], []):
+        assert main.main([str(word) for word in (*flags, "--output-dir", output, *more)]) == 0
+    return output
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished output folder that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def process(*words, **rest):
+    """main.py as a process of its own: a Popen with text pipes."""
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, words)]
+    rest = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | rest
+    return subprocess.Popen(command, **rest)
+
+
+def real_pictures():
+    """The unpacked JPEG copy of CIFAR-10, or None."""
+    place = os.environ.get("CIFAR10_FOLDER")
+    return Path(place) if place else None
+
+
+needs_real_pictures = pytest.mark.skipif(
+    real_pictures() is None, reason="CIFAR10_FOLDER does not name a folder with CIFAR-10 pictures"
+)

@@ -1,0 +1,331 @@
+"""A table of bad input: each row a command that must end with the right status and one to three lines that say what,
+where and what to do; never a traceback, and nothing lost."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import make_pictures
+from PIL import Image
+
+import models
+
+NUMBERS = {
+    "--epochs": ("0", "-1", "1.5", "many", "nan", "inf", ""),
+    "--batch-size": ("0", "-128", "12.5", "nan", "1e3"),
+    "--num-workers": ("-1", "two", "inf"),
+    "--temperature": ("0", "-4", "nan", "inf", "-inf", "warm"),
+    "--alpha": ("-0.1", "1.1", "nan", "inf", "half"),
+    "--seed": ("-1", "0.5", "nan", "99999999999"),
+    "--seeds": ("0", "-2", "1.5", "nan"),
+    "--lr": ("0", "-0.1", "nan", "inf", "fast"),
+    "--weight-decay": ("-1e-4", "nan", "inf", "2"),
+    "--image-size": ("15", "65", "nan", "32.0"),
+    "--val-fraction": ("0", "0.6", "nan", "-0.1"),
+    "--save-every": ("-1", "nan", "inf"),
+    "--device": ("gpu", "cuda:", "cuda:x", "tpu", "cuda:-1"),
+    "--precision": ("fp8", "fp16"),
+    "--dataset": ("cifar100", ""),
+}
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in NUMBERS.items() for value in values])
+def test_a_value_out_of_range_is_wrong_usage(cli, flag, value):
+    got = cli(f"{flag}={value}")
+    assert got.status == 2 and not got.out
+    assert flag in got.err and len(got.err.splitlines()) == 1 and "Traceback" not in got.err
+
+
+USAGE = {
+    "unknown flag": ("--resume",),
+    "abbreviation": ("--epoch", "3"),
+    "abbreviated switch": ("--train",),
+    "no value": ("--epochs",),
+    "stray word": ("200",),
+    "report and teacher": ("--report", "--train-teacher"),
+    "teacher and teacher": ("--train-teacher", "--teacher", "x"),
+    "teacher with seeds": ("--train-teacher", "--seeds", "3"),
+    "teacher with a sweep": ("--train-teacher", "--temperature", "1", "2"),
+    "validation without a sweep": ("--val-fraction", "0.1"),
+    "mirror of a folder": ("--dataset", "folder", "--data-url", "http://127.0.0.1/x"),
+    "mirror that is no URL": ("--data-url", "cifar.tar.gz"),
+    "seeds past the last": ("--seed", "2147483647", "--seeds", "2"),
+}
+
+
+@pytest.mark.parametrize("words", USAGE.values(), ids=USAGE)
+def test_wrong_usage(cli, words):
+    got = cli(*words)
+    assert got.status == 2 and not got.out
+    assert len(got.err.splitlines()) == 1 and "--help" in got.err
+
+
+# Each prepares a folder and returns the command's words and what the message must name.
+
+
+def no_train(top):
+    shutil.rmtree(top / "p" / "train")
+    return (), ["train"]
+
+
+def no_test(top):
+    shutil.rmtree(top / "p" / "test")
+    return (), ["test"]
+
+
+def no_folder(top):
+    return ("--data-dir", top / "nowhere"), ["nowhere"]
+
+
+def data_dir_is_a_file(top):
+    (top / "file").touch()
+    return ("--data-dir", top / "file"), ["file"]
+
+
+def one_class(top):
+    for name in ("green", "red"):
+        for split in ("train", "test"):
+            shutil.rmtree(top / "p" / split / name)
+    return (), ["class"]
+
+
+def empty_class(top):
+    (top / "p" / "train" / "empty").mkdir()
+    (top / "p" / "test" / "empty").mkdir()
+    return (), ["train/empty", "no picture"]
+
+
+def class_in_train_only(top):
+    shutil.rmtree(top / "p" / "test" / "red")
+    return (), ["red", "differ"]
+
+
+def class_in_test_only(top):
+    shutil.rmtree(top / "p" / "train" / "red")
+    return (), ["red", "differ"]
+
+
+def zero_bytes(top):
+    path = top / "p" / "train" / "red" / "zero.png"
+    path.touch()
+    return (), [str(path)]
+
+
+def cut_short(top):
+    path = top / "p" / "test" / "green" / "cut.jpg"
+    Image.effect_noise((64, 64), 80).save(path)
+    path.write_bytes(path.read_bytes()[:-300])
+    return (), [str(path)]
+
+
+def text_as_png(top):
+    path = top / "p" / "train" / "blue" / "text.png"
+    path.write_text("I am not a picture")
+    return (), [str(path)]
+
+
+def flipped_png(top):
+    path = top / "p" / "train" / "blue" / "03.png"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    return (), [str(path)]
+
+
+def too_many_pixels(top):
+    path = top / "p" / "train" / "blue" / "bomb.png"
+    Image.new("1", (20_000, 15_000)).save(path)
+    return (), [str(path)]
+
+
+def output_is_a_file(top):
+    (top / "taken").touch()
+    return ("--output-dir", top / "taken"), ["taken"]
+
+
+def output_below_a_file(top):
+    (top / "taken").touch()
+    return ("--output-dir", top / "taken" / "out"), ["taken"]
+
+
+def absent_cuda(top):
+    return ("--device", "cuda:123"), ["cuda:123"]
+
+
+def diverging(top):
+    words = ("--lr", "1000", "--weight-decay", "1", "--batch-size", "4", "--epochs", "50")
+    return words, ["diverged", "--lr", "epoch"]
+
+
+FAILURES = (
+    no_train, no_test, no_folder, data_dir_is_a_file, one_class, empty_class, class_in_train_only, class_in_test_only,
+    zero_bytes, cut_short, text_as_png, flipped_png, too_many_pixels, output_is_a_file, output_below_a_file, absent_cuda,
+    diverging,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prepare", FAILURES, ids=lambda each: each.__name__)
+def test_failures_name_what_and_where(cli, tmp_path, prepare):
+    if prepare is absent_cuda and torch.cuda.device_count() > 123:
+        pytest.skip("this machine has more than 123 GPUs")
+    make_pictures(tmp_path / "p", train=8, test=2)
+    words, names = prepare(tmp_path)
+    first = ("--train-teacher", "--dataset", "folder", "--data-dir", tmp_path / "p", "--output-dir", tmp_path / "o")
+    got = cli(*first, "--image-size", 16, "--epochs", 1, "--device", "cpu", *words)
+    assert got.status == 1, got
+    assert not [name for name in names if name not in got.err], got
+    assert 1 <= len(got.err.splitlines()) <= 3 and "Traceback" not in got.err
+
+
+# Teachers that do not fit, and damaged folders: words and names as above, on a copy of a finished output folder.
+
+
+def teacher_is_absent(out):
+    return ("--teacher", out / "nobody"), ["nobody"]
+
+
+def teacher_is_an_empty_folder(out):
+    (out / "empty").mkdir()
+    return ("--teacher", out / "empty"), ["empty", "--train-teacher"]
+
+
+def teacher_is_a_student(out):
+    return ("--teacher", out / "baseline-s0"), ["architecture student"]
+
+
+def teacher_is_text(out):
+    (out / "teacher-s0" / "model.pt").write_text("hello")
+    return (), ["teacher-s0", "damaged"]
+
+
+def teacher_is_cut_short(out):
+    path = out / "teacher-s0" / "model.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return (), ["teacher-s0", "damaged"]
+
+
+def teacher_of_other_image_size(out):
+    return ("--image-size", 20), ["image size"]
+
+
+def teacher_of_other_classes(out):
+    top = make_pictures(out / "other", train=4, test=2)
+    for split in ("train", "test"):
+        (top / split / "red").rename(top / split / "pink")
+    return ("--data-dir", top), ["classes", "pink"]
+
+
+def teacher_of_other_pictures(out):
+    top = make_pictures(out / "other", train=4, test=2)
+    return ("--data-dir", top), ["other pictures", "--train-teacher"]
+
+
+def unfinished_teacher_with_a_damaged_note(out):
+    (out / "teacher-s0" / "model.pt").unlink()
+    (out / "teacher-s0" / "run.json").write_text("{}")
+    return (), ["unfinished", "damaged"]
+
+
+def other_epochs(out):
+    return ("--epochs", 3), ["epochs 2 instead of 3", "--overwrite"]
+
+
+def other_batch_size(out):
+    return ("--batch-size", 8), ["batch size 16 instead of 8"]
+
+
+def damaged_student(out):
+    path = out / "kd-T4-a0.1-s0" / "model.pt"
+    path.write_bytes(b"\0" * 100)
+    return (), ["kd-T4-a0.1-s0", "damaged", "--overwrite"]
+
+
+def damaged_run_json(out):
+    (out / "baseline-s0" / "run.json").write_text("{]")
+    return (), ["baseline-s0", "JSON"]
+
+
+def report_of_nothing(out):
+    (out / "empty").mkdir()
+    return ("--report", "--output-dir", out / "empty"), ["empty", "no finished students"]
+
+
+def report_of_an_absent_folder(out):
+    return ("--report", "--output-dir", out / "absent"), ["absent"]
+
+
+def report_of_a_damaged_comparison(out):
+    (out / "comparison.json").write_text("[1]")
+    return ("--report",), ["comparison.json"]
+
+
+TEACHERS = (
+    teacher_is_absent, teacher_is_an_empty_folder, teacher_is_a_student, teacher_is_text, teacher_is_cut_short,
+    teacher_of_other_image_size, teacher_of_other_classes, teacher_of_other_pictures,
+    unfinished_teacher_with_a_damaged_note, other_epochs, other_batch_size, damaged_student, damaged_run_json,
+    report_of_nothing, report_of_an_absent_folder, report_of_a_damaged_comparison,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prepare", TEACHERS, ids=lambda each: each.__name__)
+def test_what_does_not_fit_is_named_and_nothing_is_lost(cli, flags, copy, prepare):
+    words, names = prepare(copy)
+    before = {path: path.read_bytes() for path in copy.glob("*-s0/*")}
+    got = cli(*flags, "--output-dir", copy, *words)
+    assert got.status == 1, got
+    assert not [name for name in names if name not in got.err], got
+    assert 1 <= len(got.err.splitlines()) <= 3 and "Traceback" not in got.err
+    assert {path: path.read_bytes() for path in copy.glob("*-s0/*")} == before
+
+
+def test_a_checkpoint_that_carries_a_call_is_refused_and_the_call_does_not_happen(cli, flags, copy):
+    class Call:
+        def __reduce__(self):
+            return os.mkdir, (str(copy / "owned"),)
+
+    path = copy / "teacher-s0" / "model.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"mean": Call()}, path)
+    got = cli(*flags, "--output-dir", copy)
+    assert got.status == 1 and "could run code" in got.err
+    assert not (copy / "owned").exists()
+
+
+def test_a_compressed_archive_is_refused(copy):
+    import zipfile
+
+    path = copy / "teacher-s0" / "model.pt"
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(models.Damaged, match="compressed"):
+        models.load(path)
+
+
+def test_debug_shows_the_traceback(cli, tmp_path):
+    got = cli("--debug", "--output-dir", tmp_path)
+    assert got.status == 1 and "Traceback" in got.err
+
+
+def test_41_pictures_at_batch_128(cli, tmp_path):
+    top = make_pictures(tmp_path / "p", train=14, test=3)
+    (top / "train" / "red" / "00.png").unlink()
+    words = (
+        "--dataset",
+        "folder",
+        "--data-dir",
+        top,
+        "--image-size",
+        16,
+        "--epochs",
+        2,
+        "--output-dir",
+        tmp_path / "o",
+    )
+    assert cli(*words, "--train-teacher").status == 0
+    assert cli(*words).status == 0
+    assert json.loads((tmp_path / "o" / "comparison.json").read_text())["settings"]["batch_size"] == 128

@@ -1,0 +1,265 @@
+"""The command line as a person types it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, needs_real_pictures, process, real_pictures
+
+import main
+import models
+
+BLOCK = re.compile(
+    r"""^Training Parameters:
+- Temperature: (\d+\.\d+)
+- Alpha: (\d+\.\d+)
+- Epochs: (\d+)
+- Batch Size: (\d+)
+
+Final Test Accuracies:
+- Teacher Network: (\d\.\d{4})
+- Student Network \(with KD\): (\d\.\d{4})
+- Student Network \(Baseline\): (\d\.\d{4})
+
+Improvement with KD: (-?\d+\.\d\d)%
+$""",
+    re.MULTILINE,
+)
+
+
+def accuracy(folder):
+    return json.loads((folder / "run.json").read_text())["accuracy"]
+
+
+def test_two_commands_train_and_compare(cli, flags, tmp_path):
+    output = tmp_path / "out"
+    taught = cli(*flags, "--train-teacher", "--output-dir", output)
+    assert taught.status == 0, taught
+    assert f"teacher-s0: test accuracy {accuracy(output / 'teacher-s0'):.4f}" in taught.out
+    assert re.search(r"Teacher: [\d,]+ parameters, [\d.]+ million multiply-adds", taught.out)
+    compared = cli(*flags, "--temperature", "4", "--alpha", "0.1", "--output-dir", output)
+    assert compared.status == 0, compared
+    assert not compared.err and not taught.err  # no progress bars where nobody watches
+    found = BLOCK.search(compared.out)
+    assert found, compared.out
+    assert found.groups()[:4] == ("4.0", "0.1", "2", "16")
+    accuracies = [accuracy(output / name) for name in ("teacher-s0", "kd-T4-a0.1-s0", "baseline-s0")]
+    assert found.groups()[4:7] == tuple(f"{value:.4f}" for value in accuracies)
+    assert float(found[8]) == pytest.approx(100 * (accuracies[1] - accuracies[2]), abs=0.005)
+    names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "teacher-s0", "kd-T4-a0.1-s0", "baseline-s0", "targets", "data", "comparison.json", "comparison.csv", "figures",
+    }  # fmt: skip
+
+
+def test_a_command_can_be_repeated(cli, flags, copy):
+    times = {p: p.stat().st_mtime_ns for p in copy.glob("*/model.pt")}
+    assert len(times) == 3
+    for more in ([], ["--train-teacher"]):
+        repeated = cli(*flags, "--output-dir", copy, *more)
+        assert repeated.status == 0 and "(finished before)" in repeated.out
+    assert {p: p.stat().st_mtime_ns for p in copy.glob("*/model.pt")} == times
+
+
+def test_another_alpha_does_not_train_the_baseline_again(cli, flags, copy):
+    before = (copy / "baseline-s0" / "model.pt").stat().st_mtime_ns
+    got = cli(*flags, "--output-dir", copy, "--alpha", "0.9", "--temperature", "2")
+    assert got.status == 0 and BLOCK.search(got.out)[1] == "2.0"
+    assert (copy / "baseline-s0" / "model.pt").stat().st_mtime_ns == before
+    comparison = json.loads((copy / "comparison.json").read_text())
+    assert [(e["temperature"], e["alpha"]) for e in comparison["kd"]] == [(2.0, 0.9), (4.0, 0.1)]
+
+
+def test_alpha_0_is_the_baseline_bit_for_bit(cli, flags, copy):
+    assert cli(*flags, "--output-dir", copy, "--alpha", "0").status == 0
+    kd, baseline = (models.read(copy / name / "model.pt") for name in ("kd-T4-a0-s0", "baseline-s0"))
+    assert models.digest(kd["state_dict"]) == models.digest(baseline["state_dict"])
+    assert (copy / "kd-T4-a0-s0/test_logits.npy").read_bytes() == (copy / "baseline-s0/test_logits.npy").read_bytes()
+    comparison = json.loads((copy / "comparison.json").read_text())
+    assert comparison["kd"][0]["improvement"]["p_value"] == 1.0
+
+
+def test_both_students_start_alike_and_meet_the_same_batches(cli, flags, copy, monkeypatch):
+    import data
+    import train
+
+    met, starts = [], []
+    original = train._Run._step
+
+    def step(run, batch, soft):
+        if run.epoch == run.step == 0:
+            met.append([])
+            starts.append(models.digest(run.network.state_dict()))
+        met[-1].append(run.views.batch(batch).numpy().tobytes())
+        return original(run, batch, soft)
+
+    monkeypatch.setattr(train._Run, "_step", step)
+    assert data.VIEWS_VERSION
+    assert cli(*flags, "--output-dir", copy, "--overwrite").status == 0
+    assert len(met) == 2 and len(met[0]) == 6 and met[0] == met[1] and starts[0] == starts[1]
+
+
+def test_overwrite_replaces_only_what_the_command_trains(cli, flags, copy):
+    teacher = (copy / "teacher-s0" / "model.pt").stat().st_mtime_ns
+    refused = cli(*flags, "--output-dir", copy, "--epochs", "1")
+    assert refused.status == 1 and "epochs 2 instead of 1" in refused.err and "--overwrite" in refused.err
+    assert cli(*flags, "--output-dir", copy, "--epochs", "1", "--overwrite").status == 0
+    assert (copy / "teacher-s0" / "model.pt").stat().st_mtime_ns == teacher
+    assert "Epochs: 1" in cli("--report", "--output-dir", copy).out
+
+
+def test_a_teacher_from_elsewhere(cli, flags, finished, tmp_path):
+    for number, place in enumerate((finished / "teacher-s0", finished / "teacher-s0" / "model.pt")):
+        got = cli(*flags, "--output-dir", tmp_path / str(number), "--teacher", place, "--epochs", 1)
+        assert got.status == 0, got
+        assert f"Teacher Network: {accuracy(finished / 'teacher-s0'):.4f}" in got.out
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_folders_only_teacher_serves_every_seed(cli, flags, copy, seed):
+    assert cli(*flags, "--output-dir", copy, "--seed", seed).status == 0
+    assert (copy / f"kd-T4-a0.1-s{seed}" / "model.pt").exists()
+
+
+def test_several_teachers_are_asked_about(cli, flags, copy):
+    assert cli(*flags, "--train-teacher", "--output-dir", copy, "--seed", 1, "--epochs", 1).status == 0
+    got = cli(*flags, "--output-dir", copy, "--seed", 2)
+    assert got.status == 1 and "--teacher" in got.err and "teacher-s1" in got.err
+
+
+# Speed and quietness of the command line itself ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["--help"], 0), (["--epochs", "many"], 2), ([], 1)], ids=["help", "wrong", "no teacher"]
+)
+def test_answers_before_pytorch_is_imported(tmp_path, words, status):
+    if not words:
+        words = ["--output-dir", str(tmp_path)]
+    script = f"""
+import sys, main
+try:
+    status = main.main({words!r})
+except SystemExit as end:
+    status = end.code or 0
+assert status == {status}, status
+assert not {{"torch", "numpy", "torchvision"}} & set(sys.modules)
+"""
+    started = time.process_time()
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)
+    assert time.process_time() - started < 0.5
+
+
+def test_help_names_every_option_with_its_default(cli):
+    text = cli("--help").out
+    for name, default in {
+        "--batch-size": "128", "--epochs": "200", "--num-workers": "2", "--temperature": "4.0", "--alpha": "0.1",
+        "--output-dir": "outputs", "--data-dir": "data", "--image-size": "32", "--seed": "0", "--dataset": "cifar10",
+    }.items():  # fmt: skip
+        part = " ".join(text.split(f"  {name} ")[1].split("\n  --")[0].split())
+        assert f"[{default}]" in part, name
+    for name in (
+        "--train-teacher",
+        "--data-url",
+        "--teacher",
+        "--device",
+        "--lr",
+        "--weight-decay",
+        "--overwrite",
+        "--demo",
+        "--debug",
+    ):
+        assert name in text
+    assert "examples:" in text
+
+
+def test_defaults_are_the_users():
+    given = main.parse([])
+    assert (given.batch_size, given.epochs, given.num_workers, given.temperature, given.alpha) == (
+        128,
+        200,
+        2,
+        [4.0],
+        [0.1],
+    )
+    assert (given.dataset, given.output_dir, given.image_size, given.seed, given.device) == (
+        "cifar10",
+        "outputs",
+        32,
+        0,
+        "auto",
+    )
+
+
+def test_no_teacher_names_the_first_command(cli, tmp_path):
+    got = cli("--output-dir", tmp_path, "--dataset", "shapes", "--epochs", 7)
+    assert got.status == 1 and not got.out
+    assert f"python main.py --train-teacher --dataset shapes --epochs 7 --output-dir {tmp_path}" in got.err
+
+
+def test_an_unfinished_teacher_is_named_as_such(cli, flags, tmp_path):
+    folder = tmp_path / "teacher-s0"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"finished": False, "epochs_done": 3, "settings": {"epochs": 200}}))
+    got = cli(*flags, "--output-dir", tmp_path)
+    assert got.status == 1 and "epoch 3 of 200" in got.err
+
+
+def test_the_demo_is_a_preset_that_flags_overrule():
+    given = main.parse(["--demo", "--epochs", "3", "--alpha", "0.2"])
+    assert (given.dataset, given.output_dir, given.image_size) == ("shapes", "outputs/demo", 16)
+    assert (given.epochs, given.alpha, given.temperature) == (3, [0.2], [4.0])
+
+
+def test_the_demo_trains_teacher_and_students(tmp_path):
+    """As a process, with the fewest epochs: teacher and comparison in one command, offline."""
+    done = process("--demo", "--epochs", 1, "--output-dir", tmp_path / "out")
+    out, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    assert BLOCK.search(out) and out.index("teacher-s0: test accuracy") < out.index("Training Parameters:")
+
+
+def test_batch_sizes_and_a_single_step(cli, pictures, tmp_path):
+    small = (
+        "--dataset",
+        "folder",
+        "--data-dir",
+        pictures,
+        "--image-size",
+        16,
+        "--device",
+        "cpu",
+        "--output-dir",
+        tmp_path,
+    )
+    assert cli(*small, "--train-teacher", "--epochs", 1, "--batch-size", 5000).status == 0
+    got = cli(*small, "--epochs", 1, "--batch-size", 5000)
+    assert got.status == 0 and "- Batch Size: 5000" in got.out
+
+
+@needs_real_pictures
+def test_on_real_pictures_students_learn(cli, tmp_path):
+    """A part of the real pictures, 300 + 100 a class and three classes, one epoch: far above chance, both commands."""
+    for split, count in (("train", 300), ("test", 100)):
+        for name in ("airplane", "frog", "truck"):
+            (tmp_path / "part" / split / name).mkdir(parents=True)
+            for path in sorted((real_pictures() / split / name).iterdir())[:count]:
+                (tmp_path / "part" / split / name / path.name).symlink_to(path)
+    small = (
+        "--dataset",
+        "folder",
+        "--data-dir",
+        tmp_path / "part",
+        "--output-dir",
+        tmp_path / "out",
+        "--image-size",
+        16,
+    )
+    assert cli(*small, "--train-teacher", "--epochs", 3, "--batch-size", 32).status == 0
+    got = cli(*small, "--epochs", 4, "--batch-size", 32, "--alpha", "0.5")
+    values = [float(value) for value in BLOCK.search(got.out).groups()[4:7]]
+    assert np.min(values) > 0.55, got.out

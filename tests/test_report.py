@@ -1,0 +1,287 @@
+"""The statistics against hand-worked examples and published figures; the printed text; the files."""
+
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import figures
+import report
+from report import (
+    calibration_error,
+    claim,
+    class_accuracies,
+    mcnemar_test,
+    negative_log_likelihood,
+    paired_test,
+    points,
+    reliability,
+    seeds_needed,
+    softmax,
+    spread,
+)  # fmt: skip
+
+# Statistics ----------------------------------------------------------------------------------------------------------
+
+
+def test_paired_test_against_students_sleep_data():
+    """Student (1908), the two drugs' hours of sleep gained by ten patients: t = 4.0621, p = 0.002833, 0.70 to 2.46."""
+    one = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    two = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    got = paired_test([b - a for a, b in zip(one, two, strict=True)])
+    assert got["mean"] == pytest.approx(1.58)
+    assert got["p_value"] == pytest.approx(0.002833, abs=5e-7)
+    assert got["ci95"] == pytest.approx([0.7001142, 2.4598858], abs=5e-7)
+
+
+def test_paired_test_by_hand():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt 3, t(0.975, 2) = 4.302653."""
+    got = paired_test([1.0, 2.0, 3.0])
+    half = 4.302653 / math.sqrt(3)
+    assert got["ci95"] == pytest.approx([2 - half, 2 + half], abs=1e-5)
+    assert got["p_value"] == pytest.approx(0.0741799, abs=1e-6)
+
+
+@pytest.mark.parametrize("differences", [[0.3], [0.3, 0.3, 0.3], [0.0, 0.0]])
+def test_undefined_statistics_are_null_never_nan(differences):
+    got = paired_test(differences)
+    assert got["ci95"] is None and got["p_value"] is None and got["mean"] == pytest.approx(differences[0])
+    assert "NaN" not in json.dumps(got)
+
+
+def test_mcnemar_against_the_binomial_by_hand():
+    """1 of 10 discordant pictures one way: p = 2 (C(10, 0) + C(10, 1)) / 2^10 = 22 / 1024."""
+    assert mcnemar_test(9, 1) == mcnemar_test(1, 9) == pytest.approx(22 / 1024)
+    assert mcnemar_test(0, 0) == 1.0 and mcnemar_test(4, 4) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_seeds_needed_against_cohens_tables(effect, pairs):
+    """The sample sizes of a paired t-test at 80% power and 5%, two-sided, for Cohen's (1988) small, medium and large
+    effects, as G*Power gives them."""
+    assert seeds_needed(deviation=1 / effect, gain=1.0) == pairs
+
+
+def test_spread_is_the_sample_standard_deviation():
+    assert spread([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3))
+    assert spread([1.0]) is None
+
+
+def test_calibration_error_by_hand():
+    """Three pictures at 0.6 of which one is right and one at 0.9, right: 3/4 |1/3 - 0.6| + 1/4 |1 - 0.9| = 0.225."""
+    probabilities = np.array([[0.6, 0.4], [0.6, 0.4], [0.6, 0.4], [0.1, 0.9]])
+    labels = np.array([0, 1, 1, 1])
+    assert calibration_error(probabilities, labels) == pytest.approx(0.225)
+    share, confidence, accuracy = reliability(probabilities, labels)
+    assert share.sum() == pytest.approx(1) and share[8] == 0.75 and share[13] == 0.25  # (8/15, 9/15], (13/15, 14/15]
+    assert accuracy[8] == pytest.approx(1 / 3) and confidence[13] == pytest.approx(0.9)
+
+
+def test_negative_log_likelihood_by_hand():
+    logits = np.array([[math.log(3), 0.0], [0.0, 0.0], [5e4, 0.0]])
+    expected = (-math.log(0.75) - math.log(0.5) + 5e4) / 3
+    assert negative_log_likelihood(logits, np.array([0, 1, 1])) == pytest.approx(expected)
+
+
+def test_softmax_at_a_temperature():
+    np.testing.assert_allclose(softmax([[2 * math.log(3), 0]], 2), [[0.75, 0.25]])
+    assert np.isfinite(softmax([[1e6, -1e6]])).all()
+
+
+def test_class_accuracies():
+    logits = np.eye(3)[[0, 0, 1, 1]]
+    assert class_accuracies(logits, np.array([0, 1, 1, 1]), 3) == [1.0, pytest.approx(2 / 3), None]
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.254, "0.25"), (-0.254, "-0.25"), (-0.001, "0.00"), (0.0, "0.00"), (12.345, "12.35"), (-3.0, "-3.00")],
+)
+def test_gains_in_points(value, text):
+    assert points(value) == text
+
+
+def test_one_pair_claims_nothing_about_distillation():
+    text = claim({"mean": 0.3, "ci95": None, "p_value": 0.41, "mended": 60, "broken": 50, "by_seed": [0.3]}, 1, 10_000)
+    assert (
+        "These two networks" in text and "mends 60 and breaks 50" in text and "says nothing about distillation" in text
+    )
+
+
+def test_a_gain_that_is_shown_and_one_that_is_not():
+    shown = [1.0, 1.1, 0.9]
+    text = claim(paired_test(shown) | {"by_seed": shown}, 3, 10_000)
+    assert "improves this student" in text and "+1.00 points" in text and "n = 3 seeds" in text
+    worse = [-1.0, -1.1, -0.9]
+    assert "worsens" in claim(paired_test(worse) | {"by_seed": worse}, 3, 10_000)
+    vague = [0.5, -0.5, 0.1]
+    text = claim(paired_test(vague) | {"by_seed": vague}, 3, 10_000)
+    needed = seeds_needed(np.std(vague, ddof=1))
+    assert f"No difference can be shown with 3 seeds; about {needed} would show a gain of 0.25 points" in text
+    assert "initial weights and orders of pictures" in text
+    same = [0.5, 0.5]
+    assert "no interval" in claim(paired_test(same) | {"by_seed": same}, 2, 10_000)
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, finished, flags):
+    """An output folder with a sweep of 2 x 2 pairs and 3 seeds."""
+    import main
+
+    output = shutil.copytree(finished, tmp_path_factory.mktemp("swept") / "out")
+    words = (
+        *flags,
+        "--output-dir",
+        output,
+        "--seeds",
+        3,
+        "--temperature",
+        2,
+        4,
+        "--alpha",
+        0.5,
+        0.9,
+        "--val-fraction",
+        0.25,
+    )
+    assert main.main([str(word) for word in words]) == 0
+    return output
+
+
+def test_comparison_json(swept):
+    text = (swept / "comparison.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    got = json.loads(text)
+    baseline, kd = got["baseline"], got["kd"][0]
+    assert baseline["seeds"] == kd["seeds"] == [0, 1, 2]
+    for entry, name in ((baseline, "baseline"), (kd, f"kd-T{kd['temperature']:g}-a{kd['alpha']:g}")):
+        kept = [json.loads((swept / f"{name}-s{seed}" / "run.json").read_text())["accuracy"] for seed in range(3)]
+        assert entry["accuracies"] == kept
+        assert entry["mean"] == pytest.approx(np.mean(kept)) and entry["std"] == pytest.approx(np.std(kept, ddof=1))
+    gains = 100 * (np.array(kd["accuracies"]) - np.array(baseline["accuracies"]))
+    assert kd["improvement"]["mean"] == pytest.approx(gains.mean())
+    assert len(kd["agreement_with_teacher"]) == 3
+    assert got["teacher"]["parameters"] > 10 * got["student"]["parameters"]
+    assert got["teacher"]["macs"] > 5 * got["student"]["macs"]
+    assert got["environment"]["torch"] and got["environment"]["program"] and got["seconds"] > 0
+    # The pair of the first command is there too, after the pair just asked for.
+    assert (got["kd"][-1]["temperature"], got["kd"][-1]["alpha"], got["kd"][-1]["seeds"]) == (4.0, 0.1, [0])
+    assert got["kd"][-1]["improvement"]["method"] == "exact McNemar test"
+
+
+def test_agreement_is_the_share_of_equal_answers(swept):
+    got = json.loads((swept / "comparison.json").read_text())
+    teacher, student = (np.load(swept / name / "test_logits.npy") for name in ("teacher-s0", "baseline-s1"))
+    assert got["baseline"]["agreement_with_teacher"][1] == (teacher.argmax(1) == student.argmax(1)).mean()
+
+
+def test_the_sweep_never_read_the_test_set_and_the_best_on_validation_was_taken(swept):
+    assert not list((swept / "selection").glob("*/test_logits.npy"))
+    got = json.loads((swept / "comparison.json").read_text())
+    entries = [e for e in got["selection"] if e["role"] == "kd"]
+    assert len(entries) == 4 and all(len(e["val_accuracies"]) == 3 for e in got["selection"])
+    best = max(entries, key=lambda e: e["mean"])
+    assert got["kd"][0]["mean"] is not None
+    assert best["mean"] == next(
+        e["mean"]
+        for e in entries
+        if (e["temperature"], e["alpha"]) == (got["kd"][0]["temperature"], got["kd"][0]["alpha"])
+    )
+    assert any(e["role"] == "baseline" for e in got["selection"])
+
+
+def test_validation_decides_even_against_the_test_set(tmp_path):
+    """Two pairs, one better on validation and the other on the test set: the former is chosen."""
+    for temperature, validation, test in ((1.0, 0.9, 0.2), (4.0, 0.8, 0.99)):
+        for folder, entries in (("selection", {"val_accuracy": validation}), (".", {"accuracy": test})):
+            run = tmp_path / folder / f"kd-T{temperature:g}-a0.5-s0"
+            run.mkdir(parents=True)
+            (run / "model.pt").touch()
+            settings = {"role": "kd", "temperature": temperature, "alpha": 0.5, "seed": 0}
+            (run / "run.json").write_text(json.dumps({"finished": True, "settings": settings, **entries}))
+    assert report.best_pair(tmp_path, [(4.0, 0.5), (1.0, 0.5)], [0]) == (1.0, 0.5)
+
+
+def test_comparison_csv_has_a_row_a_run(swept):
+    with open(swept / "comparison.csv") as file:
+        rows = list(csv.DictReader(file))
+    names = [row["run"] for row in rows]
+    assert len(names) == len(set(names)) == 3 + 3 + 1 + 15  # baselines, KD, the pair before, the sweep
+    for row in rows:
+        kept = json.loads((swept / row["run"] / "run.json").read_text())
+        for name in ("accuracy", "val_accuracy"):
+            assert row[name] == ("" if kept.get(name) is None else repr(kept[name]))
+
+
+def test_report_prints_and_draws_again_without_data_and_training(cli, swept, tmp_path, monkeypatch):
+    import data
+
+    again = shutil.copytree(swept, tmp_path / "out")
+    before = (again / "comparison.json").read_bytes()
+    shutil.rmtree(again / "figures")
+    (again / "comparison.csv").unlink()
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("data was loaded"))
+    got = cli("--report", "--output-dir", again)
+    assert got.status == 0, got
+    assert "Improvement with KD:" in got.out and "Sweep, on validation" in got.out
+    assert (again / "comparison.json").read_bytes() == before
+    assert (again / "comparison.csv").exists() and len(list((again / "figures").iterdir())) == 5
+
+
+def test_damaged_logits_are_named(cli, copy):
+    path = copy / "kd-T4-a0.1-s0" / "test_logits.npy"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    got = cli("--report", "--output-dir", copy)
+    assert got.status == 1 and str(path) in got.err and "damaged" in got.err
+
+
+def test_a_repeated_sweep_trains_nothing(cli, flags, swept, tmp_path):
+    again = shutil.copytree(swept, tmp_path / "out")
+    times = {p: p.stat().st_mtime_ns for p in again.rglob("model.pt")}
+    words = ("--seeds", 3, "--temperature", 2, 4, "--alpha", 0.5, 0.9, "--val-fraction", 0.25)
+    assert cli(*flags, "--output-dir", again, *words).status == 0
+    assert {p: p.stat().st_mtime_ns for p in again.rglob("model.pt")} == times
+
+
+def test_figures_are_not_blank_and_carry_their_labels(swept):
+    comparison = report.Comparison(swept)
+    expected = {
+        "curves": {"epoch", "training loss"}, "gain": {"student seed", "percentage points", "mean, 95% interval"},
+        "sweep": {"temperature", "alpha"}, "reliability_diagrams": {"confidence", "accuracy", "ECE"},
+        "dark_knowledge": {"probability", "teacher, T = 1", "student with KD", "student, baseline"},
+    }  # fmt: skip
+    for name, words in expected.items():
+        figure = getattr(figures, name)(comparison)
+        figure.canvas.draw()
+        texts = " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+        assert not [word for word in words if word not in texts], (name, texts)
+    drawn = {path.stem: np.asarray(Image.open(path).convert("L")) for path in (swept / "figures").iterdir()}
+    assert set(drawn) == {"curves", "gain", "sweep", "reliability", "dark_knowledge"}
+    for name, pixels in drawn.items():
+        assert pixels.std() > 10 and min(pixels.shape) > 300, name
+
+
+def test_dark_knowledge_is_chosen_where_it_is_most_telling():
+    """Four pictures of class 0: the one that teacher and KD get right and the baseline takes for the teacher's second
+    class comes first; the one that the teacher gets wrong comes last."""
+
+    class Comparison:
+        classes = ["a", "b", "c"]
+        labels = np.array([0, 0, 0, 0])
+        teacher_logits = np.array([[1.0, 3, 0], [3, 1, 0], [3, 2, 0], [3, 2, 0]])
+        kd_logits = [[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 0, 0]])]]
+        baseline_logits = [np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [0, 3, 0]])]
+
+    assert figures.telling_pictures(Comparison, 4) == [3, 2, 1, 0]

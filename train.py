@@ -1,0 +1,552 @@
+"""One loop for teacher, distilled student and baseline; evaluation; a run kept in its folder.
+
+A run's draws are functions of its settings and the epoch, and its state is kept at the end of every epoch and every few
+minutes within long ones: killed anywhere and started again, it ends with the same bits.
+"""
+
+import csv
+import io
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import models
+from data import Views, split
+from distill import INFERENCE_BATCH, distillation_loss, precision_context, predict
+from files import (
+    Damaged,
+    Failure,
+    Interrupted,
+    Stop,
+    load_checkpoint,
+    make_folder,
+    remove,
+    save_array,
+    save_checkpoint,
+    write,
+    write_json,
+)  # fmt: skip
+from models import generator
+
+VERSION = "1.0.0"  # of the program
+RECIPE = 1  # of the schedule, optimiser and initial weights below: a run of another recipe is another run
+STATE_FORMAT = 1
+MOMENTUM = 0.9
+WARMUP = 0.2  # of all steps; the rest is a linear decay to zero
+WEIGHT_DECAY = 5e-4
+REFRESH = 0.25  # seconds between progress figures
+HISTORY = (
+    "epoch", "train_loss", "train_accuracy", "val_accuracy", "learning_rate", "seconds", "teacher_seconds",
+    "images_per_second",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What identifies a run: with all of it equal, a run's weights are equal. `data` and `teacher` are digests."""
+
+    role: str  # "teacher", "kd" or "baseline"
+    data: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    image_size: int
+    val_fraction: float = 0.0
+    temperature: float | None = None
+    alpha: float | None = None
+    teacher: str | None = None
+    recipe: int = RECIPE
+
+    @property
+    def architecture(self):
+        return "teacher" if self.role == "teacher" else "student"
+
+    @property
+    def name(self):
+        """The run's folder: teacher-s0, kd-T4-a0.1-s0, baseline-s0."""
+        return run_name(self.role, self.seed, self.temperature, self.alpha)
+
+    def as_dict(self):
+        return asdict(self) | {"architecture": self.architecture}
+
+
+def run_name(role, seed, temperature=None, alpha=None):
+    """A run's folder name; numbers without a trailing .0."""
+    pair = f"-T{_short(temperature)}-a{_short(alpha)}" if role == "kd" else ""
+    return f"{role}{pair}-s{seed}"
+
+
+def _short(number):
+    return repr(float(number)).removesuffix(".0")
+
+
+def default_learning_rate(batch_size):
+    """The peak learning rate for a batch size: 0.2 at 128 and proportional below 512 (Goyal et al., arXiv 1706.02677),
+    then with the square root, where proportional rates start to diverge."""
+    return 0.2 * batch_size / 128 if batch_size <= 512 else 0.8 * (batch_size / 512) ** 0.5
+
+
+def schedule(step, steps):
+    """The share of the peak learning rate at `step` of `steps` (from 0): linear warm-up, then linear decay."""
+    warmup = WARMUP * steps
+    return min(1.0, (step + 1) / max(1.0, warmup), (steps - step) / max(1.0, steps - warmup))
+
+
+def differences(found: Mapping, wanted: Mapping):
+    """What differs between a run's settings and those asked for, in words, for the settings that both name."""
+    words = []
+    for name, value in wanted.items():
+        if name in found and found[name] != value:
+            label = name.replace("_", " ")
+            if name in ("data", "teacher"):
+                words.append(f"another {label if name == 'teacher' else 'data set'}")
+            else:
+                words.append(f"{label} {found[name]} instead of {value}")
+    return words
+
+
+def refuse_other_settings(folder, found, wanted):
+    """Raises Failure where a run's settings are not those asked for."""
+    words = differences(found, wanted)
+    if words:
+        raise Failure(
+            f"{folder} holds a run with other settings: {', '.join(words)}.\n"
+            "Add --overwrite to train it anew in its place, or choose another --output-dir."
+        )
+
+
+def environment(device, precision):
+    """What a run was made with; recorded, not compared."""
+    import torchvision
+
+    return {
+        "program": VERSION,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "system": platform.platform(),
+        "device": describe(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe(device):
+    """The device in words: the GPU's name, or the processor's and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores" + (" (MPS)" if device.type == "mps" else "")
+
+
+def accuracy(logits, labels):
+    """The share of rows of `logits` (N, classes) whose largest entry is at the label (N,): a float from 0 to 1."""
+    return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def evaluate(network, pictures, mean, std, precision):
+    """The float32 logits (N, classes) of uint8 pictures (N, S, S, 3), uncropped and unflipped, in large batches."""
+    training = network.training
+    network.eval()
+    logits = predict(
+        network, (models.normalise(part, mean, std) for part in pictures.split(INFERENCE_BATCH)), precision
+    )
+    network.train(training)
+    return logits
+
+
+def is_finished(folder):
+    """Whether a run's folder holds a model.pt (which is the last file that a run writes)."""
+    return (Path(folder) / "model.pt").exists()
+
+
+def finished(folder, wanted=None):
+    """The verified content of a finished run's model.pt; refused where its settings are not those `wanted`."""
+    try:
+        content = models.read(Path(folder) / "model.pt")
+    except Damaged as error:
+        raise Damaged(f"{error}\nPut a whole copy in its place, or add --overwrite to train it anew.") from None
+    if wanted is not None:
+        refuse_other_settings(folder, content["settings"], wanted.as_dict())
+    return content
+
+
+class Trainer:
+    """What runs share: the data on its device, the precision, how often (in seconds) state is kept within epochs."""
+
+    def __init__(self, data, device, precision="fp32", save_every=120.0, stop=None):
+        self.data, self.device, self.precision = data, device, precision
+        self.save_every, self.stop = save_every, stop or Stop()
+        self.later = 0  # pictures that runs after this one will train on, for the time left
+        self.threads = torch.get_num_threads()
+        self._views = {}
+
+    def views(self, purpose="views"):
+        """The training set's views: one stream for students, one for the teacher."""
+        if purpose not in self._views:
+            self._views.clear()  # a teacher and its students are not trained by the same command but for --demo
+            self._views[purpose] = Views(self.data.train_pictures, self.data.mean, self.data.std, purpose)
+        return self._views[purpose]
+
+    def train(self, folder, settings, targets=None, overwrite=False, title=""):
+        """Trains the run `settings` in `folder`, or continues or reuses what is there; returns its accuracy (on the
+        test set, or on the validation part where there is one).
+
+        `targets` are the teacher's SoftTargets, for a distilled student with alpha above 0. Raises Failure where the
+        folder holds a run with other settings and `overwrite` is not set, or where the training diverges, and
+        Interrupted, with the state kept, on a signal.
+        """
+        return _Run(self, Path(folder), settings, targets, overwrite, title or settings.name).train()
+
+
+class _Run:
+    """One run while it is being trained."""
+
+    def __init__(self, trainer, folder, settings, targets, overwrite, title):
+        self.trainer, self.folder, self.settings, self.targets = trainer, folder, settings, targets
+        self.overwrite, self.title = overwrite, title
+        self.data, self.device = trainer.data, trainer.device
+        self.state_path, self.previous_path = folder / "state.pt", folder / "state-before.pt"
+
+    def train(self):
+        settings = self.settings
+        if is_finished(self.folder) and not self.overwrite:
+            content = finished(self.folder, settings)
+            remove(self.state_path, self.previous_path)
+            return content["accuracy"]
+        rows, validation = split(self.data.train_labels, settings.val_fraction)
+        self.rows, self.validation = rows.to(self.device), validation.to(self.device)
+        self.batch_size = min(settings.batch_size, len(rows))
+        self.steps = len(rows) // self.batch_size
+        self.views = self.trainer.views("teacher views" if settings.role == "teacher" else "views")
+        self.network = models.create(settings.architecture, len(self.data.classes), settings.seed)
+        self.network = self.network.to(self.device, memory_format=torch.channels_last).train()
+        self.optimiser = _optimiser(self.network, settings, self.device)
+        torch.set_num_threads(self.trainer.threads)
+        self._begin()
+        self._epochs()
+        return self._finish()
+
+    # State ------------------------------------------------------------------------------------------------------
+
+    def _begin(self):
+        self.epoch, self.step, self.history = 0, 0, []
+        self._clear_sums()
+        state = None if self.overwrite else self._read_state()
+        if state is not None:
+            self._restore(state)
+            return
+        make_folder(self.folder)
+        self._save()
+        remove(
+            self.folder / "model.pt", self.previous_path, self.folder / "history.csv", self.folder / "test_logits.npy"
+        )
+        self._save_progress()
+
+    def _clear_sums(self):
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.seconds = self.teacher_seconds = 0.0
+
+    def _content(self):
+        return {
+            "format": STATE_FORMAT,
+            "settings": self.settings.as_dict(),
+            "device": self.device.type,
+            "precision": self.trainer.precision,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": self.history,
+            "loss_sum": self.loss_sum,
+            "correct": self.correct,
+            "seconds": self.seconds,
+            "teacher_seconds": self.teacher_seconds,
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    def _save(self):
+        """Keeps the state, and the one before it. State that is not finite never replaces state that is."""
+        self._check()
+        if not models.is_finite(self.network.state_dict()):
+            self._diverged(self.step)
+        save_checkpoint(self.state_path, self._content(), keep=self.previous_path)
+        self.saved_at = time.monotonic()
+
+    def _save_progress(self):
+        """What tells a person, or the program before it loads PyTorch, how far the run is."""
+        write_json(
+            self.folder / "run.json",
+            {
+                "finished": False,
+                "epochs_done": self.epoch,
+                "settings": self.settings.as_dict(),
+                "environment": environment(self.device, self.trainer.precision),
+            },
+        )
+
+    def _read_state(self):
+        """The newest state that is whole, or None where there is none at all."""
+        broken = None
+        for path in (self.state_path, self.previous_path):
+            if not path.exists():
+                continue
+            try:
+                state = load_checkpoint(path)
+                if state.get("format") != STATE_FORMAT or not isinstance(state.get("settings"), dict):
+                    raise Damaged(f"{path} is not a state of format {STATE_FORMAT}.")
+            except Damaged as error:
+                broken = error
+                tqdm.write(f"{error}", file=sys.stderr)
+                continue
+            if broken:
+                tqdm.write(f"The run is continued from the state before it, {path}.", file=sys.stderr)
+            return state
+        if broken:
+            raise Damaged(f"{broken}\nNo earlier state is whole. Add --overwrite to train {self.folder} anew.")
+        return None
+
+    def _restore(self, state):
+        refuse_other_settings(self.folder, state["settings"], self.settings.as_dict())
+        here = {"device": self.device.type, "precision": self.trainer.precision}
+        words = differences(state, here)
+        if words:
+            raise Failure(
+                f"{self.folder} was begun elsewhere: {', '.join(words)}. Continue it there "
+                f"(--device {state['device']} --precision {state['precision']}), or add --overwrite to train it anew."
+            )
+        if state["torch"] != torch.__version__:
+            tqdm.write(
+                f"{self.folder} was begun with torch {state['torch']}; with {torch.__version__} last bits may differ.",
+                file=sys.stderr,
+            )
+        try:
+            self.network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            torch.set_num_threads(state["threads"])
+            self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+            self.loss_sum.copy_(state["loss_sum"])
+            self.correct.copy_(state["correct"])
+            self.seconds, self.teacher_seconds = state["seconds"], state["teacher_seconds"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Damaged(
+                f"{self.state_path} does not fit this run: {error}. Add --overwrite to train it anew."
+            ) from error
+        self.saved_at = time.monotonic()
+
+    # Training ---------------------------------------------------------------------------------------------------
+
+    def _epochs(self):
+        settings, stop = self.settings, self.trainer.stop
+        total = settings.epochs * self.steps * self.batch_size
+        done = (self.epoch * self.steps + self.step) * self.batch_size
+        with tqdm(
+            desc=self.title,
+            total=total,
+            initial=done,
+            unit=" pictures",
+            unit_scale=True,
+            disable=None,
+            mininterval=REFRESH,
+        ) as self.bar:
+            while self.epoch < settings.epochs:
+                try:
+                    soft = self._soft_targets()
+                    with stop.deferred():
+                        self._one_epoch(soft)
+                    stop.raise_pending()
+                except Interrupted as error:
+                    where = f"epoch {self.epoch} of {settings.epochs}"
+                    if self.step:
+                        where += f" and step {self.step} of {self.steps} of the next"
+                    raise Interrupted(
+                        error.signal_number, f"Stopped {self.folder.name} after {where}; its state is kept."
+                    ) from None
+
+    def _soft_targets(self):
+        if self.targets is None:
+            return None
+        started = time.perf_counter()
+        soft = self.targets.epoch(self.epoch, f"{self.title}: soft targets of epoch {self.epoch + 1}")
+        self.teacher_seconds += time.perf_counter() - started
+        return soft
+
+    def _one_epoch(self, soft):
+        settings, stop, size = self.settings, self.trainer.stop, self.batch_size
+        if self.views.epoch != self.epoch:
+            self.views.start(self.epoch)
+        stream = "teacher order" if settings.role == "teacher" else "order"
+        order = torch.randperm(len(self.rows), generator=generator(stream, settings.seed, self.epoch))
+        order = self.rows[order.to(self.device)]
+        begun = time.perf_counter() - self.seconds
+        shown = 0.0
+        while self.step < self.steps:
+            batch = order[self.step * size : (self.step + 1) * size]
+            self._step(batch, soft)
+            self.step += 1
+            self.bar.update(size)
+            now = time.monotonic()
+            if now - shown >= REFRESH:
+                shown = now
+                self._check()
+                if not self.bar.disable:
+                    self._show()
+            if self.step < self.steps and (
+                stop.signal_number is not None or now - self.saved_at >= self.trainer.save_every
+            ):
+                self.seconds = time.perf_counter() - begun
+                self._save()
+                if stop.signal_number is not None:
+                    return
+        self._check()  # waits for the device: what follows is timed
+        self.seconds = time.perf_counter() - begun
+        self._end_of_epoch()
+
+    def _step(self, batch, soft):
+        settings = self.settings
+        rate = settings.learning_rate * schedule(self.epoch * self.steps + self.step, settings.epochs * self.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        labels = self.data.train_labels[batch]
+        with precision_context(self.device, self.trainer.precision):
+            logits = self.network(self.views.batch(batch))
+        if soft is None:
+            loss = F.cross_entropy(logits.float(), labels)
+        else:
+            loss = distillation_loss(logits, labels, soft[batch], settings.temperature, settings.alpha)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        with torch.no_grad():
+            self.loss_sum += loss.detach()
+            self.correct += (logits.argmax(1) == labels).sum()
+            self.first_bad = torch.where((self.first_bad < 0) & ~loss.isfinite(), self.step, self.first_bad)
+
+    def _end_of_epoch(self):
+        pictures = self.steps * self.batch_size
+        row = {
+            "epoch": self.epoch + 1,
+            "train_loss": self.loss_sum.item() / self.steps,
+            "train_accuracy": self.correct.item() / pictures,
+            "val_accuracy": self._validation_accuracy(),
+            "learning_rate": self.optimiser.param_groups[0]["lr"],
+            "seconds": self.seconds,
+            "teacher_seconds": self.teacher_seconds,
+            "images_per_second": pictures / self.seconds,
+        }
+        self.history = [*self.history, row]
+        self.epoch, self.step = self.epoch + 1, 0
+        self._clear_sums()
+        self._save()
+        self._save_history()
+        self._save_progress()
+
+    def _validation_accuracy(self):
+        if not len(self.validation):
+            return None
+        pictures, labels = self.data.train_pictures[self.validation], self.data.train_labels[self.validation]
+        return accuracy(evaluate(self.network, pictures, self.data.mean, self.data.std, self.trainer.precision), labels)
+
+    def _check(self):
+        bad = self.first_bad.item()
+        if bad >= 0:
+            self._diverged(bad)
+
+    def _diverged(self, step):
+        rate = self.settings.learning_rate
+        raise Failure(
+            f"{self.folder.name} diverged: its loss or weights were not finite at step {step + 1} of {self.steps} of "
+            f"epoch {self.epoch + 1} of {self.settings.epochs}.\nThe last good state is kept. "
+            f"Try a smaller learning rate: --lr {rate / 4:.3g} --overwrite (it was {rate:.3g})."
+        )
+
+    def _show(self):
+        seen = self.step * self.batch_size
+        postfix = {
+            "epoch": f"{self.epoch + 1}/{self.settings.epochs}",
+            "loss": f"{self.loss_sum.item() / self.step:.3f}",
+            "acc": f"{self.correct.item() / seen:.3f}",
+        }
+        if self.trainer.later and (rate := self.bar.format_dict["rate"]):
+            left = (self.bar.total - self.bar.n + self.trainer.later) / rate
+            postfix["all"] = f"{tqdm.format_interval(left)} left"
+        self.bar.set_postfix(postfix, refresh=False)
+
+    # End --------------------------------------------------------------------------------------------------------
+
+    def _save_history(self):
+        text = io.StringIO()
+        table = csv.DictWriter(text, HISTORY, lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.history)
+        write(self.folder / "history.csv", text.getvalue())
+
+    def _finish(self):
+        """Reads the test set, once, and writes what a finished run holds; model.pt, which makes it finished, last."""
+        settings, data = self.settings, self.data
+        self._save_history()
+        record = {
+            "finished": True,
+            "epochs_done": self.epoch,
+            "settings": settings.as_dict(),
+            "environment": environment(self.device, self.trainer.precision),
+            "seconds": sum(row["seconds"] + row["teacher_seconds"] for row in self.history),
+            "costs": {
+                name: dict(
+                    zip(("parameters", "macs"), models.costs(name, len(data.classes), data.image_size), strict=True)
+                )
+                for name in models.ARCHITECTURES
+            },
+        }
+        if settings.val_fraction:
+            result = self.history[-1]["val_accuracy"]
+            record["val_accuracy"] = result
+        else:
+            logits = evaluate(self.network, data.test_pictures, data.mean, data.std, self.trainer.precision)
+            result = record["accuracy"] = accuracy(logits, data.test_labels)
+            record["test_logits_sha256"] = save_array(self.folder / "test_logits.npy", logits.cpu().numpy())
+        write_json(self.folder / "run.json", record)
+        models.save(
+            self.folder / "model.pt",
+            self.network,
+            settings.architecture,
+            classes=data.classes,
+            image_size=data.image_size,
+            mean=data.mean,
+            std=data.std,
+            settings=settings.as_dict(),
+            accuracy=result,
+        )
+        remove(self.state_path, self.previous_path)
+        return result
+
+
+def _optimiser(network, settings, device):
+    """SGD with Nesterov momentum; weight decay on convolutions and matrices, not on batch norm and biases."""
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    return torch.optim.SGD(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        momentum=MOMENTUM,
+        nesterov=True,
+        fused=device.type in ("cpu", "cuda"),
+    )
