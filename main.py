@@ -336,7 +336,8 @@ class Session:
             cache=self.output / "data",
         )
         self.data = loaded.to(self.device)
-        self.trainer = train.Trainer(self.data, self.device, self.precision, arguments.save_every, stop)
+        recorded = {name: getattr(arguments, name) for name in ("dataset", "data_dir", "num_workers", "teacher")}
+        self.trainer = train.Trainer(self.data, self.device, self.precision, arguments.save_every, stop, recorded)
         self.costs = {
             name: models.costs(name, len(loaded.classes), loaded.image_size) for name in ("teacher", "student")
         }
@@ -490,7 +491,7 @@ def main(argv=None):
         return 2
     except Interrupted as error:
         again = "The same command without --overwrite" if arguments and arguments.overwrite else "The same command"
-        print(f"\n{error} {again} continues.", file=sys.stderr)
+        print(f"\n{error} {again} continues it.", file=sys.stderr)
         return 128 + error.signal_number
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ Both are built from one block, convolution - (pooling) - batch norm - ReLU. Pool
 in the speed-run networks for CIFAR-10 (arXiv 2404.00498): those two are bound by memory, and see a quarter of the data.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -127,9 +128,15 @@ def costs(architecture, classes, image_size):
 
 def normalise(pictures, mean, std):
     """uint8 pictures (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last order, (x / 255 - mean) / std by channel."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=pictures.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pictures.device)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), pictures.device)
     return torch.addcmul(shift, pictures.to(torch.float32), scale).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=8)  # on a GPU these would otherwise be copied there, and waited for, at every step
+def _scale_and_shift(mean, std, device):
+    scale = torch.tensor([1 / (255 * s) for s in std])
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    return scale.to(device), shift.to(device)
 
 
 def digest(state_dict):

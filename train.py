@@ -189,9 +189,10 @@ def finished(folder, wanted=None):
 class Trainer:
     """What runs share: the data on its device, the precision, how often (in seconds) state is kept within epochs."""
 
-    def __init__(self, data, device, precision="fp32", save_every=120.0, stop=None):
+    def __init__(self, data, device, precision="fp32", save_every=120.0, stop=None, recorded=None):
+        """`recorded` is a dict that run.json keeps: what a run was made from, but is not identified by."""
         self.data, self.device, self.precision = data, device, precision
-        self.save_every, self.stop = save_every, stop or Stop()
+        self.save_every, self.stop, self.recorded = save_every, stop or Stop(), recorded or {}
         self.later = 0  # pictures that runs after this one will train on, for the time left
         self.threads = torch.get_num_threads()
         self._views = {}
@@ -297,11 +298,17 @@ class _Run:
             self.folder / "run.json",
             {
                 "finished": False,
-                "epochs_done": self.epoch,
-                "settings": self.settings.as_dict(),
-                "environment": environment(self.device, self.trainer.precision),
+                **self._record(),
             },
         )
+
+    def _record(self):
+        return {
+            "epochs_done": self.epoch,
+            "settings": self.settings.as_dict(),
+            "environment": environment(self.device, self.trainer.precision),
+            "recorded": self.trainer.recorded,
+        }
 
     def _read_state(self):
         """The newest state that is whole, or None where there is none at all."""
@@ -505,9 +512,7 @@ class _Run:
         self._save_history()
         record = {
             "finished": True,
-            "epochs_done": self.epoch,
-            "settings": settings.as_dict(),
-            "environment": environment(self.device, self.trainer.precision),
+            **self._record(),
             "seconds": sum(row["seconds"] + row["teacher_seconds"] for row in self.history),
             "costs": {
                 name: dict(

@@ -161,8 +161,8 @@ def diverging(top):
 
 FAILURES = (
     no_train, no_test, no_folder, data_dir_is_a_file, one_class, empty_class, class_in_train_only, class_in_test_only,
-    zero_bytes, cut_short, text_as_png, flipped_png, too_many_pixels, output_is_a_file, output_below_a_file, absent_cuda,
-    diverging,
+    zero_bytes, cut_short, text_as_png, flipped_png, too_many_pixels, output_is_a_file, output_below_a_file,
+    absent_cuda, diverging,
 )  # fmt: skip
 
 

@@ -1,0 +1,178 @@
+"""Kills the program at seeded random moments, flips bits in what it wrote, and compares with an untouched run.
+
+    python benchmarks/soak.py --kills 50 --flips 500
+
+A kill is a SIGKILL to the real program at a random moment, inside file writes too (the state is kept after every step
+here, so that much of the time is spent in them); the same command then goes on. At the end weights, test logits,
+history (its timing columns aside) and the printed block must be those of the untouched run, byte for byte. A flip is
+one changed bit in model.pt or state.pt: it must be refused, or harmless. Ends with exit status 1 at any difference.
+"""
+
+import argparse
+import csv
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+TIMING = {"seconds", "teacher_seconds", "images_per_second"}
+
+
+def commands(pictures, output, epochs=2):
+    """The user's two commands, on small pictures and with a state after every step."""
+    words = [
+        sys.executable, str(ROOT / "main.py"), "--dataset", "folder", "--data-dir", str(pictures), "--image-size", "16",
+        "--epochs", str(epochs), "--batch-size", "16", "--alpha", "0.5", "--device", "cpu", "--save-every", "0",
+        "--output-dir", str(output),
+    ]  # fmt: skip
+    return [[*words, "--train-teacher"], words]
+
+
+def run(words):
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0 or "Traceback" in done.stderr:
+        raise AssertionError(f"exit status {done.returncode} after: {done.stderr}")
+    return done.stdout
+
+
+def outcome(output, printed):
+    """All of an output folder that must not depend on interruptions, by name."""
+    found = {"printed block": re.search(r"Training Parameters:.*?%\n", printed, re.DOTALL)[0]}
+    for folder in sorted(path.parent for path in Path(output).glob("*/model.pt")):
+        for name in ("model.pt", "test_logits.npy"):
+            found[f"{folder.name}/{name}"] = (folder / name).read_bytes()
+        with open(folder / "history.csv") as file:
+            rows = [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
+        found[f"{folder.name}/history.csv"] = json.dumps(rows)
+        found[f"{folder.name}/files"] = sorted(path.name for path in folder.iterdir())
+    return found
+
+
+def survive(pictures, output, moments):
+    """Runs both commands to their ends, killed after each of `moments` (seconds, consumed from the front) until none
+    are left. Returns the outcome, the kills that hit a running process, and those of them inside a file write."""
+    kills = inside = 0
+    printed = ""
+    for words in commands(pictures, output):
+        while moments:
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+            try:
+                printed, errors = process.communicate(timeout=moments.pop(0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+                inside += any(Path(output).rglob(".*.part"))
+                continue
+            if process.returncode != 0 or "Traceback" in errors:
+                raise AssertionError(f"exit status {process.returncode} after {kills} kills: {errors}")
+            break
+        else:
+            printed = run(words)
+    return outcome(output, printed), kills, inside
+
+
+def differences(found, expected):
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
+
+def same(one, other):
+    """Whether two loaded checkpoints hold the same values, bit for bit."""
+    import torch
+
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+def flip_bits(path, count, seed=0):
+    """Flips `count` bits of a file, one at a time: half of them anywhere, half in the archive's pickle and directories,
+    where a flip changes more than a weight. Returns (refused, harmless, wrong), the last a list of positions."""
+    from files import Damaged, load_checkpoint
+
+    draws = random.Random(seed)
+    whole = Path(path).read_bytes()
+    expected = load_checkpoint(path)
+    broken = Path(path).with_suffix(".flipped")
+    refused, harmless, wrong = 0, 0, []
+    for number in range(count):
+        position = draws.randrange(len(whole))
+        if number % 2:
+            position = draws.choice([draws.randrange(6000), len(whole) - 1 - draws.randrange(12_000)]) % len(whole)
+        content = bytearray(whole)
+        content[position] ^= 1 << draws.randrange(8)
+        broken.write_bytes(content)
+        try:
+            if same(load_checkpoint(broken), expected):
+                harmless += 1
+            else:
+                wrong.append(position)
+        except Damaged:
+            refused += 1
+    broken.unlink()
+    return refused, harmless, wrong
+
+
+def unfinished_state(pictures, output):
+    """Stops a command in its middle and returns the path of its state.pt."""
+    words = commands(pictures, output, epochs=50)[0]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    state = Path(output) / "teacher-s0" / "state-before.pt"  # there from the second state on
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    process.wait()
+    return state.with_name("state.pt")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--flips", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=8.0, help="seconds until the latest kill")
+    arguments = parser.parse_args()
+    from conftest import make_pictures
+
+    draws = random.Random(arguments.seed)
+    top = Path(tempfile.mkdtemp(prefix="soak-"))
+    try:
+        pictures = make_pictures(top / "pictures")
+        printed = [run(words) for words in commands(pictures, top / "untouched")][-1]
+        expected = outcome(top / "untouched", printed)
+        kills = inside = bad = rounds = 0
+        while kills < arguments.kills:
+            moments = [draws.uniform(0.2, arguments.longest) for _ in range(min(25, arguments.kills - kills))]
+            found, hits, writes = survive(pictures, top / "killed", moments)
+            odd = differences(found, expected)
+            kills, inside, bad, rounds = kills + hits, inside + writes, bad + len(odd), rounds + 1
+            print(
+                f"round {rounds}: {kills} kills, {inside} inside a file write, differences: {odd or 'none'}", flush=True
+            )
+            shutil.rmtree(top / "killed")
+        state = unfinished_state(pictures, top / "stopped")
+        for path in (top / "untouched" / "teacher-s0" / "model.pt", state):
+            refused, harmless, wrong = flip_bits(path, arguments.flips // 2, arguments.seed)
+            bad += len(wrong)
+            print(f"{path.name}: {refused} flips refused, {harmless} harmless, other weights in silence: {len(wrong)}")
+        print(f"{kills} kills and {arguments.flips // 2 * 2} flips survived" if not bad else f"{bad} DIFFERENCES")
+        return int(bad > 0)
+    finally:
+        shutil.rmtree(top)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""Ours against the textbook loop, interleaved in one process: what does an experiment cost?
+
+    python benchmarks/throughput.py            about ten minutes on 2 cores
+    python benchmarks/throughput.py --quick    two minutes
+
+The textbook loop is what people use instead: torchvision transforms on PIL images in DataLoader workers, contiguous
+float32, the teacher run again in every step of every student, `.item()` in every step. Networks, batch size, loss and
+optimiser are the same. Pictures are noise of CIFAR-10's size: accuracy is not measured here. Every figure is the
+median over the repeats, with the smallest and largest. Writes results/throughput-<device>.json.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import main as command_line
+import models
+import train
+from distill import SoftTargets, distillation_loss
+
+BATCH, CLASSES, SIZE, TEMPERATURE, ALPHA, WORKERS = 128, 10, 32, 4.0, 0.5, 2
+MEAN = STD = (0.5, 0.25, 0.3)
+
+
+def noise(pictures, device):
+    """A Data of random pictures."""
+    draws = torch.Generator().manual_seed(0)
+    train_pictures = torch.randint(0, 256, (pictures, SIZE, SIZE, 3), dtype=torch.uint8, generator=draws)
+    labels = torch.randint(0, CLASSES, (pictures,), generator=draws)
+    names = tuple(f"class {k}" for k in range(CLASSES))
+    some = train_pictures[:200], labels[:200]
+    return data.Data(names, train_pictures, labels, *some, MEAN, STD, f"noise-{pictures}").to(device)
+
+
+# The textbook loop ---------------------------------------------------------------------------------------------------
+
+
+class Pictures(Dataset):
+    """As torchvision.datasets.CIFAR10: a PIL image is made, cropped, flipped and normalised for every access."""
+
+    def __init__(self, loaded):
+        self.pictures, self.labels = loaded.train_pictures.cpu().numpy(), loaded.train_labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(SIZE, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.pictures[index])), self.labels[index]
+
+
+def textbook_loader(loaded):
+    return DataLoader(
+        Pictures(loaded),
+        BATCH,
+        shuffle=True,
+        num_workers=WORKERS,
+        drop_last=True,
+        pin_memory=loaded.train_pictures.is_cuda,
+    )
+
+
+def textbook_epoch(loaded, device, network, teacher=None):
+    network = network.to(device).train()
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    total = 0.0
+    for pictures, labels in textbook_loader(loaded):
+        pictures, labels = pictures.to(device), labels.to(device)
+        logits = network(pictures)
+        if teacher is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            with torch.no_grad():
+                soft = teacher(pictures)
+            loss = distillation_loss(logits, labels, soft, TEMPERATURE, ALPHA)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        total += loss.item()
+    return total
+
+
+# Ours ----------------------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """Whole runs of one epoch as the program trains them: set-up, states and files included."""
+
+    def __init__(self, loaded, device, precision, teacher):
+        self.folder = tempfile.TemporaryDirectory()
+        self.trainer = train.Trainer(loaded, device, precision)
+        self.teacher, self.loaded, self.runs = teacher, loaded, 0
+
+    def targets(self, fresh=False):
+        self.runs += fresh
+        name = f"teacher {self.runs}"
+        folder = Path(self.folder.name) / "targets"
+        return SoftTargets(self.teacher, name, self.loaded.digest, self.trainer.views(), folder, self.trainer.precision)
+
+    def epoch(self, role, seed=0, targets=None):
+        self.runs += 1
+        extra = {"temperature": TEMPERATURE, "alpha": ALPHA, "teacher": "t"} if role == "kd" else {}
+        settings = train.Settings(role, self.loaded.digest, 1, BATCH, 0.05, 5e-4, seed, SIZE, **extra)
+        self.trainer.train(Path(self.folder.name) / str(self.runs), settings, targets)
+
+    def comparison(self):
+        targets = self.targets(fresh=True)
+        for seed in range(3):
+            self.epoch("kd", seed, targets)
+            self.epoch("baseline", seed)
+
+    def input_pipeline(self):
+        views = self.trainer.views()
+        views.start(self.runs)
+        order = torch.randperm(views.count, device=views.device)
+        for batch in order.split(BATCH):
+            views.batch(batch)
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def matmul_peak(device, precision):
+    """Multiply-adds a second of a large matrix product in the precision that is trained in."""
+    side = 2048 if device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = min(seconds(lambda: one @ other, device) for _ in range(8))
+    return side**3 / best
+
+
+def seconds(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory():
+    """GB of a process that holds 50,000 pictures, asks the teacher about some and trains the student on some."""
+    loaded = noise(50_000, torch.device("cpu"))
+    ours = Ours(loaded, torch.device("cpu"), "fp32", models.create("teacher", CLASSES, 0).eval())
+    views = ours.trainer.views()
+    views.start(0)
+    network = models.create("student", CLASSES, 0).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        ours.teacher(views.batch(torch.arange(1000)))
+    for start in range(0, 5 * BATCH, BATCH):
+        F.cross_entropy(
+            network(views.batch(torch.arange(start, start + BATCH))), loaded.train_labels[:BATCH]
+        ).backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2,000 pictures and 2 repeats")
+    parser.add_argument("--pictures", type=int, default=None, help="an epoch's pictures [6,000; on a GPU 50,000]")
+    parser.add_argument("--repeats", type=int, default=None, help="[3]")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--peak-memory", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_memory:
+        peak_memory()
+        return
+    device = command_line.choose_device(arguments.device)
+    precision = command_line.choose_precision(arguments.precision, device)
+    pictures = arguments.pictures or (1_500 if arguments.quick else 6_000 if device.type == "cpu" else 50_000)
+    repeats = arguments.repeats or (2 if arguments.quick else 3)
+    loaded = noise(pictures, device)
+    teacher = models.create("teacher", CLASSES, 0).eval().to(device, memory_format=torch.channels_last)
+    plain_teacher = models.create("teacher", CLASSES, 0).eval().to(device)
+    ours = Ours(loaded, device, precision, teacher)
+
+    def student():
+        return models.create("student", CLASSES, 0)
+
+    def textbook_comparison():
+        for _ in range(3):
+            textbook_epoch(loaded, device, student(), plain_teacher)
+            textbook_epoch(loaded, device, student())
+
+    kept = ours.targets(fresh=True)
+    kept.epoch(0)
+    measures = {  # name: (textbook, ours)
+        "input pipeline": (lambda: sum(1 for _ in textbook_loader(loaded)), ours.input_pipeline),
+        "teacher epoch": (
+            lambda: textbook_epoch(loaded, device, models.create("teacher", CLASSES, 0)),
+            lambda: ours.epoch("teacher"),
+        ),
+        "baseline epoch": (lambda: textbook_epoch(loaded, device, student()), lambda: ours.epoch("baseline")),
+        "KD epoch, first": (
+            lambda: textbook_epoch(loaded, device, student(), plain_teacher),
+            lambda: ours.epoch("kd", targets=ours.targets(fresh=True)),
+        ),
+        "KD epoch, targets kept": (None, lambda: ours.epoch("kd", targets=kept)),
+        "comparison of 3 seeds": (textbook_comparison, ours.comparison),
+    }
+    times = {name: {"textbook": [], "ours": []} for name in measures}
+    peaks = []
+    for repeat in range(repeats + 1):  # the first one warms up and is not counted
+        for name, (textbook, own) in measures.items():
+            if repeat == 0 and name == "comparison of 3 seeds":
+                continue
+            for loop, function in (("textbook", textbook), ("ours", own)):
+                if function is not None:
+                    taken = seconds(function, device)
+                    if repeat:
+                        times[name][loop].append(taken)
+        peaks.append(matmul_peak(device, precision))
+        print(f"repeat {repeat} of {repeats} done", file=sys.stderr, flush=True)
+    times["KD epoch, targets kept"]["textbook"] = times["KD epoch, first"]["textbook"]
+
+    median = {name: {loop: statistics.median(taken) for loop, taken in each.items()} for name, each in times.items()}
+    peak = statistics.median(peaks)
+    steps = pictures // BATCH * BATCH
+    shares = {
+        name: 3 * models.costs(name, CLASSES, SIZE)[1] * steps / median[f"{role} epoch"]["ours"] / peak
+        for name, role in (("teacher", "teacher"), ("student", "baseline"))
+    }
+    result = {
+        "command": f"python benchmarks/throughput.py --pictures {pictures} --repeats {repeats}",
+        "environment": train.environment(device, precision),
+        "pictures": pictures,
+        "batch_size": BATCH,
+        "seconds": times,
+        "ratios": {name: each["textbook"] / each["ours"] for name, each in median.items()},
+        "kd_kept_over_baseline": median["KD epoch, targets kept"]["ours"] / median["baseline epoch"]["ours"],
+        "matmul_gflops": 2 * peak / 1e9,
+        "share_of_matmul_peak": shares,
+    }
+    if device.type == "cuda":
+        result["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        words = [sys.executable, __file__, "--peak-memory"]
+        result["peak_memory_gb_at_50000_pictures"] = float(
+            subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        )
+
+    made_with = f"{result['environment']['device']}, {precision}, torch {torch.__version__}"
+    print(f"\n{made_with}, {pictures:,} pictures an epoch, {repeats} repeats")
+    print(f"{'seconds: median (smallest to largest)':<40}{'textbook':>24}{'ours':>24}{'ratio':>8}")
+    for name, each in times.items():
+        cells = (f"{statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in (each["textbook"], each["ours"]))
+        print(f"{name:<40}" + "".join(f"{cell:>24}" for cell in cells) + f"{result['ratios'][name]:>8.2f}")
+    print(f"KD epoch with kept targets over a baseline epoch: {result['kd_kept_over_baseline']:.3f}")
+    print(
+        f"Matrix product: {result['matmul_gflops']:.0f} GFLOP/s; of it "
+        + ", ".join(f"{k} training {v:.0%}" for k, v in shares.items())
+    )
+    print("Peak memory: " + ", ".join(f"{v:.2f} GB" for k, v in result.items() if k.startswith("peak_")))
+    path = ROOT / "results" / f"throughput-{device.type}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"Written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
