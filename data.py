@@ -4,13 +4,17 @@ CIFAR-10, pictures in folders or drawn shapes all end as one uint8 tensor (N, S,
 batch is cropped, flipped and normalised at a time, on the device, without workers.
 """
 
+import functools
 import hashlib
+import http.client
 import json
 import math
 import os
+import sys
 import tarfile
 import urllib.error
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import models
-from files import Damaged, Failure, load_arrays, make_folder, reason, remove, save_arrays
+from files import Damaged, Failure, load_arrays, lock, make_folder, reason, remove, save_arrays
 from models import generator
 
 VIEWS_VERSION = 1  # of the recipe below: another recipe is another version, and soft targets are kept by it
@@ -147,35 +151,53 @@ def _md5(path):
 
 def _download(url, path, md5):
     """Downloads `url` to `path`, which appears only when the MD5 matched; what has come is kept and continued."""
-    make_folder(path.parent)
     part = path.with_name(path.name + ".part")
+    with lock(path.parent):  # two first runs must not write to one part
+        if path.is_file():
+            return
+        try:
+            _fetch(url, part)
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # 416: everything had come already
+                raise Failure(_unreachable(url, path, f"HTTP status {error.code}")) from error
+        except Failure:
+            raise
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+            why = getattr(error, "reason", None) or str(error) or type(error).__name__
+            raise Failure(_unreachable(url, path, why)) from error
+        if _md5(part) != md5:
+            remove(part)
+            raise Failure(_unreachable(url, path, f"what it sent does not have the MD5 {md5}"))
+        os.replace(part, path)
+
+
+def _fetch(url, part):
+    """Downloads the rest of `url` to the file `part`. Raises what urllib raises, and Failure where it cannot write."""
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT) as answer:
-            if answer.status != 206:  # a server that cannot continue sends everything
-                have = 0
-            length = answer.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with (
-                open(part, "ab" if have else "wb") as file,
-                tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar,
-            ):
+    with urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT) as answer:
+        if answer.status != 206:  # a server that cannot continue sends everything
+            have = 0
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        come = have
+        with tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+            try:
+                file = open(part, "ab" if have else "wb")  # noqa: SIM115 (closed below, whichever side fails)
+            except OSError as error:
+                raise Failure(f"cannot write {part}: {reason(error)}.") from error
+            with file:
                 while chunk := answer.read(1 << 16):
-                    file.write(chunk)
+                    try:
+                        file.write(chunk)
+                    except OSError as error:
+                        raise Failure(f"cannot write {part}: {reason(error)}.") from error
+                    come += len(chunk)
                     bar.update(len(chunk))
-        come = part.stat().st_size
-        if total is not None and come < total:
-            raise TimeoutError(f"the connection ended after {come:,} of {total:,} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: everything had come already
-            raise Failure(_unreachable(url, path, f"HTTP status {error.code}")) from error
-    except (OSError, ValueError) as error:  # URLError, time-outs and broken connections are OSErrors
-        raise Failure(_unreachable(url, path, getattr(error, "reason", None) or error)) from error
-    if _md5(part) != md5:
-        remove(part)
-        raise Failure(_unreachable(url, path, f"what it sent does not have the MD5 {md5}"))
-    os.replace(part, path)
+                file.flush()
+                os.fsync(file.fileno())
+    if total is not None and come < total:
+        raise TimeoutError(f"the connection ended after {come:,} of {total:,} bytes")
 
 
 def _unreachable(url, path, why):
@@ -201,15 +223,29 @@ def resize(pictures, image_size):
 # Pictures in folders -------------------------------------------------------------------------------------------------
 
 
-def _suffixes():
+# Formats that Pillow only recognises, and EPS, which it hands to Ghostscript to run.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@functools.cache
+def _formats():
+    """(the formats that are decoded, their file name suffixes), with Pillow set up for large pictures."""
     from PIL import Image
 
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from here to twice as many
+    suffixes = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    formats = sorted(set(suffixes.values()) - NOT_DECODED)
+    return formats, frozenset(suffix for suffix, kind in suffixes.items() if kind in formats)
 
 
-def _listing(directory, split, suffixes):
+def _listing(directory, split):
     """{class name: [picture paths]} of one split, sorted; hidden files and other suffixes are passed over."""
-    top = directory / split
+    top, suffixes = directory / split, _formats()[1]
+
+    def unreadable(error):
+        raise error
+
     if not top.is_dir():
         raise Failure(
             f"{top} is not there. A picture folder has one sub-folder a class in train and in test:\n"
@@ -220,7 +256,7 @@ def _listing(directory, split, suffixes):
         listing = {}
         for name in names:
             found = listing[name] = []
-            for parent, folders, file_names in os.walk(top / name):
+            for parent, folders, file_names in os.walk(top / name, onerror=unreadable):
                 folders[:] = sorted(each for each in folders if not each.startswith("."))
                 for file_name in sorted(file_names):
                     if not file_name.startswith(".") and Path(file_name).suffix.lower() in suffixes:
@@ -241,26 +277,21 @@ def read_picture(path, image_size):
     EXIF orientation is obeyed, 16-bit grey scaled to 8 bits, transparency laid over white; the picture is resized so
     that it covers the square, and centre-cropped. Raises Damaged with the path where Pillow cannot decode it.
     """
-    import warnings
-
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    formats, _ = _formats()
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path, formats=formats) as picture:
             picture.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes to an eighth of the size and up
             picture.load()
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
+            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
             if picture.size != (image_size, image_size):
                 picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
+            if picture.mode == "RGBA":
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
             return np.asarray(picture)
     except FileNotFoundError:
         raise Failure(f"cannot read {path}: No such file or directory.") from None
@@ -275,8 +306,7 @@ def folder(directory, image_size=32, workers=2, cache=None):
     unchanged.
     """
     directory = Path(directory)
-    suffixes = _suffixes()
-    splits = {split: _listing(directory, split, suffixes) for split in ("train", "test")}
+    splits = {split: _listing(directory, split) for split in ("train", "test")}
     classes = list(splits["train"])
     if classes != list(splits["test"]):
         odd = sorted(set(classes) ^ set(splits["test"]))
@@ -291,7 +321,10 @@ def folder(directory, image_size=32, workers=2, cache=None):
     if cache is not None:
         listed = hashlib.sha256(json.dumps([DECODER_VERSION, image_size, classes]).encode())
         for path in paths:
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise Failure(f"cannot read {path}: {reason(error)}.") from error
             listed.update(os.fsencode(f"{path.relative_to(directory)}\0{status.st_size}\0{status.st_mtime_ns}\0"))
         place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:12]
         kept = Path(cache) / f"pictures-{place}-{image_size}.npz"
@@ -300,8 +333,8 @@ def folder(directory, image_size=32, workers=2, cache=None):
                 arrays = load_arrays(kept)
                 if arrays.get("listed", np.empty(0)).tobytes() == listed.digest():
                     return _data(classes, arrays["train"], labels["train"], arrays["test"], labels["test"])
-            except Damaged as error:
-                tqdm.write(f"{error} The pictures are decoded again.", file=_stderr())
+            except Failure as error:
+                tqdm.write(f"{error} The pictures are decoded again.", file=sys.stderr)
 
     with tqdm(total=len(paths), desc="decoding pictures", unit=" pictures", disable=None) as bar:
         pictures = np.empty((len(paths), image_size, image_size, 3), np.uint8)
@@ -325,12 +358,6 @@ def folder(directory, image_size=32, workers=2, cache=None):
         make_folder(cache)
         save_arrays(kept, listed=np.frombuffer(listed.digest(), np.uint8), train=train, test=test)
     return _data(classes, train, labels["train"], test, labels["test"])
-
-
-def _stderr():
-    import sys
-
-    return sys.stderr
 
 
 # Drawn shapes --------------------------------------------------------------------------------------------------------

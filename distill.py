@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -82,7 +81,6 @@ class SoftTargets:
         )
         self.folder = folder and Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]
         self.said_full = False
-        self.seconds = 0.0  # spent asking the teacher, all epochs together
 
     @property
     def shape(self):
@@ -102,11 +100,9 @@ class SoftTargets:
                 if kept.get("key") == self.key and logits is not None and logits.shape == self.shape:
                     return torch.from_numpy(logits).to(self.views.device)
                 raise Damaged(f"{path} is damaged: it is not what its name says.")
-            except Damaged as error:
+            except Failure as error:
                 tqdm.write(f"{error} The teacher is asked again.", file=sys.stderr)
-        started = time.perf_counter()
         logits = self._ask(epoch, description)
-        self.seconds += time.perf_counter() - started
         if path and self._fits():
             try:
                 make_folder(self.folder)

@@ -9,9 +9,10 @@ import io
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from files import make_folder, read, remove, write
+from files import Damaged, make_folder, read, remove, write
+from measures import BINS, reliability, softmax
 
 STYLES = {
     "teacher": {"color": "#000000", "linestyle": ":", "hatch": None, "label": "teacher"},
@@ -26,7 +27,8 @@ def draw(comparison):
 
     `comparison` is a report.Comparison.
     """
-    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plain = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    matplotlib.rcParams.update(plain)  # a class may be called $5_$10
     folder = comparison.output / "figures"
     make_folder(folder)
     drawn = []
@@ -55,30 +57,41 @@ def curves(comparison):
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     runs = [run for run in comparison.runs if not run["settings"]["val_fraction"]]
-    folders = [(run["settings"]["role"], run["folder"], run["accuracy"]) for run in runs]
-    teacher = comparison.teacher_folder
-    if teacher is not None:
-        folders.insert(0, ("teacher", teacher, comparison.teacher["accuracy"]))
     seen = set()
-    for role, place, accuracy in folders:
-        rows = list(csv.DictReader(io.StringIO(read(place / "history.csv").decode())))
-        epochs = [int(row["epoch"]) for row in rows]
-        style = _line(role) | {"linewidth": 1.3, "marker": "" if len(epochs) > 1 else "o"}
+    for run in runs:
+        role, history = run["settings"]["role"], _history(run["folder"] / "history.csv")
+        style = _line(role) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
         if role in seen:
             style.pop("label")
         seen.add(role)
-        left.plot(epochs, [float(row["train_loss"]) for row in rows], **style)
+        epochs, losses, accuracies = zip(*history, strict=True)
+        left.plot(epochs, losses, **style)
         style.pop("label", None)
-        right.plot(epochs, [float(row["train_accuracy"]) for row in rows], **style)
-        right.plot(epochs[-1], accuracy, marker="D", markersize=5, color=style["color"], markerfacecolor="white")
+        right.plot(epochs, accuracies, **style)
+        right.plot(epochs[-1], run["accuracy"], "D", markersize=5, color=style["color"], markerfacecolor="white")
     left.set(xlabel="epoch", ylabel="training loss (with KD: of soft and hard targets)", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy (lines: training, ◇: test)")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
+    for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    left.yaxis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
     left.legend(frameon=False)
-    figure.suptitle(f"Training curves of {len(folders)} runs")
+    figure.suptitle(f"Training curves of {len(runs)} runs")
     return figure
+
+
+def _history(path):
+    """(epoch, training loss, training accuracy) of each epoch; raises Damaged where the file holds anything else."""
+    try:
+        rows = csv.DictReader(io.StringIO(read(path).decode()))
+        history = [(int(row["epoch"]), float(row["train_loss"]), float(row["train_accuracy"])) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{path} is damaged: {error}.") from None
+    if not history:
+        raise Damaged(f"{path} is damaged: it has no rows.")
+    return history
 
 
 def gain(comparison):
@@ -133,7 +146,8 @@ def sweep(comparison):
             ink = "white" if abs(value) > 0.6 * limit else "black"
             text = f"{grid[row, column]:.4f}\n({value:+.2f})"
             axes.text(column, row, text, ha="center", va="center", color=ink)
-    best = max(entries, key=entries.get)
+    asked = comparison.kd[0]["temperature"], comparison.kd[0]["alpha"]
+    best = asked if asked in entries else max(entries, key=entries.get)
     spot = alphas.index(best[1]) - 0.5, temperatures.index(best[0]) - 0.5
     axes.add_patch(matplotlib.patches.Rectangle(spot, 1, 1, fill=False, linewidth=3, edgecolor="black"))
     axes.set_xticks(range(len(alphas)), [f"{a:g}" for a in alphas])
@@ -141,14 +155,12 @@ def sweep(comparison):
     axes.set(xlabel="alpha (weight of the soft targets)", ylabel="temperature")
     axes.spines[:].set_visible(False)
     figure.colorbar(picture, label="gain over baseline (points)")
-    figure.suptitle(f"Validation accuracy (baseline {reference[0]:.4f}; framed: best)", fontsize=9)
+    figure.suptitle(f"Validation accuracy (baseline {reference[0]:.4f}; framed: chosen)", fontsize=9)
     return figure
 
 
 def reliability_diagrams(comparison):
     """Accuracy against confidence for teacher, distilled student and baseline; students' seeds pooled."""
-    from report import BINS, calibration_error, reliability, softmax
-
     figure = Figure((9, 3.4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     models = {
@@ -156,6 +168,8 @@ def reliability_diagrams(comparison):
         "kd": comparison.kd_logits[0],
         "baseline": comparison.baseline_logits,
     }
+    errors = {"teacher": comparison.teacher, "kd": comparison.kd[0], "baseline": comparison.baseline}
+    errors = {role: entry["calibration_error"] for role, entry in errors.items()}
     for axes, (role, logits) in zip(panels, models.items(), strict=True):
         labels = np.tile(comparison.labels, len(logits))
         probabilities = softmax(np.concatenate(logits))
@@ -169,7 +183,7 @@ def reliability_diagrams(comparison):
         axes.plot(
             confidence[there], confidence[there], "k--", linewidth=1, marker=".", label="mean confidence in the bin"
         )
-        error = calibration_error(probabilities, labels)
+        error = np.mean(errors[role])  # of each seed by itself, as in the table
         axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
         axes.set_title(
             f"{STYLES[role]['label']}\nECE {error:.4f}, {share[-1]:.0%} of pictures in the last bin", fontsize=9
@@ -186,8 +200,6 @@ def telling_pictures(comparison, count=EXAMPLES):
     likely; among these, those whose second class the teacher found most likely. Where there are too few, pictures with
     that ordering for which less of it holds follow.
     """
-    from report import softmax
-
     labels = comparison.labels
     teacher = softmax(comparison.teacher_logits)
     ranked = teacher.argsort(1)
@@ -204,8 +216,6 @@ def telling_pictures(comparison, count=EXAMPLES):
 
 def dark_knowledge(comparison):
     """Test pictures with the probabilities of teacher, at T = 1 and softened, and of both students at T = 1."""
-    from report import softmax
-
     temperature = comparison.kd[0]["temperature"]
     indices = telling_pictures(comparison)
     kd, baseline = comparison.kd_logits[0][0], comparison.baseline_logits[0]
@@ -218,7 +228,7 @@ def dark_knowledge(comparison):
     shown = min(6, len(comparison.classes))
     figure = Figure((11, 0.6 + 1.35 * len(indices)), layout="constrained")
     grid = figure.subplots(len(indices), 5, squeeze=False, width_ratios=(1, 1.5, 1.5, 1.5, 1.5))
-    for row, index in zip(grid, indices, strict=True):
+    for number, (row, index) in enumerate(zip(grid, indices, strict=True)):
         row[0].imshow(comparison.pictures[index], interpolation="nearest")
         row[0].set(xticks=[], yticks=[], ylabel="")
         row[0].set_title(comparison.classes[comparison.labels[index]], fontsize=9)
@@ -249,9 +259,9 @@ def dark_knowledge(comparison):
             axes.set(xlim=(0, 1), xticks=[0, 0.5, 1])
             axes.invert_yaxis()
             axes.tick_params(axis="x", labelsize=7)
-            if row is grid[0]:
+            if number == 0:
                 axes.set_title(title, fontsize=9)
-            if row is grid[-1]:
+            if number == len(indices) - 1:
                 axes.set_xlabel("probability", fontsize=8)
     figure.suptitle(
         f"What the soft targets carry: real test pictures, the teacher's {shown} likeliest classes", fontsize=10

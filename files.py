@@ -25,10 +25,11 @@ class Damaged(Failure):
     """A file that is there but is not what it should be."""
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; `signal_number` says which, the text how far the program got."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; `signal_number` says which, the text how far the program got. Like KeyboardInterrupt
+    it is no Exception, so that nothing takes it for a damaged file."""
 
-    def __init__(self, signal_number, text="stopped"):
+    def __init__(self, signal_number, text="Stopped."):
         super().__init__(text)
         self.signal_number = signal_number
 
@@ -106,6 +107,9 @@ def write(path, content, keep=None):
             _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
+                if keep is not None and not path.exists():
+                    os.replace(keep, path)
+            with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
     except OSError as error:
@@ -136,8 +140,12 @@ def write_json(path, content):
 
 def read_json(path):
     """A JSON object; raises Damaged where the file holds anything else."""
+
+    def refuse(token):
+        raise ValueError(f"{token} is no JSON number")
+
     try:
-        content = json.loads(read(path))
+        content = json.loads(read(path), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged: it is not JSON ({error}).") from None
     if not isinstance(content, dict):
@@ -238,7 +246,18 @@ def load_array(path, sha256):
     content = read(path)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise Damaged(f"{path} is damaged: its checksum is not the one its run.json gives.")
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    try:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:
+        raise Damaged(f"{path} is damaged: {error}.") from None
+
+
+def run_name(settings):
+    """The name of a run's folder (teacher-s0, kd-T4-a0.1-s0, baseline-s0) from its role, temperature, alpha and seed;
+    numbers without a trailing .0."""
+    short = (repr(float(settings[name] or 0)).removesuffix(".0") for name in ("temperature", "alpha"))
+    pair = "-T{}-a{}".format(*short) if settings["role"] == "kd" else ""
+    return f"{settings['role']}{pair}-s{settings['seed']}"
 
 
 @contextlib.contextmanager
@@ -260,7 +279,7 @@ def lock(folder):
             who = holder.read_text().strip() or "another process"
         except OSError:
             who = "another process"
-        raise Failure(f"{folder} is in use by {who}.\nWait for it to end, or choose another --output-dir.") from None
+        raise Failure(f"{folder} is in use by {who}.\nWait for it to end, or use another folder.") from None
     except (OSError, NotImplementedError) as error:
         raise Failure(f"cannot lock {folder}: {reason(error) if isinstance(error, OSError) else error}.") from None
     try:

@@ -12,12 +12,20 @@ import argparse
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
 from pathlib import Path
 
-from files import Failure, Interrupted, Stop, lock, read_json  # PyTorch is imported once the arguments are known good
+from files import (
+    Failure,
+    Interrupted,
+    Stop,
+    lock,
+    read_json,
+    reason,
+)  # PyTorch is imported once the arguments are known good
 
 DEMO = {
     "dataset": "shapes",
@@ -79,6 +87,13 @@ def number(low, high, above=False):
         return value
 
     return convert
+
+
+def path(text):
+    """An argparse type: a path, which an unset shell variable is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, but a path is needed")
+    return text
 
 
 def device_name(text):
@@ -147,7 +162,9 @@ def parser():
         nargs="+",
         metavar="A",
     )
-    option("--teacher", "a finished teacher's folder or model.pt [the one in the output folder]", metavar="PATH")
+    option(
+        "--teacher", "a finished teacher's folder or model.pt [the one in the output folder]", type=path, metavar="PATH"
+    )
     option(
         "--seeds",
         "pairs of students to train, from --seed up: more give a narrower interval",
@@ -185,7 +202,9 @@ def parser():
         choices=("cifar10", "folder", "shapes"),
         metavar="{cifar10,folder,shapes}",
     )
-    option("--data-dir", "where CIFAR-10 is or goes, or the folder with train/CLASS/ and test/CLASS/", "data")
+    option(
+        "--data-dir", "where CIFAR-10 is or goes, or the folder with train/CLASS/ and test/CLASS/", "data", type=path
+    )
     option("--data-url", "a mirror to download the CIFAR-10 archive from", metavar="URL")
     option(
         "--image-size", "height and width that pictures are brought to, 16 to 64", 32, type=whole(16, 64), metavar="N"
@@ -203,7 +222,7 @@ def parser():
         choices=("auto", "fp32", "bf16"),
         metavar="{auto,fp32,bf16}",
     )
-    option("--output-dir", "everything the program writes goes here", "outputs")
+    option("--output-dir", "everything the program writes goes here", "outputs", type=path)
     option(
         "--save-every", "seconds between saved states within an epoch", 120.0, type=number(0, 1e6), metavar="SECONDS"
     )
@@ -235,6 +254,11 @@ def parse(argv):
                 raise Usage(f"{name} is for students and does not go with --train-teacher")
     if arguments.train_teacher and arguments.sweep:
         raise Usage("several temperatures or alphas are for students and do not go with --train-teacher")
+    if arguments.report:
+        own = {"report", "output_dir", "debug", "sweep", "demo"}
+        for name, value in vars(arguments).items():
+            if name not in own and value != top.get_default(name):
+                raise Usage(f"--{name.replace('_', '-')} does not go with --report, which reads what is there")
     if arguments.val_fraction is not None and not arguments.sweep:
         raise Usage("--val-fraction goes with a sweep: several values of --temperature or --alpha")
     if arguments.data_url is not None:
@@ -256,7 +280,7 @@ def teacher_command(arguments):
     for name in ("dataset", "data_dir", "epochs", "image_size", "output_dir"):
         value = getattr(arguments, name)
         if name == "epochs" or value != parser().get_default(name):
-            words.append(f"--{name.replace('_', '-')} {value}")
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
     return " ".join(words)
 
 
@@ -284,7 +308,7 @@ def find_teacher(arguments):
         run = read_json(place / "run.json")
         try:
             progress = f"epoch {int(run['epochs_done'])} of {int(run['settings']['epochs'])}"
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             progress = "its run.json is damaged"
         raise Failure(
             f"The teacher in {place} is unfinished ({progress}). Finish it with its own command, such as:\n"
@@ -301,11 +325,11 @@ def choose_device(name):
     kinds = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
         name = next(kind for kind, there in kinds.items() if there())
-    device = torch.device(name)
-    if not kinds[device.type]() or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+    kind, _, index = name.partition(":")
+    if not kinds[kind]() or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         there = [kind for kind, there in kinds.items() if there()]
         raise Failure(f"The device {name} is not on this machine. It has: {', '.join(there)}.")
-    return device
+    return torch.device(name)
 
 
 def choose_precision(name, device):
@@ -367,41 +391,50 @@ class Session:
             **rest,
         )
 
-    def train(self, runs, targets=None):
-        """Trains what is not yet finished of `runs`, pairs of (folder, Settings), and prints each one's accuracy."""
+    def train(self, runs, targets=None, afterwards=0):
+        """Trains what is not yet finished of `runs`, pairs of (folder, Settings), and prints each one's accuracy.
+
+        `afterwards` is how many more runs the command trains after these, for the time left."""
         import train
 
         given = self.arguments
-        if not given.overwrite:
-            for folder, settings in runs:  # all are looked at before any is trained
-                if train.is_finished(folder):
-                    train.finished(folder, settings)
-                elif (folder / "run.json").is_file():
-                    found = read_json(folder / "run.json").get("settings")
-                    train.refuse_other_settings(folder, found if isinstance(found, dict) else {}, settings.as_dict())
-        waiting = [given.overwrite or not train.is_finished(folder) for folder, _ in runs]
+        for folder, settings in runs:  # all are looked at before any is trained
+            if given.overwrite:
+                train.reset(folder)
+            elif train.is_finished(folder):
+                train.finished(folder, settings)
+            elif (folder / "state.pt").is_file() and (folder / "run.json").is_file():
+                found = read_json(folder / "run.json").get("settings")
+                train.refuse_other_settings(folder, found if isinstance(found, dict) else {}, settings.as_dict())
+        waiting = [not train.is_finished(folder) for folder, _ in runs]
         for position, (folder, settings) in enumerate(runs):
-            self.trainer.later = sum(waiting[position + 1 :]) * settings.epochs * len(self.data.train_labels)
+            later = sum(waiting[position + 1 :]) + afterwards
+            self.trainer.later = later * settings.epochs * len(self.data.train_labels)
             before = "" if waiting[position] else " (finished before)"
             title = folder.name if len(runs) == 1 else f"[{position + 1}/{len(runs)}] {folder.name}"
-            result = self.trainer.train(folder, settings, targets if settings.alpha else None, given.overwrite, title)
+            result = self.trainer.train(folder, settings, targets if settings.alpha else None, title)
             kind = "validation" if settings.val_fraction else "test"
             print(f"{folder}: {kind} accuracy {result:.4f}{before}", flush=True)
 
 
 def train_teacher(session):
     settings = session.settings("teacher", session.arguments.seed)
-    session.train([(session.output / settings.name, settings)])
+    students = 0 if session.arguments.train_teacher else 2 * session.arguments.seeds
+    session.train([(session.output / settings.name, settings)], afterwards=students)
 
 
-def train_students(session, teacher_path):
-    """The sweep where there is one, then the students with and without distillation. Returns what the report needs."""
+def train_students(session, teacher_path, content):
+    """The sweep where there is one, then the students with and without distillation. Returns what the report needs.
+
+    `content` is that of the teacher's model.pt, verified."""
+    import torch
+
     import distill
     import models
     import report
+    from data import split
 
     given, data = session.arguments, session.data
-    content = models.read(teacher_path)
     for what, found, wanted in (
         ("holds a network of architecture", content["architecture"], "teacher"),
         ("was trained for the classes", ", ".join(content["classes"]), ", ".join(data.classes)),
@@ -415,10 +448,7 @@ def train_students(session, teacher_path):
             f"{teacher_command(given)}"
         )
     teacher_digest = models.digest(content["state_dict"])
-    teacher = models.restore(content)
-    import torch
-
-    teacher = teacher.to(session.device, memory_format=torch.channels_last)
+    teacher = models.restore(content).to(session.device, memory_format=torch.channels_last)
     print(f"{teacher_path}: test accuracy {content['accuracy']:.4f} (teacher)")
     targets = distill.SoftTargets(
         teacher, teacher_digest, data.digest, session.trainer.views(), session.output / "targets", session.precision
@@ -445,8 +475,10 @@ def train_students(session, teacher_path):
     best = pairs[0]
     if given.sweep:
         fraction = given.val_fraction or 0.1
+        if not len(split(data.train_labels, fraction)[1]):
+            raise Failure("A sweep needs at least two training pictures in some class, to judge on one of them.")
         print(f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training pictures")
-        session.train(runs(session.output / "selection", pairs, fraction), targets)
+        session.train(runs(session.output / "selection", pairs, fraction), targets, afterwards=2 * len(seeds))
         best = report.best_pair(session.output, pairs, seeds)
         print(f"Best on the validation part: temperature {best[0]}, alpha {best[1]}")
     session.train(runs(session.output, [best]), targets)
@@ -466,13 +498,18 @@ def run(arguments, stop):
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
     teacher_path = None if arguments.train_teacher or demo else find_teacher(arguments)
     with lock(arguments.output_dir):
+        import models
         import report
 
+        content = models.read(teacher_path) if teacher_path else None
         session = Session(arguments, stop)
         if teacher_path is None:
             train_teacher(session)
         if not arguments.train_teacher:
-            asked = train_students(session, teacher_path or find_teacher(arguments))
+            if content is None:
+                teacher_path = find_teacher(arguments)
+                content = models.read(teacher_path)
+            asked = train_students(session, teacher_path, content)
             report.report(arguments.output_dir, asked)
 
 
@@ -490,6 +527,8 @@ def main(argv=None):
         print(f"error: {error} (see python main.py --help)", file=sys.stderr)
         return 2
     except Interrupted as error:
+        for number in handlers:  # a further signal has nothing to add
+            signal.signal(number, signal.SIG_IGN)
         again = "The same command without --overwrite" if arguments and arguments.overwrite else "The same command"
         print(f"\n{error} {again} continues it.", file=sys.stderr)
         return 128 + error.signal_number
@@ -501,10 +540,12 @@ def main(argv=None):
             traceback.print_exc()
         elif isinstance(error, Failure):
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, OSError):
+            print(f"error: {error.filename or 'a file'}: {reason(error)}.", file=sys.stderr)
         elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             print("error: there is not enough memory. Try a smaller --batch-size or --image-size.", file=sys.stderr)
         else:
-            first = next(iter(str(error).splitlines()), "")
+            first = str(error).splitlines()[0] if str(error) else ""
             print(f"error: {type(error).__name__}: {first}\n(--debug shows where)", file=sys.stderr)
         return 1
     finally:

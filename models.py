@@ -190,23 +190,33 @@ def read(path):
         raise Damaged(f"{path} holds the unknown architecture '{content['architecture']}'; known are: {known}.")
     if content["arguments"] != {"classes": len(classes)} or not all(isinstance(name, str) for name in classes):
         raise Damaged(f"{path} is damaged: its class names and its arguments do not agree.")
-    if not all(
-        len(content[name]) == 3 and all(isinstance(v, float) for v in content[name]) for name in ("mean", "std")
-    ):
+    numbers = [*content["mean"], *content["std"], content["accuracy"]]
+    if len(content["mean"]) != 3 or len(content["std"]) != 3 or not all(isinstance(v, float) for v in numbers):
         raise Damaged(f"{path} is damaged: its mean and std are not three numbers each.")
+    if not all(map(math.isfinite, numbers)) or min(content["std"]) <= 0 or not 0 <= content["accuracy"] <= 1:
+        raise Damaged(f"{path} is damaged: its mean, std or accuracy cannot be.")
     if len(classes) < 2 or not 16 <= content["image_size"] <= 64:
         raise Damaged(f"{path} is damaged: {len(classes)} classes and image size {content['image_size']} cannot be.")
     with torch.device("meta"):
         expected = ARCHITECTURES[content["architecture"]](len(classes)).state_dict()
+    verify_weights(state_dict, expected, path)
+    return content
+
+
+def verify_weights(state_dict, expected, path):
+    """Raises Damaged unless a state_dict read from `path` has the names, shapes and types of `expected`, all finite."""
     if list(state_dict) != list(expected):
-        raise Damaged(f"{path} is damaged: its weights are not those of a {content['architecture']}.")
+        raise Damaged(f"{path} is damaged: its weights are not those of this architecture.")
     for name, tensor in expected.items():
         found = state_dict[name]
-        if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+        if (
+            not isinstance(found, torch.Tensor)
+            or found.layout is not torch.strided
+            or (found.shape, found.dtype, found.device.type) != (tensor.shape, tensor.dtype, "cpu")
+        ):
             raise Damaged(f"{path} is damaged: '{name}' should be {tensor.dtype} of shape {tuple(tensor.shape)}.")
     if not is_finite(state_dict):
         raise Damaged(f"{path} is damaged: it holds weights that are not finite.")
-    return content
 
 
 def restore(content):

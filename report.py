@@ -1,118 +1,42 @@
-"""Results: the printed block and table, comparison.json, comparison.csv and figures; paired statistics.
+"""Results: what finished runs say, as the printed block and table, comparison.json, comparison.csv and figures.
 
-Everything is computed from what finished runs keep (their test logits), without PyTorch, data or training, so that a
-folder can be reported again at any time.
-
-- Agreement: the share of test pictures for which student and teacher choose the same class.
-- Expected calibration error: Guo et al., arXiv 1706.04599, equation 3, with 15 bins of equal width.
-- Negative log-likelihood: the mean of -log p(label), in nats.
-- Paired t-test over seeds (Student 1908), the pairs being students of one seed with and without distillation.
-- Exact McNemar test (McNemar 1947) for a single pair: a binomial test over the test pictures on which they differ.
+Everything comes from what runs keep (their test logits), without PyTorch, data or training, so that a folder can be
+reported again at any time.
 """
 
 import csv
 import io
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from files import Damaged, Failure, load_array, load_arrays, make_folder, read_json, save_arrays, write, write_json
-
-BINS = 15
-POWER, SIGNIFICANCE, SMALL_GAIN = 0.8, 0.05, 0.25  # the last in percentage points: the gain of the original run
-
-
-# Statistics ----------------------------------------------------------------------------------------------------------
-
-
-def softmax(logits, temperature=1.0):
-    """Probabilities (N, classes) of logits (N, classes) at a temperature, in float64."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    scaled = np.exp(scaled - scaled.max(1, keepdims=True))
-    return scaled / scaled.sum(1, keepdims=True)
-
-
-def reliability(probabilities, labels, bins=BINS):
-    """(share of pictures, mean confidence, accuracy) of each of `bins` equal bins of confidence: three arrays (bins,),
-    0 where a bin is empty."""
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    # Bin m holds the confidences in ((m - 1) / bins, m / bins].
-    number = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(number, minlength=bins)
-    sums = (np.bincount(number, values, bins) for values in (confidence, right))
-    mean_confidence, mean_accuracy = (total / np.maximum(count, 1) for total in sums)
-    return count / len(labels), mean_confidence, mean_accuracy
-
-
-def calibration_error(probabilities, labels, bins=BINS):
-    """The expected calibration error, from 0 to 1."""
-    share, confidence, accuracy = reliability(probabilities, labels, bins)
-    return float((share * np.abs(accuracy - confidence)).sum())
-
-
-def negative_log_likelihood(logits, labels):
-    """The mean of -log softmax(logits)[label], in nats."""
-    logits = np.asarray(logits, np.float64)
-    shifted = logits - logits.max(1, keepdims=True)
-    return float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]).mean())
-
-
-def class_accuracies(logits, labels, classes):
-    """The accuracy on each class's pictures: a list of floats, None for a class without pictures."""
-    right = logits.argmax(1) == labels
-    return [float(right[labels == k].mean()) if (labels == k).any() else None for k in range(classes)]
-
-
-def spread(values):
-    """The standard deviation with ddof 1, None for fewer than two values."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def paired_test(differences):
-    """The paired t-test of `differences` (a list, one a seed): their mean, 95% confidence interval and two-sided p.
-
-    Interval and p are None where they are undefined: for one difference, or for differences that are all equal.
-    """
-    from scipy import stats
-
-    mean, deviation = float(np.mean(differences)), spread(differences)
-    if not deviation:
-        return {"mean": mean, "ci95": None, "p_value": None, "method": "paired t-test"}
-    error = deviation / math.sqrt(len(differences))
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
-    return {"mean": mean, "ci95": [mean - half, mean + half], "p_value": p, "method": "paired t-test"}
-
-
-def mcnemar_test(mended, broken):
-    """The two-sided p of the exact McNemar test: `mended` pictures are right only with distillation, `broken` only
-    without."""
-    from scipy import stats
-
-    return float(stats.binomtest(mended, mended + broken).pvalue) if mended + broken else 1.0
-
-
-def seeds_needed(deviation, gain=SMALL_GAIN, power=POWER):
-    """The fewest pairs with which a paired t-test shows a mean difference of `gain` with `power`, given the standard
-    deviation of the differences (Cohen 1988: the power from the noncentral t distribution). None above 1,000,000."""
-    from scipy import stats
-
-    def reached(pairs):
-        critical = stats.t.ppf(1 - SIGNIFICANCE / 2, pairs - 1)
-        shift = gain / deviation * math.sqrt(pairs)
-        return stats.nct.sf(critical, pairs - 1, shift) + stats.nct.cdf(-critical, pairs - 1, shift) >= power
-
-    low, high = 1, 2
-    while not reached(high):
-        low, high = high, high * 2
-        if high > 1_000_000:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
-
+from files import (
+    Damaged,
+    Failure,
+    load_array,
+    load_arrays,
+    make_folder,
+    read_json,
+    run_name,
+    save_arrays,
+    write,
+    write_json,
+)  # fmt: skip
+from measures import (
+    POWER,
+    SIGNIFICANCE,
+    SMALL_GAIN,
+    calibration_error,
+    class_accuracies,
+    mcnemar_test,
+    negative_log_likelihood,
+    paired_test,
+    seeds_needed,
+    softmax,
+    spread,
+)  # fmt: skip
 
 # What a folder holds -------------------------------------------------------------------------------------------------
 
@@ -153,16 +77,50 @@ def _teacher_path(output, teacher_digest, data_digest):
 
 def finished_runs(folder):
     """{(role, temperature, alpha, seed): record} of the finished runs in `folder`; a record is run.json's content with
-    the run's folder as `folder`."""
+    the run's folder as `folder`. A record that is damaged is named on standard error and left out."""
     runs = {}
     for path in sorted(Path(folder).glob("*/run.json")):
         if (path.parent / "model.pt").is_file():
-            record = read_json(path)
-            if record.get("finished"):
-                settings = record["settings"]
-                key = settings["role"], settings["temperature"], settings["alpha"], settings["seed"]
+            try:
+                record = _record(path)
+            except Failure as error:
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            settings = record["settings"]
+            key = settings["role"], settings["temperature"], settings["alpha"], settings["seed"]
+            if record["finished"] and path.parent.name == run_name(settings):  # not a copy under another name
                 runs[key] = record | {"folder": path.parent}
     return runs
+
+
+def _record(path):
+    """The content of a run.json; raises Damaged where a report could not rely on it."""
+    record = read_json(path)
+
+    def need(place, name, *kinds):
+        if type(place.get(name)) not in kinds:
+            raise Damaged(f"{path} is damaged: its '{name}' is missing or of a wrong kind.")
+        return place[name]
+
+    settings = need(record, "settings", dict)
+    for name, kinds in {
+        "role": (str,), "data": (str,), "epochs": (int,), "batch_size": (int,), "seed": (int,),
+        "val_fraction": (float,), "temperature": (float, type(None)), "alpha": (float, type(None)),
+        "teacher": (str, type(None)),
+    }.items():  # fmt: skip
+        need(settings, name, *kinds)
+    if need(record, "finished", bool):
+        need(record, "environment", dict)
+        need(record, "seconds", float)
+        for name in ("teacher", "student"):
+            for count in ("parameters", "macs"):
+                need(need(need(record, "costs", dict), name, dict), count, int)
+        share = need(record, "val_accuracy" if settings["val_fraction"] else "accuracy", float)
+        if not 0 <= share <= 1:
+            raise Damaged(f"{path} is damaged: its accuracy is {share}.")
+        if not settings["val_fraction"]:
+            need(record, "test_logits_sha256", str)
+    return record
 
 
 def best_pair(output, pairs, seeds):
@@ -171,14 +129,25 @@ def best_pair(output, pairs, seeds):
     return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed]["val_accuracy"] for seed in seeds]))
 
 
-def _agree(one, other):
-    """Whether two students' runs differ at most in what distillation is."""
-    odd = {"role", "temperature", "alpha", "teacher", "seed"}
-    return all(other["settings"].get(name) == value for name, value in one["settings"].items() if name not in odd)
+def _agree(one, other, apart=frozenset()):
+    """Whether two students' runs differ at most in what distillation is (and in the settings `apart`), and have the
+    same teacher where both have one."""
+    odd = {"role", "temperature", "alpha", "teacher", "seed"} | apart
+    teachers = {one["settings"]["teacher"], other["settings"]["teacher"]} - {None}
+    same = all(other["settings"].get(name) == value for name, value in one["settings"].items() if name not in odd)
+    return same and len(teachers) < 2
 
 
-def _logits(record):
-    return load_array(record["folder"] / "test_logits.npy", record["test_logits_sha256"])
+def _logits(record, shape):
+    """A run's float32 test logits; raises Damaged unless they have `shape` and are finite."""
+    path = record["folder"] / "test_logits.npy"
+    return _checked(path, load_array(path, record["test_logits_sha256"]), shape)
+
+
+def _checked(path, logits, shape):
+    if logits.shape != shape or logits.dtype != np.float32 or not np.isfinite(logits).all():
+        raise Damaged(f"{path} is damaged: it does not hold {shape[0]} x {shape[1]} logits.")
+    return logits
 
 
 def _measures(logits, labels, classes):
@@ -191,7 +160,7 @@ def _measures(logits, labels, classes):
 
 def _students(records, labels, classes, teacher_logits):
     """What comparison.json says of the students of several seeds, and their logits."""
-    logits = [_logits(record) for record in records]
+    logits = [_logits(record, teacher_logits.shape) for record in records]
     accuracies = [record["accuracy"] for record in records]
     measures = [_measures(each, labels, classes) for each in logits]
     by_class = np.array([m["class_accuracies"] for m in measures], dtype=float)
@@ -219,54 +188,53 @@ class Comparison:
         self.output = Path(output)
         runs = finished_runs(self.output)
         asked = asked or self._asked_before(runs)
-        pair = asked["temperature"], asked["alpha"]
-        missing = [s for s in asked["seeds"] if ("kd", *pair, s) not in runs or ("baseline", None, None, s) not in runs]
+        pair, seeds = (asked["temperature"], asked["alpha"]), asked["seeds"]
+        self.first = runs.get(("kd", *pair, seeds[0]))
+        fitting = {key: run for key, run in runs.items() if self.first and _agree(self.first, run)}
+        wanted = [key for seed in seeds for key in (("kd", *pair, seed), ("baseline", None, None, seed))]
+        missing = next((key for key in wanted if key not in fitting), None)
         if missing:
+            name = run_name(dict(zip(("role", "temperature", "alpha", "seed"), missing, strict=True)))
             raise Failure(
-                f"{self.output} holds no finished pair of students with temperature {pair[0]}, alpha {pair[1]} and "
-                f"seed {missing[0]}.\nTrain them first; the same command continues what was interrupted."
+                f"{self.output} holds no finished {name} that fits this comparison.\n"
+                "The command that trains it again (or continues it) prints the comparison, too."
             )
-        first = runs["kd", *pair, asked["seeds"][0]]
-        self.settings = first["settings"]
-        self.environment = first["environment"]
+        self.settings, self.environment = self.first["settings"], self.first["environment"]
         self._read_test_set()
-        baselines = {key[3]: run for key, run in runs.items() if key[0] == "baseline" and _agree(first, run)}
-        students = {
-            key: run
-            for key, run in runs.items()
-            if key[0] == "kd" and _agree(first, run) and run["settings"]["teacher"] == self.settings["teacher"]
-        }
-        seeds = [seed for seed in asked["seeds"] if seed in baselines]
-        self.runs = []
+        baselines = {key[3]: run for key, run in fitting.items() if key[0] == "baseline"}
+        students = {key: run for key, run in fitting.items() if key[0] == "kd"}
+        self.teacher_run = self._teacher_run(runs)
+        self.runs = [self.teacher_run] if self.teacher_run else []
         self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds])
         self.kd, self.kd_logits = [], []
-        others = sorted({key[1:3] for key in students} - {pair})
-        for temperature, alpha in [pair, *others]:
-            shared = [s for s in sorted(baselines) if ("kd", temperature, alpha, s) in students]
-            shared = [s for s in shared if s in seeds] if (temperature, alpha) == pair else shared
+        self._add(*pair, seeds, students, baselines)
+        for temperature, alpha in sorted({key[1:3] for key in students} - {pair}):
+            shared = [seed for seed in sorted(baselines) if ("kd", temperature, alpha, seed) in students]
             if shared:
                 self._add(temperature, alpha, shared, students, baselines)
         self.teacher = {
             "accuracy": float((self.teacher_logits.argmax(1) == self.labels).mean()),
-            **self._costs(first, "teacher"),
+            **self.first["costs"]["teacher"],
             **_measures(self.teacher_logits, self.labels, len(self.classes)),
         }
-        self.student = self._costs(first, "student")
-        self.teacher_folder = self._teacher_folder(runs)
-        self.selection = self._selection(asked)
+        self.student = dict(self.first["costs"]["student"])
+        self.selection = self._selection()
 
-    def _teacher_folder(self, runs):
-        """The teacher's run, where it is in this output folder: the one whose logits are the teacher's."""
-        for (role, *_), run in runs.items():
-            if role == "teacher" and np.array_equal(_logits(run), self.teacher_logits):
-                return run["folder"]
-        return None
+    def _teacher_run(self, runs):
+        """The teacher's run, where it is in this output folder."""
+        found = (r for r in runs.values() if r["settings"]["role"] == "teacher")
+        return next((r for r in found if r.get("weights_sha256") == self.settings["teacher"]), None)
 
     def _asked_before(self, runs):
         path = self.output / "comparison.json"
         if path.is_file():
-            before = read_json(path)["kd"][0]
-            return {name: before[name] for name in ("temperature", "alpha", "seeds")}
+            try:
+                before = read_json(path)["kd"][0]
+                asked = {name: before[name] for name in ("temperature", "alpha", "seeds")}
+                if ("kd", asked["temperature"], asked["alpha"], asked["seeds"][0]) in runs:
+                    return asked
+            except (LookupError, TypeError):
+                raise Damaged(f"{path} is damaged. Remove it, and the report chooses a pair itself.") from None
         pairs = {key[1:3] for key in runs if key[0] == "kd"}
         if not pairs:
             raise Failure(f"{self.output} holds no finished students to report on.")
@@ -283,8 +251,11 @@ class Comparison:
                     f"{path} is not there. Run the command that trained the students again; it writes it anew."
                 )
         test, teacher = (load_arrays(path) for path in paths)
-        self.pictures, self.labels, self.classes = test["pictures"], test["labels"], test["classes"].tolist()
-        self.teacher_logits = teacher["logits"]
+        try:
+            self.pictures, self.labels, self.classes = test["pictures"], test["labels"], test["classes"].tolist()
+            self.teacher_logits = _checked(paths[1], teacher["logits"], (len(self.labels), len(self.classes)))
+        except (LookupError, TypeError) as error:
+            raise Damaged(f"{paths[0]} or {paths[1].name} is damaged: {error} is missing.") from None
 
     def _several(self, records):
         self.runs += records
@@ -294,10 +265,12 @@ class Comparison:
         entry, logits = self._several([students["kd", temperature, alpha, seed] for seed in seeds])
         without = [baselines[seed] for seed in seeds]
         self.runs += [run for run in without if run not in self.runs]
-        gains = [100 * (a - run["accuracy"]) for a, run in zip(entry["accuracies"], without, strict=True)]
+        count = len(self.labels)  # in whole pictures: equal gains must be equal numbers
+        right = [round(accuracy * count) for accuracy in entry["accuracies"]]
+        gains = [100 * (k - round(run["accuracy"] * count)) / count for k, run in zip(right, without, strict=True)]
         if len(seeds) == 1:
             right = logits[0].argmax(1) == self.labels
-            right_without = _logits(without[0]).argmax(1) == self.labels
+            right_without = _logits(without[0], self.teacher_logits.shape).argmax(1) == self.labels
             mended, broken = int((right & ~right_without).sum()), int((right_without & ~right).sum())
             improvement = {
                 "mean": gains[0], "ci95": None, "p_value": mcnemar_test(mended, broken), "method": "exact McNemar test",
@@ -309,37 +282,36 @@ class Comparison:
         self.kd.append({"temperature": temperature, "alpha": alpha, **entry, "improvement": improvement})
         self.kd_logits.append(logits)
 
-    def _costs(self, record, name):
-        return dict(record["costs"][name])
-
-    def _selection(self, asked):
+    def _selection(self):
+        """The entries of the sweep that chose the pair, or else of the largest one: runs with the same settings as the
+        students', the same validation part and the same seeds."""
         runs = finished_runs(self.output / "selection")
+        runs = {key: run for key, run in runs.items() if _agree(self.first, run, {"val_fraction"})}
+        chosen = ("kd", self.settings["temperature"], self.settings["alpha"])
+        fractions = [run["settings"]["val_fraction"] for key, run in runs.items() if key[:3] == chosen]
+        fractions = fractions or [run["settings"]["val_fraction"] for run in runs.values()]
+        if not fractions:
+            return []
+        fraction = max(set(fractions), key=fractions.count)
+        groups = {}
+        for key, run in runs.items():
+            if run["settings"]["val_fraction"] == fraction:
+                groups.setdefault(key[:3], {})[key[3]] = run
+        seeds = sorted(groups.get(chosen) or max(groups.values(), key=len))
         entries = []
-        pairs = sorted({key[1:3] for key in runs if key[0] == "kd"})
-        for role, temperature, alpha in [("kd", *pair) for pair in pairs] + [("baseline", None, None)]:
-            found = [
-                runs[key]
-                for key in sorted(runs, key=str)
-                if key[:3] == (role, temperature, alpha)
-                and runs[key]["settings"]["teacher"] in (None, self.settings["teacher"])
-                and runs[key]["settings"]["data"] == self.settings["data"]
-            ]
-            if found:
-                values = [run["val_accuracy"] for run in found]
+        for (role, temperature, alpha), found in sorted(
+            groups.items(), key=lambda item: (-len(item[0][0]), str(item[0]))
+        ):
+            if set(seeds) <= set(found):
+                values = [found[seed]["val_accuracy"] for seed in seeds]
+                self.runs += [found[seed] for seed in seeds]
                 entries.append(
                     {
-                        "role": role,
-                        "temperature": temperature,
-                        "alpha": alpha,
-                        "val_fraction": found[0]["settings"]["val_fraction"],
-                        "seeds": [run["settings"]["seed"] for run in found],
-                        "val_accuracies": values,
-                        "mean": float(np.mean(values)),
-                        "std": spread(values),
+                        "role": role, "temperature": temperature, "alpha": alpha, "val_fraction": fraction,
+                        "seeds": seeds, "val_accuracies": values, "mean": float(np.mean(values)), "std": spread(values),
                     }
-                )
-                self.runs += found
-        return entries if len(entries) > 1 else []
+                )  # fmt: skip
+        return entries
 
     def as_dict(self):
         """What comparison.json holds."""
@@ -443,7 +415,7 @@ def claim(improvement, seeds, pictures):
     if seeds == 1:
         return (
             f"These two networks: of {pictures:,} test pictures, distillation mends {improvement['mended']} and breaks "
-            f"{improvement['broken']} (exact McNemar test, p = {_p(p)}).\n"
+            f"{improvement['broken']} (exact McNemar test, {_p(p)}).\n"
             "One pair says nothing about distillation itself: add --seeds 5 for an interval."
         )
     covers = (
@@ -453,21 +425,22 @@ def claim(improvement, seeds, pictures):
         return f"All {seeds} seeds gain exactly {points(mean, '+')} points, so no interval can be computed.\n{covers}"
     gain = (
         f"Gain with KD: {points(mean, '+')} points, 95% confidence interval {points(interval[0], '+')} to "
-        f"{points(interval[1], '+')}, p = {_p(p)} (paired t-test, n = {seeds} seeds)."
+        f"{points(interval[1], '+')}, {_p(p)} (paired t-test, n = {seeds} seeds)."
     )
     if p < SIGNIFICANCE:
         verb = "improves" if mean > 0 else "worsens"
         return f"{gain}\nDistillation {verb} this student, with this teacher and recipe.\n{covers}"
-    needed = seeds_needed(np.std(improvement["by_seed"], ddof=1))
-    about = f"about {needed:,}" if needed else "more than a million"
-    return (
-        f"{gain}\nNo difference can be shown with {seeds} seeds; {about} would show a gain of {SMALL_GAIN} points "
-        f"({POWER:.0%} power, this spread).\n{covers}"
-    )
+    needed = seeds_needed(spread(improvement["by_seed"]))
+    if needed is not None and needed <= seeds:
+        more = f"a gain of {SMALL_GAIN} points would have been shown with {POWER:.0%} power"
+    else:
+        about = f"about {needed:,}" if needed else "more than a million"
+        more = f"{about} would show a gain of {SMALL_GAIN} points ({POWER:.0%} power, this spread)"
+    return f"{gain}\nNo difference can be shown with {seeds} seeds; {more}.\n{covers}"
 
 
 def _p(value):
-    return "< 0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
+    return "p < 0.0001" if value < 0.0001 else f"p = {value:.4f}" if value < 0.1 else f"p = {value:.2f}"
 
 
 # Output --------------------------------------------------------------------------------------------------------------
@@ -494,10 +467,10 @@ def report(output, asked=None):
     import figures
 
     comparison = Comparison(output, asked)
+    print(f"\n{block(comparison)}\n{details(comparison)}", flush=True)
     write_json(comparison.output / "comparison.json", comparison.as_dict())
     write(comparison.output / "comparison.csv", table(comparison))
     drawn = figures.draw(comparison)
-    print(f"\n{block(comparison)}\n{details(comparison)}")
     print(
         f"Written: {comparison.output / 'comparison.json'}, comparison.csv, {len(drawn)} figures in {drawn[0].parent}"
     )

@@ -5,6 +5,7 @@ minutes within long ones: killed anywhere and started again, it ends with the sa
 """
 
 import csv
+import importlib.metadata
 import io
 import os
 import platform
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import models
-from data import Views, split
+from data import VIEWS_VERSION, Views, split
 from distill import INFERENCE_BATCH, distillation_loss, precision_context, predict
 from files import (
     Damaged,
@@ -29,7 +30,9 @@ from files import (
     Stop,
     load_checkpoint,
     make_folder,
+    read_json,
     remove,
+    run_name,
     save_array,
     save_checkpoint,
     write,
@@ -42,7 +45,6 @@ RECIPE = 1  # of the schedule, optimiser and initial weights below: a run of ano
 STATE_FORMAT = 1
 MOMENTUM = 0.9
 WARMUP = 0.2  # of all steps; the rest is a linear decay to zero
-WEIGHT_DECAY = 5e-4
 REFRESH = 0.25  # seconds between progress figures
 HISTORY = (
     "epoch", "train_loss", "train_accuracy", "val_accuracy", "learning_rate", "seconds", "teacher_seconds",
@@ -67,6 +69,7 @@ class Settings:
     alpha: float | None = None
     teacher: str | None = None
     recipe: int = RECIPE
+    views: int = VIEWS_VERSION
 
     @property
     def architecture(self):
@@ -75,20 +78,10 @@ class Settings:
     @property
     def name(self):
         """The run's folder: teacher-s0, kd-T4-a0.1-s0, baseline-s0."""
-        return run_name(self.role, self.seed, self.temperature, self.alpha)
+        return run_name(self.as_dict())
 
     def as_dict(self):
         return asdict(self) | {"architecture": self.architecture}
-
-
-def run_name(role, seed, temperature=None, alpha=None):
-    """A run's folder name; numbers without a trailing .0."""
-    pair = f"-T{_short(temperature)}-a{_short(alpha)}" if role == "kd" else ""
-    return f"{role}{pair}-s{seed}"
-
-
-def _short(number):
-    return repr(float(number)).removesuffix(".0")
 
 
 def default_learning_rate(batch_size):
@@ -104,15 +97,15 @@ def schedule(step, steps):
 
 
 def differences(found: Mapping, wanted: Mapping):
-    """What differs between a run's settings and those asked for, in words, for the settings that both name."""
+    """What differs between a run's settings and those wanted, in words; a setting that is missing differs."""
     words = []
     for name, value in wanted.items():
-        if name in found and found[name] != value:
+        if name not in found or found[name] != value:
             label = name.replace("_", " ")
             if name in ("data", "teacher"):
                 words.append(f"another {label if name == 'teacher' else 'data set'}")
             else:
-                words.append(f"{label} {found[name]} instead of {value}")
+                words.append(f"{label} {found.get(name, 'unknown')} instead of {value}")
     return words
 
 
@@ -128,14 +121,13 @@ def refuse_other_settings(folder, found, wanted):
 
 def environment(device, precision):
     """What a run was made with; recorded, not compared."""
-    import torchvision
-
+    versions = {name: importlib.metadata.version(name) for name in ("torchvision", "scipy", "matplotlib", "pillow")}
     return {
         "program": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
         "numpy": np.__version__,
+        **versions,
         "system": platform.platform(),
         "device": describe(device),
         "precision": precision,
@@ -179,11 +171,19 @@ def finished(folder, wanted=None):
     """The verified content of a finished run's model.pt; refused where its settings are not those `wanted`."""
     try:
         content = models.read(Path(folder) / "model.pt")
+        if not read_json(Path(folder) / "run.json").get("finished"):
+            raise Damaged(f"{Path(folder) / 'run.json'} does not belong to the finished model.pt beside it.")
     except Damaged as error:
         raise Damaged(f"{error}\nPut a whole copy in its place, or add --overwrite to train it anew.") from None
     if wanted is not None:
         refuse_other_settings(folder, content["settings"], wanted.as_dict())
     return content
+
+
+def reset(folder):
+    """Takes a run's files away, so that it is trained anew; model.pt first, without which a run is not finished."""
+    names = ("model.pt", "state.pt", "state-before.pt", "run.json", "history.csv", "test_logits.npy")
+    remove(*(Path(folder) / name for name in names))
 
 
 class Trainer:
@@ -196,6 +196,9 @@ class Trainer:
         self.later = 0  # pictures that runs after this one will train on, for the time left
         self.threads = torch.get_num_threads()
         self._views = {}
+        if device.type == "cuda":  # the same bits again, and full float32 where that is asked for
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.allow_tf32 = False
 
     def views(self, purpose="views"):
         """The training set's views: one stream for students, one for the teacher."""
@@ -204,29 +207,29 @@ class Trainer:
             self._views[purpose] = Views(self.data.train_pictures, self.data.mean, self.data.std, purpose)
         return self._views[purpose]
 
-    def train(self, folder, settings, targets=None, overwrite=False, title=""):
+    def train(self, folder, settings, targets=None, title=""):
         """Trains the run `settings` in `folder`, or continues or reuses what is there; returns its accuracy (on the
         test set, or on the validation part where there is one).
 
         `targets` are the teacher's SoftTargets, for a distilled student with alpha above 0. Raises Failure where the
-        folder holds a run with other settings and `overwrite` is not set, or where the training diverges, and
-        Interrupted, with the state kept, on a signal.
+        folder holds a run with other settings (see `reset`) or where the training diverges, and Interrupted, with the
+        state kept, on a signal.
         """
-        return _Run(self, Path(folder), settings, targets, overwrite, title or settings.name).train()
+        return _Run(self, Path(folder), settings, targets, title or settings.name).train()
 
 
 class _Run:
     """One run while it is being trained."""
 
-    def __init__(self, trainer, folder, settings, targets, overwrite, title):
+    def __init__(self, trainer, folder, settings, targets, title):
         self.trainer, self.folder, self.settings, self.targets = trainer, folder, settings, targets
-        self.overwrite, self.title = overwrite, title
+        self.title = title
         self.data, self.device = trainer.data, trainer.device
         self.state_path, self.previous_path = folder / "state.pt", folder / "state-before.pt"
 
     def train(self):
         settings = self.settings
-        if is_finished(self.folder) and not self.overwrite:
+        if is_finished(self.folder):
             content = finished(self.folder, settings)
             remove(self.state_path, self.previous_path)
             return content["accuracy"]
@@ -239,25 +242,35 @@ class _Run:
         self.network = self.network.to(self.device, memory_format=torch.channels_last).train()
         self.optimiser = _optimiser(self.network, settings, self.device)
         torch.set_num_threads(self.trainer.threads)
-        self._begin()
-        self._epochs()
-        return self._finish()
+        self.kept = None  # the epoch and step of the state on the disk
+        try:
+            self._begin()
+            self._epochs()
+            return self._finish()
+        except Interrupted as error:
+            raise Interrupted(error.signal_number, self._how_far()) from None
+
+    def _how_far(self):
+        if self.kept is None:
+            return f"Stopped {self.folder.name} before its first step."
+        epoch, step = self.kept
+        where = f"epoch {epoch} of {self.settings.epochs}"
+        if step:
+            where += f" and step {step} of {self.steps} of the next"
+        return f"Stopped {self.folder.name}; its state after {where} is kept."
 
     # State ------------------------------------------------------------------------------------------------------
 
     def _begin(self):
         self.epoch, self.step, self.history = 0, 0, []
         self._clear_sums()
-        state = None if self.overwrite else self._read_state()
+        state = self._read_state()
         if state is not None:
             self._restore(state)
             return
         make_folder(self.folder)
-        self._save()
-        remove(
-            self.folder / "model.pt", self.previous_path, self.folder / "history.csv", self.folder / "test_logits.npy"
-        )
         self._save_progress()
+        self._save()
 
     def _clear_sums(self):
         self.loss_sum = torch.zeros((), device=self.device)
@@ -280,16 +293,14 @@ class _Run:
             "correct": self.correct,
             "seconds": self.seconds,
             "teacher_seconds": self.teacher_seconds,
-            "network": self.network.state_dict(),
+            "network": dict(self.network.state_dict()),
             "optimiser": self.optimiser.state_dict(),
         }
 
     def _save(self):
-        """Keeps the state, and the one before it. State that is not finite never replaces state that is."""
-        self._check()
-        if not models.is_finite(self.network.state_dict()):
-            self._diverged(self.step)
+        """Keeps the state, and the one before it. `_check` comes first: state that is not finite is never kept."""
         save_checkpoint(self.state_path, self._content(), keep=self.previous_path)
+        self.kept = self.epoch, self.step
         self.saved_at = time.monotonic()
 
     def _save_progress(self):
@@ -318,21 +329,44 @@ class _Run:
                 continue
             try:
                 state = load_checkpoint(path)
-                if state.get("format") != STATE_FORMAT or not isinstance(state.get("settings"), dict):
-                    raise Damaged(f"{path} is not a state of format {STATE_FORMAT}.")
+                self._verify(state, path)
             except Damaged as error:
                 broken = error
                 tqdm.write(f"{error}", file=sys.stderr)
                 continue
             if broken:
                 tqdm.write(f"The run is continued from the state before it, {path}.", file=sys.stderr)
+                remove(self.state_path)  # so that it never takes the place of the one that is whole
             return state
         if broken:
             raise Damaged(f"{broken}\nNo earlier state is whole. Add --overwrite to train {self.folder} anew.")
         return None
 
-    def _restore(self, state):
+    def _verify(self, state, path):
+        """Raises Damaged unless `state` is one that `_content` could have made; other settings are not damage."""
+        if state.get("format") != STATE_FORMAT:
+            raise Damaged(f"{path} has format {state.get('format')!r}, but this version reads {STATE_FORMAT}.")
+        kinds = {
+            "settings": dict, "device": str, "precision": str, "threads": int, "torch": str, "epoch": int, "step": int,
+            "history": list, "loss_sum": torch.Tensor, "correct": torch.Tensor, "seconds": float,
+            "teacher_seconds": float, "network": dict, "optimiser": dict,
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            if type(state.get(name)) is not kind:
+                raise Damaged(f"{path} is damaged: its '{name}' is missing or not a {kind.__name__}.")
         refuse_other_settings(self.folder, state["settings"], self.settings.as_dict())
+        epoch, history = state["epoch"], state["history"]
+        if not (
+            0 <= epoch <= self.settings.epochs
+            and 0 <= state["step"] < self.steps
+            and [row.get("epoch") if isinstance(row, dict) else None for row in history] == [*range(1, epoch + 1)]
+            and all(set(row) == set(HISTORY) for row in history)
+            and 1 <= state["threads"] <= 4096
+        ):
+            raise Damaged(f"{path} is damaged: its epoch, step, history or threads cannot be.")
+        models.verify_weights(state["network"], self.network.state_dict(), path)
+
+    def _restore(self, state):
         here = {"device": self.device.type, "precision": self.trainer.precision}
         words = differences(state, here)
         if words:
@@ -347,16 +381,20 @@ class _Run:
             )
         try:
             self.network.load_state_dict(state["network"])
+            own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimiser.param_groups]
             self.optimiser.load_state_dict(state["optimiser"])
+            for group, mine in zip(self.optimiser.param_groups, own, strict=True):
+                group.update(mine)
             torch.set_num_threads(state["threads"])
             self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
             self.loss_sum.copy_(state["loss_sum"])
             self.correct.copy_(state["correct"])
             self.seconds, self.teacher_seconds = state["seconds"], state["teacher_seconds"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Damaged(
-                f"{self.state_path} does not fit this run: {error}. Add --overwrite to train it anew."
+                f"The state in {self.folder} does not fit this run: {error}. Add --overwrite to train it anew."
             ) from error
+        self.kept = self.epoch, self.step
         self.saved_at = time.monotonic()
 
     # Training ---------------------------------------------------------------------------------------------------
@@ -375,18 +413,10 @@ class _Run:
             mininterval=REFRESH,
         ) as self.bar:
             while self.epoch < settings.epochs:
-                try:
-                    soft = self._soft_targets()
-                    with stop.deferred():
-                        self._one_epoch(soft)
-                    stop.raise_pending()
-                except Interrupted as error:
-                    where = f"epoch {self.epoch} of {settings.epochs}"
-                    if self.step:
-                        where += f" and step {self.step} of {self.steps} of the next"
-                    raise Interrupted(
-                        error.signal_number, f"Stopped {self.folder.name} after {where}; its state is kept."
-                    ) from None
+                soft = self._soft_targets()
+                with stop.deferred():
+                    self._one_epoch(soft)
+                stop.raise_pending()
 
     def _soft_targets(self):
         if self.targets is None:
@@ -420,10 +450,11 @@ class _Run:
                 stop.signal_number is not None or now - self.saved_at >= self.trainer.save_every
             ):
                 self.seconds = time.perf_counter() - begun
+                self._check(weights=True)
                 self._save()
                 if stop.signal_number is not None:
                     return
-        self._check()  # waits for the device: what follows is timed
+        self._check(weights=True)  # waits for the device before the time is taken
         self.seconds = time.perf_counter() - begun
         self._end_of_epoch()
 
@@ -472,13 +503,16 @@ class _Run:
         pictures, labels = self.data.train_pictures[self.validation], self.data.train_labels[self.validation]
         return accuracy(evaluate(self.network, pictures, self.data.mean, self.data.std, self.trainer.precision), labels)
 
-    def _check(self):
+    def _check(self, weights=False):
+        """Raises Failure where a loss was not finite, or (if `weights`) what would be kept is not."""
         bad = self.first_bad.item()
-        if bad >= 0:
-            self._diverged(bad)
-
-    def _diverged(self, step):
-        rate = self.settings.learning_rate
+        if bad < 0 and weights:
+            momenta = (each["momentum_buffer"] for each in self.optimiser.state.values())
+            if not models.is_finite(self.network.state_dict()) or not all(m.isfinite().all() for m in momenta):
+                bad = self.step - 1
+        if bad < 0:
+            return
+        step, rate = bad, self.settings.learning_rate
         raise Failure(
             f"{self.folder.name} diverged: its loss or weights were not finite at step {step + 1} of {self.steps} of "
             f"epoch {self.epoch + 1} of {self.settings.epochs}.\nThe last good state is kept. "
@@ -528,6 +562,7 @@ class _Run:
             logits = evaluate(self.network, data.test_pictures, data.mean, data.std, self.trainer.precision)
             result = record["accuracy"] = accuracy(logits, data.test_labels)
             record["test_logits_sha256"] = save_array(self.folder / "test_logits.npy", logits.cpu().numpy())
+        record["weights_sha256"] = models.digest(self.network.state_dict())
         write_json(self.folder / "run.json", record)
         models.save(
             self.folder / "model.pt",

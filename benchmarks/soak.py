@@ -59,18 +59,20 @@ def outcome(output, printed):
 
 def survive(pictures, output, moments):
     """Runs both commands to their ends, killed after each of `moments` (seconds, consumed from the front) until none
-    are left. Returns the outcome, the kills that hit a running process, and those of them inside a file write."""
+    are left. Returns the outcome, the kills that hit a process with a run to lose, and those inside a file write."""
     kills = inside = 0
     printed = ""
     for words in commands(pictures, output):
         while moments:
+            for part in Path(output).rglob(".*.part"):  # of an earlier kill
+                part.unlink()
             process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
             try:
                 printed, errors = process.communicate(timeout=moments.pop(0))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
-                kills += 1
+                kills += any(Path(output).rglob("run.json"))  # one during the imports has nothing to lose
                 inside += any(Path(output).rglob(".*.part"))
                 continue
             if process.returncode != 0 or "Traceback" in errors:

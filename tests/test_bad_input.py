@@ -51,6 +51,9 @@ USAGE = {
     "validation without a sweep": ("--val-fraction", "0.1"),
     "mirror of a folder": ("--dataset", "folder", "--data-url", "http://127.0.0.1/x"),
     "mirror that is no URL": ("--data-url", "cifar.tar.gz"),
+    "empty path": ("--output-dir", ""),
+    "report with a sweep": ("--report", "--temperature", "1", "2"),
+    "report of a part": ("--report", "--seeds", "3"),
     "seeds past the last": ("--seed", "2147483647", "--seeds", "2"),
 }
 
@@ -154,6 +157,15 @@ def absent_cuda(top):
     return ("--device", "cuda:123"), ["cuda:123"]
 
 
+def absent_cuda_beyond_a_byte(top):
+    return ("--device", "cuda:256"), ["cuda:256"]
+
+
+def eps_that_a_program_would_run(top):
+    (top / "p" / "train" / "blue" / "run.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    return (), ["run.png"]
+
+
 def diverging(top):
     words = ("--lr", "1000", "--weight-decay", "1", "--batch-size", "4", "--epochs", "50")
     return words, ["diverged", "--lr", "epoch"]
@@ -162,7 +174,7 @@ def diverging(top):
 FAILURES = (
     no_train, no_test, no_folder, data_dir_is_a_file, one_class, empty_class, class_in_train_only, class_in_test_only,
     zero_bytes, cut_short, text_as_png, flipped_png, too_many_pixels, output_is_a_file, output_below_a_file,
-    absent_cuda, diverging,
+    absent_cuda, absent_cuda_beyond_a_byte, eps_that_a_program_would_run, diverging,
 )  # fmt: skip
 
 
@@ -261,11 +273,71 @@ def report_of_a_damaged_comparison(out):
     return ("--report",), ["comparison.json"]
 
 
+def change(path, **entries):
+    content = json.loads(path.read_text())
+    content.update(entries)
+    path.write_text(json.dumps(content))
+
+
+def run_json_without_costs(out):
+    change(out / "kd-T4-a0.1-s0" / "run.json", costs=None)
+    return ("--report",), ["kd-T4-a0.1-s0", "costs"]
+
+
+def run_json_with_odd_settings(out):
+    change(out / "kd-T4-a0.1-s0" / "run.json", settings=[1])
+    return ("--report",), ["kd-T4-a0.1-s0", "settings"]
+
+
+def run_json_with_nan(out):
+    change(out / "baseline-s0" / "run.json", accuracy=float("nan"))
+    return ("--report",), ["baseline-s0", "NaN"]
+
+
+def run_json_with_an_odd_accuracy(out):
+    change(out / "baseline-s0" / "run.json", accuracy=7.5)
+    return ("--report",), ["baseline-s0", "accuracy"]
+
+
+def logits_are_pickled(out):
+    import hashlib
+
+    import numpy as np
+
+    path = out / "baseline-s0" / "test_logits.npy"
+    np.save(path, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
+    change(path.with_name("run.json"), test_logits_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    return ("--report",), ["test_logits.npy", "damaged"]
+
+
+def pictures_are_gone(out):
+    for path in (out / "data").glob("test-*.npz"):
+        path.unlink()
+    return ("--report",), ["test-", "not there"]
+
+
+def history_is_damaged(out):
+    (out / "baseline-s0" / "history.csv").write_text("epoch,train_loss,train_accuracy\n1,x,y\n")
+    return ("--report",), ["history.csv", "damaged"]
+
+
+def comparison_of_nothing(out):
+    (out / "comparison.json").write_text('{"kd": [{}]}')
+    return ("--report",), ["comparison.json", "damaged"]
+
+
+def baseline_is_another(out):
+    shutil.rmtree(out / "baseline-s0")
+    return ("--report",), ["baseline-s0"]
+
+
 TEACHERS = (
     teacher_is_absent, teacher_is_an_empty_folder, teacher_is_a_student, teacher_is_text, teacher_is_cut_short,
     teacher_of_other_image_size, teacher_of_other_classes, teacher_of_other_pictures,
     unfinished_teacher_with_a_damaged_note, other_epochs, other_batch_size, damaged_student, damaged_run_json,
     report_of_nothing, report_of_an_absent_folder, report_of_a_damaged_comparison,
+    run_json_without_costs, run_json_with_odd_settings, run_json_with_nan, run_json_with_an_odd_accuracy,
+    logits_are_pickled, pictures_are_gone, history_is_damaged, comparison_of_nothing, baseline_is_another,
 )  # fmt: skip
 
 

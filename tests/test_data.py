@@ -260,9 +260,10 @@ def test_damaged_archives_and_batches_are_named(archive, tmp_path):
 
 
 def test_shapes_are_drawn_the_same_every_time_in_under_two_seconds():
-    started = time.process_time()
+    started = time.thread_time()
+    data.shapes(32)
+    assert time.thread_time() - started < 2
     one = data.shapes(16)
-    assert time.process_time() - started < 4  # of processor time, on as many cores as there are
     assert one.digest == data.shapes(16).digest
     assert np.bincount(one.train_labels).tolist() == [300] * 8
     assert not {p.numpy().tobytes() for p in one.train_pictures} & {p.numpy().tobytes() for p in one.test_pictures}

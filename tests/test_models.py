@@ -88,7 +88,7 @@ def changed(path, **entries):
         ({"format": 99}, "format 99"),
         ({"format": None}, "format None"),
         ({"architecture": "transformer"}, "unknown architecture 'transformer'"),
-        ({"architecture": "teacher"}, "not those of a teacher"),
+        ({"architecture": "teacher"}, "not those of this architecture"),
         ({"classes": ["a", "b"]}, "class names"),
         ({"classes": ["a", "b"], "arguments": {"classes": 2}}, "head.weight"),
         ({"classes": [1, 2, 3]}, "class names"),

@@ -11,19 +11,18 @@ from PIL import Image
 
 import figures
 import report
-from report import (
+from measures import (
     calibration_error,
-    claim,
     class_accuracies,
     mcnemar_test,
     negative_log_likelihood,
     paired_test,
-    points,
     reliability,
     seeds_needed,
     softmax,
     spread,
-)  # fmt: skip
+)
+from report import claim, points
 
 # Statistics ----------------------------------------------------------------------------------------------------------
 
@@ -126,8 +125,24 @@ def test_a_gain_that_is_shown_and_one_that_is_not():
     needed = seeds_needed(np.std(vague, ddof=1))
     assert f"No difference can be shown with 3 seeds; about {needed} would show a gain of 0.25 points" in text
     assert "initial weights and orders of pictures" in text
+    # Gains of 25 pictures of 10,000 are equal however their accuracies are rounded.
+    equal = [100 * (a - b) / 10_000 for a, b in ((9022, 8997), (9010, 8985), (8950, 8925))]
+    assert paired_test(equal)["p_value"] is None
+    many = [0.1, -0.1] * 20
+    assert "would have been shown with 80% power" in claim(paired_test(many) | {"by_seed": many}, 40, 10_000)
     same = [0.5, 0.5]
     assert "no interval" in claim(paired_test(same) | {"by_seed": same}, 2, 10_000)
+
+
+def record(temperature, **entries):
+    """A run.json of a distilled student."""
+    settings = {
+        "role": "kd", "temperature": temperature, "alpha": 0.5, "seed": 0, "data": "d", "epochs": 1, "batch_size": 1,
+        "val_fraction": 0.1 if "val_accuracy" in entries else 0.0, "teacher": "t",
+    }  # fmt: skip
+    costs = {name: {"parameters": 1, "macs": 1} for name in ("teacher", "student")}
+    more = {"environment": {}, "seconds": 1.0, "costs": costs, "test_logits_sha256": ""}
+    return {"finished": True, "settings": settings, **more, **entries}
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -200,15 +215,31 @@ def test_the_sweep_never_read_the_test_set_and_the_best_on_validation_was_taken(
     assert any(e["role"] == "baseline" for e in got["selection"])
 
 
-def test_validation_decides_even_against_the_test_set(tmp_path):
-    """Two pairs, one better on validation and the other on the test set: the former is chosen."""
+def test_the_program_trains_what_validation_chose_even_against_the_test_set(cli, flags, copy, monkeypatch):
+    """T = 1 is made the best on validation and T = 4 the best on the test set: T = 1 is trained and reported."""
+    import train
+
+    def accuracy(logits, labels):
+        return {1.0: 0.25, 4.0: 0.75}.get(running[-1].temperature, 0.5)
+
+    running, begin = [], train._Run.__init__
+    monkeypatch.setattr(train._Run, "__init__", lambda run, *a: running.append(a[2]) or begin(run, *a))
+    monkeypatch.setattr(train, "accuracy", accuracy)
+    validation = {1.0: 0.9, 4.0: 0.1, None: 0.5}
+    monkeypatch.setattr(train._Run, "_validation_accuracy", lambda run: validation[run.settings.temperature])
+    got = cli(*flags, "--output-dir", copy, "--temperature", 1, 4, "--alpha", 0.9, "--overwrite")
+    assert got.status == 0, got
+    assert "Best on the validation part: temperature 1.0" in got.out and "- Temperature: 1.0" in got.out
+    assert (copy / "kd-T1-a0.9-s0").exists() and not (copy / "kd-T4-a0.9-s0").exists()
+
+
+def test_the_best_pair_is_by_validation_accuracy(tmp_path):
     for temperature, validation, test in ((1.0, 0.9, 0.2), (4.0, 0.8, 0.99)):
         for folder, entries in (("selection", {"val_accuracy": validation}), (".", {"accuracy": test})):
             run = tmp_path / folder / f"kd-T{temperature:g}-a0.5-s0"
             run.mkdir(parents=True)
             (run / "model.pt").touch()
-            settings = {"role": "kd", "temperature": temperature, "alpha": 0.5, "seed": 0}
-            (run / "run.json").write_text(json.dumps({"finished": True, "settings": settings, **entries}))
+            (run / "run.json").write_text(json.dumps(record(temperature, **entries)))
     assert report.best_pair(tmp_path, [(4.0, 0.5), (1.0, 0.5)], [0]) == (1.0, 0.5)
 
 
@@ -216,7 +247,8 @@ def test_comparison_csv_has_a_row_a_run(swept):
     with open(swept / "comparison.csv") as file:
         rows = list(csv.DictReader(file))
     names = [row["run"] for row in rows]
-    assert len(names) == len(set(names)) == 3 + 3 + 1 + 15  # baselines, KD, the pair before, the sweep
+    # teacher, baselines, KD, the sweep, and, where it is not the chosen one, the pair of the first command
+    assert len(names) == len(set(names)) and len(names) in (1 + 3 + 3 + 15, 1 + 3 + 3 + 15 + 1)
     for row in rows:
         kept = json.loads((swept / row["run"] / "run.json").read_text())
         for name in ("accuracy", "val_accuracy"):

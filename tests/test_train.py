@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import data
+import files
 import models
 import train
-from files import Failure, Interrupted, Stop, load_checkpoint
+from files import Failure, Interrupted, Stop, load_checkpoint, run_name
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,13 @@ def test_the_default_learning_rate_follows_the_batch_size():
 
 
 def test_run_names_are_those_of_the_readme():
-    assert train.run_name("teacher", 0) == "teacher-s0"
-    assert train.run_name("kd", 2, 4.0, 0.1) == "kd-T4-a0.1-s2"
-    assert train.run_name("kd", 0, 2.5, 1.0) == "kd-T2.5-a1-s0"
-    assert train.run_name("baseline", 1) == "baseline-s1"
+    for role, temperature, alpha, seed, name in (
+        ("teacher", None, None, 0, "teacher-s0"),
+        ("kd", 4.0, 0.1, 2, "kd-T4-a0.1-s2"),
+        ("kd", 2.5, 1.0, 0, "kd-T2.5-a1-s0"),
+        ("baseline", None, None, 1, "baseline-s1"),
+    ):
+        assert run_name({"role": role, "temperature": temperature, "alpha": alpha, "seed": seed}) == name
 
 
 def test_what_a_finished_run_holds(loaded, tmp_path):
@@ -86,7 +90,8 @@ def test_a_finished_run_is_reused_and_other_settings_are_refused(loaded, tmp_pat
     assert (tmp_path / "model.pt").stat().st_mtime_ns == before
     with pytest.raises(Failure, match=r"epochs 2 instead of 3, learning rate 0.05 instead of 0.1.*\n.*--overwrite"):
         trainer(loaded).train(tmp_path, settings(loaded, epochs=3, learning_rate=0.1))
-    trainer(loaded).train(tmp_path, settings(loaded, epochs=3), overwrite=True)
+    train.reset(tmp_path)
+    trainer(loaded).train(tmp_path, settings(loaded, epochs=3))
     assert len(history(tmp_path)) == 3
 
 
@@ -115,7 +120,7 @@ def test_interrupted_anywhere_the_bits_are_the_same(loaded, tmp_path, stop_at, s
     """The state is kept after any step, within an epoch too, and continuing ends with the bits of a run in one go."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trainer(loaded).train(whole, settings(loaded))
-    with pytest.raises(Interrupted, match="its state is kept"):
+    with pytest.raises(Interrupted, match="its state after epoch .* is kept"):
         trainer(loaded, stop=stop_at(step)).train(parts, settings(loaded))
     state = load_checkpoint(parts / "state.pt")
     assert (state["epoch"], state["step"]) != (0, 0)
@@ -160,8 +165,8 @@ def test_a_run_begun_on_another_device_or_precision_is_not_continued(loaded, tmp
 
 
 def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(loaded, tmp_path):
-    with pytest.raises(Failure, match=r"step \d+ of 3 of epoch \d of 2.*\n.*--lr"):
-        trainer(loaded).train(tmp_path, settings(loaded, learning_rate=1e20))
+    with pytest.raises(Failure, match=r"step 2 of 3 of epoch 1 of 2.*\n.*--lr"):
+        trainer(loaded).train(tmp_path, settings(loaded, learning_rate=1e30))
     assert not (tmp_path / "model.pt").exists()
     state = load_checkpoint(tmp_path / "state.pt")
     assert models.is_finite(state["network"])
@@ -208,3 +213,52 @@ def test_a_state_of_another_run_is_not_taken(loaded, tmp_path, stop_at):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     with pytest.raises(Failure, match="seed 1 instead of 2"):
         trainer(loaded).train(tmp_path / "b", settings(loaded, seed=2))
+
+
+def tampered(entries):
+    """The state of an interrupted run with some entries changed."""
+
+    def change(folder):
+        for name in ("state.pt", "state-before.pt"):
+            state = torch.load(folder / name, weights_only=True)
+            files.save_checkpoint(folder / name, state | entries)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"format": 99}, {"settings": None}, {"optimiser": None}, {"epoch": "3"}, {"epoch": 7}, {"epoch": -1},
+        {"step": 10**9}, {"history": [1, 2]}, {"history": [{}]}, {"threads": 0}, {"threads": 10**9}, {"torch": None},
+        {"device": None}, {"loss_sum": 0.5}, {"network": {}}, {"seconds": "long"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_state_that_cannot_be_is_named(loaded, tmp_path, stop_at, entries):
+    with pytest.raises(Interrupted):
+        trainer(loaded, stop=stop_at(4)).train(tmp_path, settings(loaded))
+    tampered(entries)(tmp_path)
+    with pytest.raises(Failure, match="state") as failure:
+        trainer(loaded).train(tmp_path, settings(loaded))
+    assert "--overwrite" in str(failure.value)
+
+
+def test_the_state_that_is_whole_is_never_replaced_by_the_damaged_one(loaded, tmp_path, stop_at):
+    with pytest.raises(Interrupted):
+        trainer(loaded, stop=stop_at(4)).train(tmp_path, settings(loaded))
+    whole = (tmp_path / "state-before.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(b"cut short")
+    with pytest.raises(Interrupted):
+        trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
+    assert (tmp_path / "state-before.pt").read_bytes() == whole
+
+
+def test_a_signal_while_a_state_is_read_is_no_damage(loaded, tmp_path, stop_at, monkeypatch, capsys):
+    with pytest.raises(Interrupted):
+        trainer(loaded, stop=stop_at(4)).train(tmp_path, settings(loaded))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: Stop().handle(15))
+        with pytest.raises(Interrupted):
+            trainer(loaded).train(tmp_path, settings(loaded))
+    assert "damaged" not in capsys.readouterr().err and (tmp_path / "state.pt").exists()

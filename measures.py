@@ -1,0 +1,103 @@
+"""Statistics of test logits and of paired runs: pure NumPy and SciPy, each with its source.
+
+- Agreement: the share of test pictures for which student and teacher choose the same class.
+- Expected calibration error: Guo et al., arXiv 1706.04599, equation 3, with 15 bins of equal width.
+- Negative log-likelihood: the mean of -log p(label), in nats.
+- Paired t-test over seeds (Student 1908), the pairs being students of one seed with and without distillation.
+- Exact McNemar test (McNemar 1947) for a single pair: a binomial test over the test pictures on which they differ.
+"""
+
+import math
+
+import numpy as np
+
+BINS = 15
+POWER, SIGNIFICANCE, SMALL_GAIN = 0.8, 0.05, 0.25  # the last in percentage points: the gain of the original run
+
+
+def softmax(logits, temperature=1.0):
+    """Probabilities (N, classes) of logits (N, classes) at a temperature, in float64."""
+    scaled = np.asarray(logits, np.float64) / temperature
+    scaled = np.exp(scaled - scaled.max(1, keepdims=True))
+    return scaled / scaled.sum(1, keepdims=True)
+
+
+def reliability(probabilities, labels, bins=BINS):
+    """(share of pictures, mean confidence, accuracy) of each of `bins` equal bins of confidence: three arrays (bins,),
+    0 where a bin is empty."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    # Bin m holds the confidences in ((m - 1) / bins, m / bins].
+    number = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(number, minlength=bins)
+    sums = (np.bincount(number, values, bins) for values in (confidence, right))
+    mean_confidence, mean_accuracy = (total / np.maximum(count, 1) for total in sums)
+    return count / len(labels), mean_confidence, mean_accuracy
+
+
+def calibration_error(probabilities, labels, bins=BINS):
+    """The expected calibration error, from 0 to 1."""
+    share, confidence, accuracy = reliability(probabilities, labels, bins)
+    return float((share * np.abs(accuracy - confidence)).sum())
+
+
+def negative_log_likelihood(logits, labels):
+    """The mean of -log softmax(logits)[label], in nats."""
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(1, keepdims=True)
+    return float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]).mean())
+
+
+def class_accuracies(logits, labels, classes):
+    """The accuracy on each class's pictures: a list of floats, None for a class without pictures."""
+    right = logits.argmax(1) == labels
+    return [float(right[labels == k].mean()) if (labels == k).any() else None for k in range(classes)]
+
+
+def spread(values):
+    """The standard deviation with ddof 1, None for fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def paired_test(differences):
+    """The paired t-test of `differences` (a list, one a seed): their mean, 95% confidence interval and two-sided p.
+
+    Interval and p are None where they are undefined: for one difference, or for differences that are all equal.
+    """
+    from scipy import stats
+
+    mean, deviation = float(np.mean(differences)), spread(differences)
+    if not deviation:
+        return {"mean": mean, "ci95": None, "p_value": None, "method": "paired t-test"}
+    error = deviation / math.sqrt(len(differences))
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
+    return {"mean": mean, "ci95": [mean - half, mean + half], "p_value": p, "method": "paired t-test"}
+
+
+def mcnemar_test(mended, broken):
+    """The two-sided p of the exact McNemar test: `mended` pictures are right only with distillation, `broken` only
+    without."""
+    from scipy import stats
+
+    return float(stats.binomtest(mended, mended + broken).pvalue) if mended + broken else 1.0
+
+
+def seeds_needed(deviation, gain=SMALL_GAIN, power=POWER):
+    """The fewest pairs with which a paired t-test shows a mean difference of `gain` with `power`, given the standard
+    deviation of the differences (Cohen 1988: the power from the noncentral t distribution). None above 1,000,000."""
+    from scipy import stats
+
+    def reached(pairs):
+        critical = stats.t.ppf(1 - SIGNIFICANCE / 2, pairs - 1)
+        shift = gain / deviation * math.sqrt(pairs)
+        return stats.nct.sf(critical, pairs - 1, shift) + stats.nct.cdf(-critical, pairs - 1, shift) >= power
+
+    low, high = 1, 2
+    while not reached(high):
+        low, high = high, high * 2
+        if high > 1_000_000:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
