@@ -414,11 +414,11 @@ def _draw(kinds, size, random):
     background, colour, front = uniform(0, 1, 3), uniform(0, 1, 3), uniform(0, 1, 3)
     far = np.abs(colour - background).max(axis=1, keepdims=True) < 0.25
     colour = np.where(far, (background + 0.5) % 1, colour)
-    picture = np.where(mask(kinds, uniform(0.4, 0.75), 0.3), colour, background)
+    picture = np.where(mask(kinds, uniform(0.45, 0.8), 0.25), colour, background)
     other = random.integers(0, len(SHAPES), count)
     piece = mask(other, uniform(0.15, 0.35), 0.8) & (uniform(0, 1, 1) < 0.5)
     picture = np.where(piece, front, picture)
-    picture = picture + random.normal(0, 0.12, picture.shape).astype(np.float32)
+    picture = picture + random.normal(0, 0.08, picture.shape).astype(np.float32)
     return (picture.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
@@ -440,11 +440,14 @@ class Views:
         self.padding = size // 8
         edge = torch.arange(-self.padding, size + self.padding, device=self.device).abs()
         edge = (size - 1) - ((size - 1) - edge).abs()
-        padded = pictures.index_select(1, edge).index_select(2, edge)
-        picture, row, column, channel = padded.stride()
+        padded = torch.empty(count, 2, len(edge), len(edge), 3, dtype=torch.uint8, device=self.device)
+        for part in torch.arange(count, device=self.device).split(4096):
+            padded[part, 0] = pictures[part].index_select(1, edge).index_select(2, edge)
+            padded[part, 1] = padded[part, 0].flip(2)
+        picture, side, row, column, channel = padded.stride()
         places = 2 * self.padding + 1
-        self.windows = padded.as_strided(  # every crop of every picture, without copying any
-            (count, places, places, size, size * 3), (picture, row, column, row, channel)
+        self.windows = padded.as_strided(  # every crop of every picture and its mirror image, without copying any
+            (count, 2, places, places, size, size * 3), (picture, side, row, column, row, channel)
         )
         self.epoch = None
 
@@ -456,15 +459,13 @@ class Views:
         # Alternating flip (arXiv 2404.00498): a random half is flipped in even epochs, the other half in odd ones.
         half = torch.rand(self.count, generator=generator(self.purpose, VIEWS_VERSION, "flip")) < 0.5
         self.rows, self.columns = offsets.to(self.device)
-        self.flips = (half ^ bool(epoch % 2)).to(self.device)
+        self.flips = (half ^ bool(epoch % 2)).long().to(self.device)
         self.epoch = epoch
 
     def batch(self, indices):
         """The views of the pictures `indices` (B,) in the epoch begun: float32 (B, 3, S, S), channels_last."""
-        crops = self.windows[indices, self.rows[indices], self.columns[indices]]
-        crops = crops.view(len(indices), self.size, self.size, 3)
-        crops = torch.where(self.flips[indices, None, None, None], crops.flip(2), crops)
-        return models.normalise(crops, self.mean, self.std)
+        crops = self.windows[indices, self.flips[indices], self.rows[indices], self.columns[indices]]
+        return models.normalise(crops.view(len(indices), self.size, self.size, 3), self.mean, self.std)
 
 
 def split(labels, fraction):

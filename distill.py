@@ -18,7 +18,9 @@ from tqdm import tqdm
 import data
 from files import Damaged, Failure, load_arrays, make_folder, save_arrays
 
-INFERENCE_BATCH = 1000  # one fixed size, so that a view's logits are the same bits whoever asks for them
+# One fixed size a device, so that a view's logits are the same bits whoever asks for them. On a CPU the activations of
+# 128 pictures stay in its caches: a teacher answers half as many questions again as with 1,000.
+INFERENCE_BATCH = {"cpu": 128, "mps": 512, "cuda": 2000}
 SPARE_DISK = 256 << 20  # bytes that soft targets leave free
 
 
@@ -76,7 +78,7 @@ class SoftTargets:
                 "views": [views.purpose, data.VIEWS_VERSION, views.size, views.mean, views.std],
                 "precision": precision,
                 "device": views.device.type,
-                "batch": INFERENCE_BATCH,
+                "batch": INFERENCE_BATCH[views.device.type],
             }
         )
         self.folder = folder and Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]
@@ -113,7 +115,7 @@ class SoftTargets:
 
     def _ask(self, epoch, description):
         self.views.start(epoch)
-        rows = torch.arange(self.views.count, device=self.views.device).split(INFERENCE_BATCH)
+        rows = torch.arange(self.views.count, device=self.views.device).split(INFERENCE_BATCH[self.views.device.type])
         with tqdm(rows, desc=description, unit="batch", leave=False, disable=None) as bar:
             logits = predict(self.teacher, (self.views.batch(part) for part in bar), self.precision)
         return (logits - logits.amax(1, keepdim=True)).clamp_min(-65504).half()

@@ -30,7 +30,8 @@ from files import (
 DEMO = {
     "dataset": "shapes",
     "image_size": 16,
-    "epochs": 12,
+    "epochs": 6,
+    "batch_size": 64,
     "temperature": [4.0],
     "alpha": [0.9],
     "output_dir": "outputs/demo",
@@ -45,6 +46,9 @@ examples:
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
   python main.py --dataset folder --data-dir pets --train-teacher    pictures in pets/train/CLASS and pets/test/CLASS
 """
+
+
+SWITCH = {"action": "store_true"}
 
 
 class Usage(Exception):
@@ -105,135 +109,73 @@ def device_name(text):
 def parser():
     top = Parser(
         prog="main.py",
-        description=__doc__.split("\n\n")[0] + " Train a teacher, then the same student with and without it.",
+        description="Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) on CIFAR-10:\n"
+        "trains a teacher, then the same small student with and without it, and compares them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python main.py [options]",
         allow_abbrev=False,
-        add_help=False,
     )
 
     def group(title):
         options = top.add_argument_group(title)
 
         def option(name, text, default=None, **rest):
-            if "action" not in rest:
-                rest.setdefault("metavar", name[2:].split("-")[-1].upper())
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            text = text.replace("%", "%%") + (f" [{shown}]" if shown is not None else "")
+            text = text if shown is None else f"{text} [{shown}]"
             options.add_argument(name, default=default, help=text, **rest)
 
         return option
 
     option = group("what to do")
-    top._action_groups[-1].add_argument("-h", "--help", action="help", help="show this text")
-    option(
-        "--train-teacher",
-        "train the teacher; without it, the student with and without distillation",
-        action="store_true",
-        default=None,
-    )
-    option(
-        "--report",
-        "print and draw the comparison again from a folder's finished runs",
-        action="store_true",
-        default=None,
-    )
-    option(
-        "--demo",
-        "both steps on small drawn shapes, offline; other options overrule its settings",
-        action="store_true",
-        default=None,
-    )
+    # fmt: off
+    option("--train-teacher", "train the teacher; without it, the student with and without distillation", **SWITCH)
+    option("--report", "print and draw the comparison again from a folder's finished runs", **SWITCH)
+    option("--demo", "both steps on small drawn shapes, offline; other options overrule its settings", **SWITCH)
 
     option = group("distillation")
-    option(
-        "--temperature",
-        "softens teacher and student; several values are a sweep",
-        [4.0],
-        type=number(0, 1000, above=True),
-        nargs="+",
-        metavar="T",
-    )
-    option(
-        "--alpha",
-        "weight of the soft targets, 0 to 1; several values are a sweep",
-        [0.1],
-        type=number(0, 1),
-        nargs="+",
-        metavar="A",
-    )
-    option(
-        "--teacher", "a finished teacher's folder or model.pt [the one in the output folder]", type=path, metavar="PATH"
-    )
-    option(
-        "--seeds",
-        "pairs of students to train, from --seed up: more give a narrower interval",
-        1,
-        type=whole(1, 1000),
-        metavar="N",
-    )
-    option(
-        "--val-fraction", "part of the training set on which a sweep is judged [0.1]", type=number(0, 0.5, above=True)
-    )
+    option("--temperature", "softens teacher and student; several values are a sweep", [4.0],
+           type=number(0, 1000, above=True), nargs="+", metavar="T")
+    option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
+           type=number(0, 1), nargs="+", metavar="A")
+    option("--teacher", "a finished teacher's folder or model.pt [the one in the output folder]",
+           type=path, metavar="PATH")
+    option("--seeds", "pairs of students to train, from --seed up: more give a narrower interval", 1,
+           type=whole(1, 1000), metavar="N")
+    option("--val-fraction", "part of the training set on which a sweep is judged [0.1]",
+           type=number(0, 0.5, above=True), metavar="F")
 
     option = group("training")
     option("--epochs", "passes over the training set", 200, type=whole(1, 100_000), metavar="N")
     option("--batch-size", "pictures a step", 128, type=whole(1, 1_000_000), metavar="N")
-    option(
-        "--lr",
-        "peak learning rate [follows the batch size: 0.2 at 128]",
-        type=number(0, 1000, above=True),
-        metavar="RATE",
-    )
-    option(
-        "--weight-decay",
-        "on convolutions and matrices, not on batch norm and biases",
-        5e-4,
-        type=number(0, 1),
-        metavar="RATE",
-    )
+    option("--lr", "peak learning rate [follows the batch size: 0.2 at 128]",
+           type=number(0, 1e6, above=True), metavar="RATE")
+    option("--weight-decay", "on convolutions and matrices, not on batch norm and biases", 5e-4,
+           type=number(0, 1), metavar="RATE")
     option("--seed", "of initial weights and order of pictures", 0, type=whole(0, 2**31 - 1), metavar="N")
 
     option = group("pictures")
-    option(
-        "--dataset",
-        "cifar10, pictures in folders, or drawn shapes",
-        "cifar10",
-        choices=("cifar10", "folder", "shapes"),
-        metavar="{cifar10,folder,shapes}",
-    )
-    option(
-        "--data-dir", "where CIFAR-10 is or goes, or the folder with train/CLASS/ and test/CLASS/", "data", type=path
-    )
+    option("--dataset", "CIFAR-10, pictures in folders, or drawn shapes", "cifar10",
+           choices=("cifar10", "folder", "shapes"), metavar="{cifar10,folder,shapes}")
+    option("--data-dir", "where CIFAR-10 is or goes, or the folder with train/CLASS/ and test/CLASS/", "data",
+           type=path, metavar="DIR")
     option("--data-url", "a mirror to download the CIFAR-10 archive from", metavar="URL")
-    option(
-        "--image-size", "height and width that pictures are brought to, 16 to 64", 32, type=whole(16, 64), metavar="N"
-    )
+    option("--image-size", "height and width that pictures are brought to, 16 to 64", 32,
+           type=whole(16, 64), metavar="N")
     option("--num-workers", "threads that decode pictures in folders", 2, type=whole(0, 256), metavar="N")
 
     option = group("machine and files")
-    option(
-        "--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", "auto", type=device_name, metavar="NAME"
-    )
-    option(
-        "--precision",
-        "fp32, bf16, or auto (bf16 on a GPU that has it)",
-        "auto",
-        choices=("auto", "fp32", "bf16"),
-        metavar="{auto,fp32,bf16}",
-    )
-    option("--output-dir", "everything the program writes goes here", "outputs", type=path)
-    option(
-        "--save-every", "seconds between saved states within an epoch", 120.0, type=number(0, 1e6), metavar="SECONDS"
-    )
-    option(
-        "--overwrite",
-        "train anew what this command trains, in place of what is there",
-        action="store_true",
-        default=None,
-    )
-    option("--debug", "show the traceback of an error", action="store_true", default=None)
-    return top  # fmt: skip
+    option("--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", "auto",
+           type=device_name, metavar="NAME")
+    option("--precision", "fp32, bf16, or auto (bf16 on a GPU that has it)", "auto",
+           choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
+    option("--output-dir", "everything the program writes goes here", "outputs", type=path, metavar="DIR")
+    option("--save-every", "seconds between saved states within an epoch", 120.0,
+           type=number(0, 1e6), metavar="SECONDS")
+    option("--overwrite", "train anew what this command trains, in place of what is there", **SWITCH)
+    option("--debug", "show the traceback of an error", **SWITCH)
+    # fmt: on
+    return top
 
 
 def parse(argv):

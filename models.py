@@ -128,15 +128,18 @@ def costs(architecture, classes, image_size):
 
 def normalise(pictures, mean, std):
     """uint8 pictures (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last order, (x / 255 - mean) / std by channel."""
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), pictures.device)
-    return torch.addcmul(shift, pictures.to(torch.float32), scale).permute(0, 3, 1, 2)
+    count, height, width, _ = pictures.shape
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), width, pictures.device)
+    rows = pictures.reshape(count, height, width * 3).to(torch.float32)  # whole rows are long enough to vectorise
+    return torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=8)  # on a GPU these would otherwise be copied there, and waited for, at every step
-def _scale_and_shift(mean, std, device):
+def _scale_and_shift(mean, std, width, device):
+    """What a row of `width` pixels is multiplied by and added to: two tensors (width * 3,)."""
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
-    return scale.to(device), shift.to(device)
+    return scale.repeat(width).to(device), shift.repeat(width).to(device)
 
 
 def digest(state_dict):
@@ -175,7 +178,7 @@ def save(path, network, architecture, *, classes, image_size, mean, std, setting
 def read(path):
     """The verified content of a model.pt, as `save` wrote it; raises Damaged with what is wrong with it."""
     content = load_checkpoint(path)
-    if content.get("format") != FORMAT:
+    if type(content.get("format")) is not int or content["format"] != FORMAT:
         raise Damaged(f"{path} has format {content.get('format')!r}, but this version of the program reads {FORMAT}.")
     kinds = {
         "architecture": str, "arguments": dict, "classes": list, "image_size": int, "mean": list, "std": list,
@@ -195,6 +198,8 @@ def read(path):
         raise Damaged(f"{path} is damaged: its mean and std are not three numbers each.")
     if not all(map(math.isfinite, numbers)) or min(content["std"]) <= 0 or not 0 <= content["accuracy"] <= 1:
         raise Damaged(f"{path} is damaged: its mean, std or accuracy cannot be.")
+    if not all(isinstance(value, str | int | float | None) for value in content["settings"].values()):
+        raise Damaged(f"{path} is damaged: its settings are not plain values.")
     if len(classes) < 2 or not 16 <= content["image_size"] <= 64:
         raise Damaged(f"{path} is damaged: {len(classes)} classes and image size {content['image_size']} cannot be.")
     with torch.device("meta"):

@@ -155,9 +155,8 @@ def evaluate(network, pictures, mean, std, precision):
     """The float32 logits (N, classes) of uint8 pictures (N, S, S, 3), uncropped and unflipped, in large batches."""
     training = network.training
     network.eval()
-    logits = predict(
-        network, (models.normalise(part, mean, std) for part in pictures.split(INFERENCE_BATCH)), precision
-    )
+    parts = pictures.split(INFERENCE_BATCH[pictures.device.type])
+    logits = predict(network, (models.normalise(part, mean, std) for part in parts), precision)
     network.train(training)
     return logits
 
@@ -344,7 +343,7 @@ class _Run:
 
     def _verify(self, state, path):
         """Raises Damaged unless `state` is one that `_content` could have made; other settings are not damage."""
-        if state.get("format") != STATE_FORMAT:
+        if type(state.get("format")) is not int or state["format"] != STATE_FORMAT:
             raise Damaged(f"{path} has format {state.get('format')!r}, but this version reads {STATE_FORMAT}.")
         kinds = {
             "settings": dict, "device": str, "precision": str, "threads": int, "torch": str, "epoch": int, "step": int,
