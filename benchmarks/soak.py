@@ -9,6 +9,7 @@ one changed bit in model.pt or state.pt: it must be refused, or harmless. Ends w
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import random
@@ -26,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TIMING = {"seconds", "teacher_seconds", "images_per_second"}
 
 
-def commands(pictures, output, epochs=2):
+def commands(pictures, output, epochs=5):
     """The user's two commands, on small pictures and with a state after every step."""
     words = [
         sys.executable, str(ROOT / "main.py"), "--dataset", "folder", "--data-dir", str(pictures), "--image-size", "16",
@@ -57,22 +58,28 @@ def outcome(output, printed):
     return found
 
 
-def survive(pictures, output, moments):
-    """Runs both commands to their ends, killed after each of `moments` (seconds, consumed from the front) until none
-    are left. Returns the outcome, the kills that hit a process with a run to lose, and those inside a file write."""
+def survive(pictures, output, delays):
+    """Runs both commands to their ends, each time killed so many seconds after it began to train (or, in a process that
+    has nothing left to train, after it started), until none of `delays` is left.
+
+    Returns the outcome, the kills, and those of them inside a file write."""
     kills = inside = 0
     printed = ""
     for words in commands(pictures, output):
-        while moments:
+        while delays:
             for part in Path(output).rglob(".*.part"):  # of an earlier kill
                 part.unlink()
             process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+            before = newest(output)
+            while newest(output) == before and process.poll() is None:
+                time.sleep(0.01)
             try:
-                printed, errors = process.communicate(timeout=moments.pop(0))
+                printed, errors = process.communicate(timeout=delays[0])
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
-                kills += any(Path(output).rglob("run.json"))  # one during the imports has nothing to lose
+                delays.pop(0)
+                kills += 1
                 inside += any(Path(output).rglob(".*.part"))
                 continue
             if process.returncode != 0 or "Traceback" in errors:
@@ -81,6 +88,15 @@ def survive(pictures, output, moments):
         else:
             printed = run(words)
     return outcome(output, printed), kills, inside
+
+
+def newest(output):
+    """The time of the newest state in an output folder."""
+    times = []
+    for path in Path(output).glob("*/state*.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime_ns)
+    return max(times, default=0)
 
 
 def differences(found, expected):
@@ -145,7 +161,7 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--flips", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=8.0, help="seconds until the latest kill")
+    parser.add_argument("--longest", type=float, default=2.0, help="seconds of training before a kill, at most")
     arguments = parser.parse_args()
     from conftest import make_pictures
 
@@ -157,8 +173,8 @@ def main():
         expected = outcome(top / "untouched", printed)
         kills = inside = bad = rounds = 0
         while kills < arguments.kills:
-            moments = [draws.uniform(0.2, arguments.longest) for _ in range(min(25, arguments.kills - kills))]
-            found, hits, writes = survive(pictures, top / "killed", moments)
+            delays = [draws.uniform(0, arguments.longest) for _ in range(min(10, arguments.kills - kills))]
+            found, hits, writes = survive(pictures, top / "killed", delays)
             odd = differences(found, expected)
             kills, inside, bad, rounds = kills + hits, inside + writes, bad + len(odd), rounds + 1
             print(
