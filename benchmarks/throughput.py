@@ -180,8 +180,8 @@ def peak_memory():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2,000 pictures and 2 repeats")
-    parser.add_argument("--pictures", type=int, default=None, help="an epoch's pictures [6,000; on a GPU 50,000]")
+    parser.add_argument("--quick", action="store_true", help="768 pictures and 2 repeats")
+    parser.add_argument("--pictures", type=int, default=None, help="an epoch's pictures [3,072; on a GPU 50,000]")
     parser.add_argument("--repeats", type=int, default=None, help="[3]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
@@ -192,7 +192,7 @@ def main():
         return
     device = command_line.choose_device(arguments.device)
     precision = command_line.choose_precision(arguments.precision, device)
-    pictures = arguments.pictures or (1_500 if arguments.quick else 6_000 if device.type == "cpu" else 50_000)
+    pictures = arguments.pictures or (768 if arguments.quick else 3_072 if device.type == "cpu" else 50_000)
     repeats = arguments.repeats or (2 if arguments.quick else 3)
     loaded = noise(pictures, device)
     teacher = models.create("teacher", CLASSES, 0).eval().to(device, memory_format=torch.channels_last)
