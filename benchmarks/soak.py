@@ -1,11 +1,12 @@
-"""Kills the program at seeded random moments, flips bits in what it wrote, and compares with an untouched run.
+"""Kills the program at seeded moments, flips bits in what it wrote, and compares with an untouched run.
 
-    python benchmarks/soak.py --kills 50 --flips 500
+    python benchmarks/soak.py --kills 60 --flips 600
 
-A kill is a SIGKILL to the real program at a random moment, inside file writes too (the state is kept after every step
-here, so that much of the time is spent in them); the same command then goes on. At the end weights, test logits,
-history (its timing columns aside) and the printed block must be those of the untouched run, byte for byte. A flip is
-one changed bit in model.pt or state.pt: it must be refused, or harmless. Ends with exit status 1 at any difference.
+A kill is a SIGKILL to the real program: half of them at a random moment of training (the state is kept after every step
+here), half of them inside a file write, at a random call of fsync or rename. The same command then goes on. At the end
+weights, test logits, history (its timing columns aside) and the printed block must be those of the untouched run, byte
+for byte. A flip is one changed bit in model.pt or state.pt: it must be refused, or harmless. Ends with exit status 1 at
+any difference.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,29 +60,56 @@ def outcome(output, printed):
     return found
 
 
-def survive(pictures, output, delays):
-    """Runs both commands to their ends, each time killed so many seconds after it began to train (or, in a process that
-    has nothing left to train, after it started), until none of `delays` is left.
+# Runs main.py and is killed at its n-th call of fsync or rename: with a file half made, or between two renames.
+KILLED_IN_A_WRITE = """
+import os, signal, sys
 
-    Returns the outcome, the kills, and those of them inside a file write."""
+left = int(sys.argv.pop(1))
+
+def count(name):
+    original = getattr(os, name)
+
+    def call(*arguments):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    setattr(os, name, call)
+
+count("fsync"), count("replace")
+import main
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def survive(pictures, output, moments):
+    """Runs both commands to their ends, each time killed at the next of `moments`, until none is left.
+
+    A float is a time: so many seconds after the process began to train. A whole number n is the n-th call of fsync or
+    rename. Returns the outcome, the kills, and those of them inside a file write."""
     kills = inside = 0
     printed = ""
     for words in commands(pictures, output):
-        while delays:
-            for part in Path(output).rglob(".*.part"):  # of an earlier kill
-                part.unlink()
-            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        while moments:
+            moment = moments[0]
             before = newest(output)
-            while newest(output) == before and process.poll() is None:
-                time.sleep(0.01)
+            in_a_write = isinstance(moment, int)
+            started = [sys.executable, "-c", KILLED_IN_A_WRITE, str(moment), *words[2:]] if in_a_write else words
+            process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+            if not in_a_write:
+                while newest(output) == before and process.poll() is None:
+                    time.sleep(0.01)
             try:
-                printed, errors = process.communicate(timeout=delays[0])
+                printed, errors = process.communicate(timeout=None if in_a_write else moment)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
-                delays.pop(0)
+            if process.returncode == -signal.SIGKILL:
+                moments.pop(0)
                 kills += 1
-                inside += any(Path(output).rglob(".*.part"))
+                inside += in_a_write
                 continue
             if process.returncode != 0 or "Traceback" in errors:
                 raise AssertionError(f"exit status {process.returncode} after {kills} kills: {errors}")
@@ -161,7 +190,7 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--flips", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=2.0, help="seconds of training before a kill, at most")
+    parser.add_argument("--longest", type=float, default=1.0, help="seconds of training before a kill, at most")
     arguments = parser.parse_args()
     from conftest import make_pictures
 
@@ -173,8 +202,9 @@ def main():
         expected = outcome(top / "untouched", printed)
         kills = inside = bad = rounds = 0
         while kills < arguments.kills:
-            delays = [draws.uniform(0, arguments.longest) for _ in range(min(10, arguments.kills - kills))]
-            found, hits, writes = survive(pictures, top / "killed", delays)
+            count = min(20, arguments.kills - kills)
+            moments = [m for _ in range(count) for m in (draws.uniform(0, arguments.longest), draws.randint(1, 40))]
+            found, hits, writes = survive(pictures, top / "killed", moments[:count])
             odd = differences(found, expected)
             kills, inside, bad, rounds = kills + hits, inside + writes, bad + len(odd), rounds + 1
             print(

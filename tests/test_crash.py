@@ -163,8 +163,9 @@ def test_a_signal_before_training_ends_at_once(cli, flags, tmp_path, monkeypatch
 def test_killed_at_random_moments_the_bits_are_the_same(pictures, tmp_path):
     printed = [soak.run(words) for words in soak.commands(pictures, tmp_path / "untouched")][-1]
     draws = random.Random(2)
-    found, kills, _ = soak.survive(pictures, tmp_path / "killed", [draws.uniform(0, 1) for _ in range(5)])
-    assert kills == 5
+    moments = [draws.uniform(0, 0.5), 3, 10, draws.uniform(0, 0.5), 13, 24]
+    found, kills, inside = soak.survive(pictures, tmp_path / "killed", moments)
+    assert kills == 6 and inside == 4
     assert soak.differences(found, soak.outcome(tmp_path / "untouched", printed)) == []
 
 
