@@ -161,6 +161,10 @@ def _verified_archive(path):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise Damaged(f"{path} is damaged: its archive is compressed, which this program never writes.")
+            if any(
+                entry.external_attr & 0x10 for entry in archive.infolist()
+            ):  # PyTorch gives such an entry any memory
+                raise Damaged(f"{path} is damaged: its archive calls a file a folder.")
             bad = archive.testzip()
     except Damaged:
         raise

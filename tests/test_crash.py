@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, process
 
 import files
@@ -188,3 +189,21 @@ def test_any_cut_is_refused(copy):
         path.write_bytes(whole[:length])
         with pytest.raises(models.Damaged, match=str(path)):
             models.load(path)
+
+
+def test_every_single_bit_of_a_checkpoint(tmp_path, monkeypatch):
+    """All of them, of a small one: refused, or the same values. (A flip that makes the archive call a file a folder
+    passes every CRC, and PyTorch then returns whatever was in memory.)"""
+    path = tmp_path / "small.pt"
+    files.save_checkpoint(path, {"weights": torch.arange(7.0), "more": torch.ones(3, 2), "epoch": 3, "rates": [1, 2.5]})
+    whole, expected = path.read_bytes(), files.load_checkpoint(path)
+    wrong = []
+    for position in range(len(whole)):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[position] ^= 1 << bit
+            monkeypatch.setattr(files, "read", lambda _, content=bytes(content): content)
+            with contextlib.suppress(files.Damaged):
+                if not soak.same(files.load_checkpoint(path), expected):
+                    wrong.append((position, bit))
+    assert wrong == []
