@@ -1,5 +1,6 @@
 """What the README promises is so."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -60,3 +61,12 @@ def test_the_requirements_are_what_the_modules_import():
     own = {path.stem for path in ROOT.glob("*.py")}
     others = {{"PIL": "pillow"}.get(name, name) for name in imported - own - set(sys.stdlib_module_names)}
     assert others == required
+
+
+def test_the_speeds_are_those_measured():
+    measured = json.loads((ROOT / "results" / "throughput-cpu.json").read_text())
+    table = README.split("## How fast")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| (.*?) \| ([\d.]+) \|$", table, re.MULTILINE))
+    assert rows == {name: f"{ratio:.1f}" for name, ratio in measured["ratios"].items()}
+    assert f"({measured['kd_kept_over_baseline']:.3f} of it" in table
+    assert measured["environment"]["device"].startswith("AMD EPYC, 2 cores")
