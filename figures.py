@@ -264,6 +264,8 @@ def dark_knowledge(comparison):
             if number == len(indices) - 1:
                 axes.set_xlabel("probability", fontsize=8)
     figure.suptitle(
-        f"What the soft targets carry: test pictures with the teacher's {shown} likeliest classes", fontsize=10
+        f"What the soft targets carry: test pictures with the teacher's {shown} likeliest classes\n"
+        "(picked to show it: first those that only distillation gets right; no fair sample)",
+        fontsize=10,
     )
     return figure

@@ -284,8 +284,10 @@ def lock(folder):
         except OSError:
             who = "another process"
         raise Failure(f"{folder} is in use by {who}.\nWait for it to end, or use another folder.") from None
-    except (OSError, NotImplementedError) as error:
-        raise Failure(f"cannot lock {folder}: {reason(error) if isinstance(error, OSError) else error}.") from None
+    except OSError as error:
+        raise Failure(f"cannot lock {folder}: {reason(error)}.") from None
+    except RuntimeError:  # filelock's word for a file system without locks is a subclass of it
+        raise Failure(f"{folder} is on a file system without locks. Choose another --output-dir.") from None
     try:
         write(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield

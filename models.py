@@ -51,7 +51,7 @@ class Network(nn.Module):
         self.features = features
         self.head = nn.Linear(channels, classes)
         # The features are large and of one sign: at the learning rates that suit the convolutions an unscaled head
-        # overshoots from the first step, and a teacher still guesses after its first 12,000 pictures.
+        # overshoots from the first steps, and a teacher is little better than a guess after 12,000 pictures.
         self.scale = 2 / math.sqrt(channels)
 
     def forward(self, x):

@@ -292,7 +292,7 @@ def test_figures_are_not_blank_and_carry_their_labels(swept):
     expected = {
         "curves": {"epoch", "training loss"}, "gain": {"student seed", "percentage points", "mean, 95% interval"},
         "sweep": {"temperature", "alpha"}, "reliability_diagrams": {"confidence", "accuracy", "ECE"},
-        "dark_knowledge": {"probability", "teacher, T = 1", "student with KD", "student, baseline"},
+        "dark_knowledge": {"probability", "teacher, T = 1", "no fair sample", "student with KD", "student, baseline"},
     }  # fmt: skip
     for name, words in expected.items():
         figure = getattr(figures, name)(comparison)
