@@ -150,7 +150,7 @@ def parser():
     option("--batch-size", "pictures a step", 128, type=whole(1, 1_000_000), metavar="N")
     option("--lr", "peak learning rate [follows the batch size: 0.2 at 128]",
            type=number(0, 1e6, above=True), metavar="RATE")
-    option("--weight-decay", "on convolutions and matrices, not on batch norm and biases", 5e-4,
+    option("--weight-decay", "on the head's matrix; convolutions keep their norm instead", 5e-4,
            type=number(0, 1), metavar="RATE")
     option("--seed", "of initial weights and order of pictures", 0, type=whole(0, 2**31 - 1), metavar="N")
 
@@ -169,6 +169,8 @@ def parser():
            type=device_name, metavar="NAME")
     option("--precision", "fp32, bf16, or auto (bf16 on a GPU that has it)", "auto",
            choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
+    option("--compile", "compile the training step with torch.compile, which needs a C++ compiler [off]",
+           action=argparse.BooleanOptionalAction)
     option("--output-dir", "everything the program writes goes here", "outputs", type=path, metavar="DIR")
     option("--save-every", "seconds between saved states within an epoch", 120.0,
            type=number(0, 1e6), metavar="SECONDS")
@@ -303,7 +305,9 @@ class Session:
         )
         self.data = loaded.to(self.device)
         recorded = {name: getattr(arguments, name) for name in ("dataset", "data_dir", "num_workers", "teacher")}
-        self.trainer = train.Trainer(self.data, self.device, self.precision, arguments.save_every, stop, recorded)
+        self.trainer = train.Trainer(
+            self.data, self.device, self.precision, arguments.save_every, stop, recorded, bool(arguments.compile)
+        )
         self.costs = {
             name: models.costs(name, len(loaded.classes), loaded.image_size) for name in ("teacher", "student")
         }
@@ -489,6 +493,8 @@ def main(argv=None):
         else:
             first = str(error).splitlines()[0] if str(error) else ""
             print(f"error: {type(error).__name__}: {first}\n(--debug shows where)", file=sys.stderr)
+            if arguments.compile:
+                print("If it is torch.compile that fails here, leave --compile away.", file=sys.stderr)
         return 1
     finally:
         for number, handler in handlers.items():

@@ -39,10 +39,11 @@ from files import (
     write_json,
 )  # fmt: skip
 from models import generator
+from muon import Muon
 
 VERSION = "1.0.0"  # of the program
-RECIPE = 1  # of the schedule, optimiser and initial weights below: a run of another recipe is another run
-STATE_FORMAT = 1
+RECIPE = 2  # of the schedule, optimiser and initial weights below: a run of another recipe is another run
+STATE_FORMAT = 2
 MOMENTUM = 0.9
 WARMUP = 0.2  # of all steps; the rest is a linear decay to zero
 REFRESH = 0.25  # seconds between progress figures
@@ -119,7 +120,7 @@ def refuse_other_settings(folder, found, wanted):
         )
 
 
-def environment(device, precision):
+def environment(device, precision, compiled=False):
     """What a run was made with; recorded, not compared."""
     versions = {name: importlib.metadata.version(name) for name in ("torchvision", "scipy", "matplotlib", "pillow")}
     return {
@@ -131,6 +132,7 @@ def environment(device, precision):
         "system": platform.platform(),
         "device": describe(device),
         "precision": precision,
+        "compiled": compiled,
         "threads": torch.get_num_threads(),
     }
 
@@ -188,9 +190,9 @@ def reset(folder):
 class Trainer:
     """What runs share: the data on its device, the precision, how often (in seconds) state is kept within epochs."""
 
-    def __init__(self, data, device, precision="fp32", save_every=120.0, stop=None, recorded=None):
+    def __init__(self, data, device, precision="fp32", save_every=120.0, stop=None, recorded=None, compiled=False):
         """`recorded` is a dict that run.json keeps: what a run was made from, but is not identified by."""
-        self.data, self.device, self.precision = data, device, precision
+        self.data, self.device, self.precision, self.compiled = data, device, precision, compiled
         self.save_every, self.stop, self.recorded = save_every, stop or Stop(), recorded or {}
         self.later = 0  # pictures that runs after this one will train on, for the time left
         self.threads = torch.get_num_threads()
@@ -239,7 +241,8 @@ class _Run:
         self.views = self.trainer.views("teacher views" if settings.role == "teacher" else "views")
         self.network = models.create(settings.architecture, len(self.data.classes), settings.seed)
         self.network = self.network.to(self.device, memory_format=torch.channels_last).train()
-        self.optimiser = _optimiser(self.network, settings, self.device)
+        self.forward = self._compiled() if self.trainer.compiled else self.network
+        self.optimiser = Muon(self.network, settings.learning_rate, settings.weight_decay, MOMENTUM)
         torch.set_num_threads(self.trainer.threads)
         self.kept = None  # the epoch and step of the state on the disk
         try:
@@ -248,6 +251,10 @@ class _Run:
             return self._finish()
         except Interrupted as error:
             raise Interrupted(error.signal_number, self._how_far()) from None
+
+    def _compiled(self):
+        """The network as one compiled function; on CUDA its kernels are launched together, as CUDA graphs."""
+        return torch.compile(self.network, mode="reduce-overhead" if self.device.type == "cuda" else "default")
 
     def _how_far(self):
         if self.kept is None:
@@ -283,6 +290,7 @@ class _Run:
             "settings": self.settings.as_dict(),
             "device": self.device.type,
             "precision": self.trainer.precision,
+            "compiled": self.trainer.compiled,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "epoch": self.epoch,
@@ -316,7 +324,7 @@ class _Run:
         return {
             "epochs_done": self.epoch,
             "settings": self.settings.as_dict(),
-            "environment": environment(self.device, self.trainer.precision),
+            "environment": environment(self.device, self.trainer.precision, self.trainer.compiled),
             "recorded": self.trainer.recorded,
         }
 
@@ -346,9 +354,9 @@ class _Run:
         if type(state.get("format")) is not int or state["format"] != STATE_FORMAT:
             raise Damaged(f"{path} has format {state.get('format')!r}, but this version reads {STATE_FORMAT}.")
         kinds = {
-            "settings": dict, "device": str, "precision": str, "threads": int, "torch": str, "epoch": int, "step": int,
-            "history": list, "loss_sum": torch.Tensor, "correct": torch.Tensor, "seconds": float,
-            "teacher_seconds": float, "network": dict, "optimiser": dict,
+            "settings": dict, "device": str, "precision": str, "compiled": bool, "threads": int, "torch": str,
+            "epoch": int, "step": int, "history": list, "loss_sum": torch.Tensor, "correct": torch.Tensor,
+            "seconds": float, "teacher_seconds": float, "network": dict, "optimiser": dict,
         }  # fmt: skip
         for name, kind in kinds.items():
             if type(state.get(name)) is not kind:
@@ -366,12 +374,13 @@ class _Run:
         models.verify_weights(state["network"], self.network.state_dict(), path)
 
     def _restore(self, state):
-        here = {"device": self.device.type, "precision": self.trainer.precision}
+        here = {"device": self.device.type, "precision": self.trainer.precision, "compiled": self.trainer.compiled}
         words = differences(state, here)
         if words:
             raise Failure(
                 f"{self.folder} was begun elsewhere: {', '.join(words)}. Continue it there "
-                f"(--device {state['device']} --precision {state['precision']}), or add --overwrite to train it anew."
+                f"(--device {state['device']} --precision {state['precision']} "
+                f"--{'' if state['compiled'] else 'no-'}compile), or add --overwrite to train it anew."
             )
         if state["torch"] != torch.__version__:
             tqdm.write(
@@ -464,7 +473,7 @@ class _Run:
             group["lr"] = rate
         labels = self.data.train_labels[batch]
         with precision_context(self.device, self.trainer.precision):
-            logits = self.network(self.views.batch(batch))
+            logits = self.forward(self.views.batch(batch))
         if soft is None:
             loss = F.cross_entropy(logits.float(), labels)
         else:
@@ -576,16 +585,3 @@ class _Run:
         )
         remove(self.state_path, self.previous_path)
         return result
-
-
-def _optimiser(network, settings, device):
-    """SGD with Nesterov momentum; weight decay on convolutions and matrices, not on batch norm and biases."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    return torch.optim.SGD(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        momentum=MOMENTUM,
-        nesterov=True,
-        fused=device.type in ("cpu", "cuda"),
-    )

@@ -182,15 +182,6 @@ def test_any_batch_size(loaded, tmp_path, monkeypatch, batch_size, steps):
     assert sizes == [min(batch_size, 48)] * steps
 
 
-def test_weight_decay_spares_batch_norm_and_biases(loaded):
-    network = models.create("student", 3, 0)
-    optimiser = train._optimiser(network, settings(loaded), torch.device("cpu"))
-    decayed, others = optimiser.param_groups
-    assert {p.ndim for p in decayed["params"]} == {2, 4} and decayed["weight_decay"] == 5e-4
-    assert {p.ndim for p in others["params"]} == {1} and others["weight_decay"] == 0
-    assert len(decayed["params"]) + len(others["params"]) == len(list(network.parameters()))
-
-
 def test_the_validation_part_is_never_trained_on_and_the_test_set_never_read(loaded, tmp_path, monkeypatch):
     seen = set()
     original = data.Views.batch
@@ -262,3 +253,17 @@ def test_a_signal_while_a_state_is_read_is_no_damage(loaded, tmp_path, stop_at, 
         with pytest.raises(Interrupted):
             trainer(loaded).train(tmp_path, settings(loaded))
     assert "damaged" not in capsys.readouterr().err and (tmp_path / "state.pt").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_trains_the_same_student(loaded, tmp_path, stop_at):
+    """Other kernels, other last bits: but the same training. And a run is not continued the other way."""
+    trainer(loaded).train(tmp_path / "plain", settings(loaded))
+    with pytest.raises(Interrupted):
+        trainer(loaded, compiled=True, stop=stop_at(4)).train(tmp_path / "compiled", settings(loaded))
+    with pytest.raises(Failure, match="compiled True instead of False"):
+        trainer(loaded).train(tmp_path / "compiled", settings(loaded))
+    trainer(loaded, compiled=True).train(tmp_path / "compiled", settings(loaded))
+    plain, compiled = (models.read(tmp_path / name / "model.pt")["state_dict"] for name in ("plain", "compiled"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, atol=0.02, rtol=0.02)

@@ -1,0 +1,90 @@
+"""What do shared views buy? Students distilled from logits of the clean pictures instead, the same in every epoch.
+
+    python benchmarks/ablation.py OUTPUT_DIR PICTURES --temperature 4 --alpha 0.9
+
+OUTPUT_DIR holds finished kd and baseline runs of that temperature and alpha, trained on the folder PICTURES. For every
+seed of theirs this trains the same student with the teacher's logits of the uncropped, unflipped pictures in place of
+its logits of the views: the shortcut of much published code, which costs one pass of the teacher for a whole training.
+Runs are kept in OUTPUT_DIR/fixed and can be continued; writes OUTPUT_DIR/fixed.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import main as command_line
+import models
+import train
+from files import Stop, lock, write_json
+from measures import paired_test, spread
+from report import finished_runs
+
+
+class FixedTargets:
+    """The teacher's logits of the clean training pictures: what SoftTargets is, but the same for every epoch."""
+
+    def __init__(self, teacher, loaded, precision):
+        logits = train.evaluate(teacher, loaded.train_pictures, loaded.mean, loaded.std, precision)
+        self.logits = (logits - logits.amax(1, keepdim=True)).clamp_min(-65504).half()
+
+    def epoch(self, epoch, description=""):
+        return self.logits
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--temperature", type=float, required=True)
+    parser.add_argument("--alpha", type=float, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", help="[all that OUTPUT_DIR holds]")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    temperature, alpha, output = arguments.temperature, arguments.alpha, arguments.output
+
+    runs = finished_runs(output)
+    pairs = {key[3]: runs[key] for key in runs if key[:3] == ("kd", temperature, alpha)}
+    seeds = sorted(seed for seed in arguments.seeds or pairs if ("baseline", None, None, seed) in runs)
+    if not seeds:
+        sys.exit(f"error: {output} holds no pairs of temperature {temperature} and alpha {alpha}.")
+    device = command_line.choose_device(arguments.device)
+    precision = pairs[seeds[0]]["environment"]["precision"]
+    loaded = data.folder(arguments.pictures, pairs[seeds[0]]["settings"]["image_size"], cache=output / "data")
+    loaded = loaded.to(device)
+    teacher = models.load(command_line.find_teacher(command_line.parse(["--output-dir", str(output)])))
+    if loaded.digest != pairs[seeds[0]]["settings"]["data"]:
+        sys.exit(f"error: the runs in {output} were trained on other pictures than those in {arguments.pictures}.")
+    if models.digest(teacher.state_dict()) != pairs[seeds[0]]["settings"]["teacher"]:
+        sys.exit(f"error: the runs in {output} were not distilled from the teacher that is there.")
+    trainer = train.Trainer(loaded, device, precision, stop=Stop())
+    targets = FixedTargets(teacher.to(device, memory_format=torch.channels_last), loaded, precision)
+    fixed = []
+    for seed in seeds:
+        settings = train.Settings(**{k: v for k, v in pairs[seed]["settings"].items() if k != "architecture"})
+        with lock(output):
+            fixed.append(trainer.train(output / "fixed" / settings.name, settings, targets))
+        print(f"seed {seed}: {fixed[-1]:.4f} with fixed targets, {pairs[seed]['accuracy']:.4f} with shared views")
+    shared = [pairs[seed]["accuracy"] for seed in seeds]
+    baseline = [runs["baseline", None, None, seed]["accuracy"] for seed in seeds]
+    result = {"temperature": temperature, "alpha": alpha, "seeds": seeds}
+    for name, accuracies in (("baseline", baseline), ("fixed", fixed), ("shared", shared)):
+        result[name] = {"accuracies": accuracies, "mean": sum(accuracies) / len(seeds), "std": spread(accuracies)}
+    for name, one, other in (
+        ("fixed over baseline", fixed, baseline),
+        ("shared over baseline", shared, baseline),
+        ("shared over fixed", shared, fixed),
+    ):
+        result[name] = paired_test([100 * (a - b) for a, b in zip(one, other, strict=True)])
+        interval = result[name]["ci95"]
+        print(f"{name}: {result[name]['mean']:+.2f} points, 95% interval {interval}, p = {result[name]['p_value']}")
+    write_json(output / "fixed.json", result)
+
+
+if __name__ == "__main__":
+    main()

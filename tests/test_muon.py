@@ -1,0 +1,82 @@
+"""The optimiser against NumPy's singular value decomposition and PyTorch's own SGD."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import models
+from muon import CONVOLUTIONS, Muon, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(32, 27), (64, 288), (128, 96), (64, 64)])
+def test_orthogonalise_keeps_directions_and_brings_singular_values_near_one(shape):
+    """Against NumPy: in the matrix's own singular directions the result is diagonal, with entries near 1."""
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=shape).astype(np.float32)
+    left, values, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    inside = left.T @ orthogonalise(torch.from_numpy(matrix)).numpy() @ right.T
+    large = values > 0.2 * values.max()  # a tiny singular value needs more iterations
+    assert large.sum() > 0.7 * len(values)
+    assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-4
+    assert np.diag(inside)[large].min() > 0.5 and np.diag(inside).max() < 1.3
+
+
+def test_orthogonalise_does_not_depend_on_the_matrix_size_and_takes_zeros():
+    matrix = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(orthogonalise(1000 * matrix), orthogonalise(matrix), atol=1e-4, rtol=1e-4)
+    assert orthogonalise(torch.zeros(8, 8)).eq(0).all()
+
+
+def polynomial(matrix):
+    """The quintic iteration by hand, on the singular values (float64): they are all that it changes."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    values = values / np.linalg.norm(matrix)
+    for _ in range(3):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left @ np.diag(values) @ right
+
+
+def test_a_step_by_hand():
+    """Three steps of a student: convolutions against NumPy in float64, all else against torch.optim.SGD."""
+    rate, decay = 0.1, 0.01
+    network, other = models.create("student", 3, 0), models.create("student", 3, 0)
+    muon = Muon(network, rate, decay, 0.9)
+    sgd = torch.optim.SGD(
+        [
+            {"params": [p for p in other.parameters() if p.ndim == 2], "weight_decay": decay},
+            {"params": [p for p in other.parameters() if p.ndim == 1]},
+        ],
+        lr=rate, momentum=0.9, nesterov=True,
+    )  # fmt: skip
+    expected = {n: p.detach().double().numpy() for n, p in network.named_parameters() if p.ndim == 4}
+    momenta = {name: np.zeros_like(weights) for name, weights in expected.items()}
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        pictures, labels = torch.randn(8, 3, 16, 16, generator=draws), torch.randint(0, 3, (8,), generator=draws)
+        for each in (network, other):
+            each.zero_grad()
+            F.cross_entropy(each(pictures), labels).backward()
+        for name, parameter in network.named_parameters():
+            if name in expected:
+                gradient = parameter.grad.double().numpy()
+                momenta[name] = 0.9 * momenta[name] + gradient
+                step = polynomial((gradient + 0.9 * momenta[name]).reshape(len(gradient), -1))
+                weights = expected[name] * np.sqrt(len(gradient)) / np.linalg.norm(expected[name])
+                expected[name] = weights - rate * CONVOLUTIONS * step.reshape(weights.shape)
+        muon.step()
+        sgd.step()
+        for (name, parameter), twin in zip(network.named_parameters(), other.parameters(), strict=True):
+            if name in expected:
+                np.testing.assert_allclose(parameter.detach().numpy(), expected[name], atol=2e-4)
+                twin.data.copy_(parameter.data)
+            else:
+                torch.testing.assert_close(parameter, twin)
+
+
+def test_weight_decay_is_for_the_head_alone():
+    """Batch norm makes a convolution's norm free to choose, and Muon chooses it; biases and batch norm never decay."""
+    groups = Muon(models.create("teacher", 3, 0), 0.1, 0.01, 0.9).param_groups
+    assert [{p.ndim for p in group["params"]} for group in groups] == [{4}, {2}, {1}]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.01, 0.0]
+    assert sum(len(group["params"]) for group in groups) == len(list(models.create("teacher", 3, 0).parameters()))
