@@ -25,7 +25,7 @@ import data
 import models
 import muon
 import train
-from distill import distillation_loss
+from distill import SoftTargets, distillation_loss
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 DEFAULTS = {
@@ -54,7 +54,6 @@ DEFAULTS = {
     "teacher": None,  # the path of a model.pt
     "temperature": 4.0,
     "alpha": 0.9,
-    "fixed": 0,  # 1: the teacher's logits are those of the clean picture, not of the view
 }
 
 
@@ -125,7 +124,7 @@ def make_optimiser(network, peak, recipe):
     return made
 
 
-def run(architecture, epochs, recipe, loaded, seed=0):
+def run(architecture, epochs, recipe, loaded, folder, seed=0):
     """(validation accuracy, training accuracy of the last epoch, seconds) of one run."""
     rows, validation = data.split(loaded.train_labels, 0.1)
     size = recipe["batch"]
@@ -134,16 +133,18 @@ def run(architecture, epochs, recipe, loaded, seed=0):
         views = padded(loaded, recipe["padding"])
     clean = models.normalise(loaded.train_pictures[rows[:5000]], loaded.mean, loaded.std)
     student = network(architecture, len(loaded.classes), recipe, clean)
-    teacher, fixed = recipe["teacher"] and models.load(recipe["teacher"]), None
-    if teacher:
-        teacher = teacher.to(memory_format=torch.channels_last).eval()
-        if recipe["fixed"]:
-            fixed = train.evaluate(teacher, loaded.train_pictures, loaded.mean, loaded.std, "fp32")
+    targets = None
+    if recipe["teacher"]:
+        content = models.read(recipe["teacher"])
+        teacher = models.restore(content).to(memory_format=torch.channels_last)
+        teacher_digest = models.digest(content["state_dict"])
+        targets = SoftTargets(teacher, teacher_digest, loaded.digest, views, folder, "fp32")
     peak = recipe["lr"] or train.default_learning_rate(size)
     optimiser = make_optimiser(student, peak, recipe)
     train.WARMUP = recipe["warmup"]
     steps, started, slow = len(rows) // size, time.perf_counter(), None
     for epoch in range(epochs):
+        soft = targets and targets.epoch(epoch)
         views.start(epoch)
         order = rows[torch.randperm(len(rows), generator=models.generator("order", seed, epoch))]
         correct = torch.zeros((), dtype=torch.int64)
@@ -157,10 +158,8 @@ def run(architecture, epochs, recipe, loaded, seed=0):
             if recipe["cutout"]:
                 cut(pictures, recipe["cutout"], models.generator("cutout", epoch, step))
             logits = student(pictures)
-            if teacher:
-                with torch.inference_mode():
-                    targets = teacher(pictures) if fixed is None else fixed[batch]
-                loss = distillation_loss(logits, labels, targets.clone(), recipe["temperature"], recipe["alpha"])
+            if targets:
+                loss = distillation_loss(logits, labels, soft[batch], recipe["temperature"], recipe["alpha"])
             else:
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe["smoothing"])
             optimiser.zero_grad()
@@ -215,6 +214,7 @@ def main():
     parser.add_argument("--architecture", choices=models.ARCHITECTURES, default="student")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--cache", default="outputs/data", help="where decoded pictures are kept")
+    parser.add_argument("--targets", help="where a teacher's soft targets are kept [nowhere]")
     parser.add_argument("--output", default=str(ROOT / "results" / "recipes.csv"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
@@ -222,7 +222,7 @@ def main():
     loaded = data.folder(arguments.pictures, cache=arguments.cache)
     for text in arguments.recipes:
         recipe = parse(text)
-        accuracy, training, seconds = run(arguments.architecture, arguments.epochs, recipe, loaded)
+        accuracy, training, seconds = run(arguments.architecture, arguments.epochs, recipe, loaded, arguments.targets)
         row = (arguments.architecture, arguments.epochs, text, f"{accuracy:.4f}", f"{training:.4f}", f"{seconds:.0f}")
         print(*row, flush=True)
         new = not Path(arguments.output).exists()
