@@ -434,11 +434,12 @@ class Views:
     arXiv 2106.05237: the teacher must see the very view that the student sees).
     """
 
-    def __init__(self, pictures, mean, std, purpose="views"):
+    def __init__(self, pictures, mean, std, purpose="views", padding=None):
+        """`padding` is how many pixels crops are moved by at most [an eighth of the size]."""
         count, size = pictures.shape[:2]
         self.count, self.size, self.purpose = count, size, purpose
         self.mean, self.std, self.device = mean, std, pictures.device
-        self.padding = size // 8
+        self.padding = size // 8 if padding is None else padding
         edge = torch.arange(-self.padding, size + self.padding, device=self.device).abs()
         edge = (size - 1) - ((size - 1) - edge).abs()
         padded = torch.empty(count, 2, len(edge), len(edge), 3, dtype=torch.uint8, device=self.device)

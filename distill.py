@@ -75,7 +75,7 @@ class SoftTargets:
             {
                 "teacher": teacher_digest,
                 "data": data_digest,
-                "views": [views.purpose, data.VIEWS_VERSION, views.size, views.mean, views.std],
+                "views": [views.purpose, data.VIEWS_VERSION, views.size, views.padding, views.mean, views.std],
                 "precision": precision,
                 "device": views.device.type,
                 "batch": INFERENCE_BATCH[views.device.type],

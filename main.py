@@ -169,7 +169,7 @@ def parser():
            type=device_name, metavar="NAME")
     option("--precision", "fp32, bf16, or auto (bf16 on a GPU that has it)", "auto",
            choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
-    option("--compile", "compile the training step with torch.compile, which needs a C++ compiler [off]",
+    option("--compile", "torch.compile the networks for training (needs a C++ compiler, on CUDA Triton) [off]",
            action=argparse.BooleanOptionalAction)
     option("--output-dir", "everything the program writes goes here", "outputs", type=path, metavar="DIR")
     option("--save-every", "seconds between saved states within an epoch", 120.0,

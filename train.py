@@ -86,8 +86,8 @@ class Settings:
 
 
 def default_learning_rate(batch_size):
-    """The peak learning rate for a batch size: 0.2 at 128 and proportional below 512 (Goyal et al., arXiv 1706.02677),
-    then with the square root, where proportional rates start to diverge."""
+    """The peak learning rate for a batch size: 0.2 at 128 and proportional up to 512 (Goyal et al., arXiv 1706.02677),
+    then with the square root, to be on the safe side."""
     return 0.2 * batch_size / 128 if batch_size <= 512 else 0.8 * (batch_size / 512) ** 0.5
 
 
@@ -253,7 +253,8 @@ class _Run:
             raise Interrupted(error.signal_number, self._how_far()) from None
 
     def _compiled(self):
-        """The network as one compiled function; on CUDA its kernels are launched together, as CUDA graphs."""
+        """The network as one compiled function; on CUDA its kernels are launched together, as CUDA graphs. Which
+        kernels is decided by trying, there: two compiled runs on a GPU may differ in last bits."""
         return torch.compile(self.network, mode="reduce-overhead" if self.device.type == "cuda" else "default")
 
     def _how_far(self):

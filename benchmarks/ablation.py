@@ -50,19 +50,22 @@ def main():
 
     runs = finished_runs(output)
     pairs = {key[3]: runs[key] for key in runs if key[:3] == ("kd", temperature, alpha)}
-    seeds = sorted(seed for seed in arguments.seeds or pairs if ("baseline", None, None, seed) in runs)
+    seeds = sorted(s for s in arguments.seeds or pairs if s in pairs and ("baseline", None, None, s) in runs)
     if not seeds:
         sys.exit(f"error: {output} holds no pairs of temperature {temperature} and alpha {alpha}.")
     device = command_line.choose_device(arguments.device)
-    precision = pairs[seeds[0]]["environment"]["precision"]
+    made_with = pairs[seeds[0]]["environment"]
+    precision = made_with["precision"]
     loaded = data.folder(arguments.pictures, pairs[seeds[0]]["settings"]["image_size"], cache=output / "data")
     loaded = loaded.to(device)
     teacher = models.load(command_line.find_teacher(command_line.parse(["--output-dir", str(output)])))
-    if loaded.digest != pairs[seeds[0]]["settings"]["data"]:
+    settings = [pairs[seed]["settings"] for seed in seeds]
+    if any(each["data"] != loaded.digest for each in settings):
         sys.exit(f"error: the runs in {output} were trained on other pictures than those in {arguments.pictures}.")
-    if models.digest(teacher.state_dict()) != pairs[seeds[0]]["settings"]["teacher"]:
+    teacher_digest = models.digest(teacher.state_dict())
+    if any(each["teacher"] != teacher_digest for each in settings):
         sys.exit(f"error: the runs in {output} were not distilled from the teacher that is there.")
-    trainer = train.Trainer(loaded, device, precision, stop=Stop())
+    trainer = train.Trainer(loaded, device, precision, stop=Stop(), compiled=made_with.get("compiled", False))
     targets = FixedTargets(teacher.to(device, memory_format=torch.channels_last), loaded, precision)
     fixed = []
     for seed in seeds:
@@ -76,13 +79,16 @@ def main():
     for name, accuracies in (("baseline", baseline), ("fixed", fixed), ("shared", shared)):
         result[name] = {"accuracies": accuracies, "mean": sum(accuracies) / len(seeds), "std": spread(accuracies)}
     for name, one, other in (
-        ("fixed over baseline", fixed, baseline),
-        ("shared over baseline", shared, baseline),
-        ("shared over fixed", shared, fixed),
+        ("fixed_over_baseline", fixed, baseline),
+        ("shared_over_baseline", shared, baseline),
+        ("shared_over_fixed", shared, fixed),
     ):
         result[name] = paired_test([100 * (a - b) for a, b in zip(one, other, strict=True)])
-        interval = result[name]["ci95"]
-        print(f"{name}: {result[name]['mean']:+.2f} points, 95% interval {interval}, p = {result[name]['p_value']}")
+        words = f"{name.replace('_', ' ')}: {result[name]['mean']:+.2f} points"
+        if result[name]["ci95"]:
+            low, high = result[name]["ci95"]
+            words += f", 95% interval {low:+.2f} to {high:+.2f}, p = {result[name]['p_value']:.2g}"
+        print(words)
     write_json(output / "fixed.json", result)
 
 

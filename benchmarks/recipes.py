@@ -2,10 +2,10 @@
 
     python benchmarks/recipes.py PICTURES --architecture student --epochs 4 "" "lr=0.4" "lr=0.4 padding=2"
 
-Each quoted argument is a recipe: what it changes in the program's own ("" changes nothing). 45,000 pictures of
-CIFAR-10's training set are trained on and 5,000 (500 a class) are the validation part, the same for every recipe.
-Prints one line a recipe and appends it to --output (CSV). The standard error of one accuracy on 5,000 pictures is
-about half a point, and of the difference of two somewhat less, so what one run shows is a hint and no proof.
+Each quoted argument is a recipe: what it changes in the program's own ("" changes nothing; views and order are those
+of students). 45,000 pictures of CIFAR-10's training set are trained on and 5,000 (500 a class) are the validation part,
+the same for every recipe. Prints one line a recipe and appends it to --output (CSV). The standard error of one accuracy
+on 5,000 pictures is above half a point, so what one run shows is a hint and no proof.
 """
 
 import argparse
@@ -61,13 +61,15 @@ def parse(text):
     """The recipe of "lr=0.4 padding=2": DEFAULTS with these changed."""
     recipe = dict(DEFAULTS)
     for word in text.split():
-        name, value = word.split("=")
+        name, value = word.split("=", 1)
         kind = type(DEFAULTS[name])
         if name in ("lr", "scale"):
             kind = float
         elif name in ("padding", "stem", "depth"):
             kind = int
         recipe[name] = value if kind is type(None) else kind(value)
+    if recipe["teacher"] and recipe["cutout"]:
+        raise SystemExit("error: cutout does not go with a teacher, who would see other views than the student.")
     return recipe
 
 
@@ -124,14 +126,13 @@ def make_optimiser(network, peak, recipe):
     return made
 
 
-def run(architecture, epochs, recipe, loaded, folder, seed=0):
+def run(architecture, epochs, recipe, loaded, folder):
     """(validation accuracy, training accuracy of the last epoch, seconds) of one run."""
     rows, validation = data.split(loaded.train_labels, 0.1)
     size = recipe["batch"]
-    views = data.Views(loaded.train_pictures, loaded.mean, loaded.std)
-    if recipe["padding"]:
-        views = padded(loaded, recipe["padding"])
-    clean = models.normalise(loaded.train_pictures[rows[:5000]], loaded.mean, loaded.std)
+    views = data.Views(loaded.train_pictures, loaded.mean, loaded.std, padding=recipe["padding"])
+    some = rows[torch.randperm(len(rows), generator=models.generator("whiten"))[:5000]]
+    clean = models.normalise(loaded.train_pictures[some], loaded.mean, loaded.std)
     student = network(architecture, len(loaded.classes), recipe, clean)
     targets = None
     if recipe["teacher"]:
@@ -146,7 +147,7 @@ def run(architecture, epochs, recipe, loaded, folder, seed=0):
     for epoch in range(epochs):
         soft = targets and targets.epoch(epoch)
         views.start(epoch)
-        order = rows[torch.randperm(len(rows), generator=models.generator("order", seed, epoch))]
+        order = rows[torch.randperm(len(rows), generator=models.generator("order", 0, epoch))]
         correct = torch.zeros((), dtype=torch.int64)
         for step in range(steps):
             now = epoch * steps + step
@@ -177,24 +178,6 @@ def run(architecture, epochs, recipe, loaded, folder, seed=0):
     logits = train.evaluate(student, loaded.train_pictures[validation], loaded.mean, loaded.std, "fp32")
     accuracy = train.accuracy(logits, loaded.train_labels[validation])
     return accuracy, correct.item() / (steps * size), time.perf_counter() - started
-
-
-def padded(loaded, padding):
-    """Views whose crops are moved by up to `padding` pixels."""
-
-    class Size(int):  # what Views divides by 8
-        def __floordiv__(self, other):
-            return padding if other == 8 else int(self) // other
-
-    class Pictures:
-        def __init__(self, tensor):
-            self.tensor, self.device = tensor, tensor.device
-            self.shape = (len(tensor), Size(tensor.shape[1]), *tensor.shape[2:])
-
-        def __getitem__(self, rows):
-            return self.tensor[rows]
-
-    return data.Views(Pictures(loaded.train_pictures), loaded.mean, loaded.std)
 
 
 def cut(pictures, size, draws):

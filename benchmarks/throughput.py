@@ -34,7 +34,7 @@ import data
 import main as command_line
 import models
 import train
-from distill import SoftTargets, distillation_loss
+from distill import SoftTargets, distillation_loss, precision_context
 
 BATCH, CLASSES, SIZE, TEMPERATURE, ALPHA, WORKERS = 128, 10, 32, 4.0, 0.5, 2
 MEAN = STD = (0.5, 0.25, 0.3)
@@ -164,7 +164,24 @@ def seconds(function, device):
     return time.perf_counter() - started
 
 
-def start_up(pictures, repeats):
+def student_step(device, precision, compiled):
+    """Seconds of a student's forward and backward pass for one batch, eager or compiled: the median of 20."""
+    network = models.create("student", CLASSES, 0).to(device, memory_format=torch.channels_last).train()
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    forward = torch.compile(network, mode=mode) if compiled else network
+    pictures = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
+    labels = torch.arange(BATCH, device=device) % CLASSES
+
+    def step():
+        with precision_context(device, precision):
+            logits = forward(pictures)
+        network.zero_grad(set_to_none=True)
+        F.cross_entropy(logits.float(), labels).backward()
+
+    return statistics.median([seconds(step, device) for _ in range(25)][5:])
+
+
+def start_up(pictures, repeats, device):
     """Seconds of the imports, and from the command to the first training step, of a teacher on `pictures` decoded
     before: two lists. The first step follows the first saved state."""
     imports, command = [], []
@@ -177,7 +194,7 @@ def start_up(pictures, repeats):
             folder.mkdir(parents=True, exist_ok=True)
             pixels = draws.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.jpg")
-        words = [sys.executable, ROOT / "main.py", "--train-teacher", "--dataset", "folder"]
+        words = [sys.executable, ROOT / "main.py", "--train-teacher", "--device", str(device), "--dataset", "folder"]
         words += ["--data-dir", place / "pictures", "--output-dir", place / "outputs"]
         state = place / "outputs" / "teacher-s0" / "state.pt"
         for _ in range(repeats + 1):
@@ -186,6 +203,8 @@ def start_up(pictures, repeats):
                 while not state.exists() and process.poll() is None:
                     time.sleep(0.02)
                 command.append(time.perf_counter() - started)
+                if process.poll() is not None:
+                    sys.exit("error: main.py ended before its first step.")
                 process.kill()
             state.unlink()
             started = time.perf_counter()
@@ -278,10 +297,14 @@ def main():
         for name, role in (("teacher", "teacher"), ("student", "baseline"))
     }
     decoded = 2_000 if arguments.quick else 50_000
-    imports, first_step = start_up(decoded, repeats)
+    imports, first_step = start_up(decoded, repeats, device)
     result = {
         "command": f"python benchmarks/throughput.py --pictures {pictures} --repeats {repeats}",
         "environment": train.environment(device, precision),
+        "recipe": train.RECIPE,
+        "student_step_ms": {
+            name: 1000 * student_step(device, precision, name == "compiled") for name in ("eager", "compiled")
+        },
         "pictures": pictures,
         "batch_size": BATCH,
         "seconds": times,
@@ -314,6 +337,8 @@ def main():
         f"Start-up with {decoded:,} pictures decoded before: {statistics.median(first_step):.1f} s from the command to "
         f"the first step, {statistics.median(imports):.1f} s of them imports"
     )
+    step = result["student_step_ms"]
+    print(f"Student's step, forward and backward: {step['eager']:.0f} ms, with --compile {step['compiled']:.0f} ms")
     print("Peak memory: " + ", ".join(f"{v:.2f} GB" for k, v in result.items() if k.startswith("peak_")))
     path = ROOT / "results" / f"throughput-{device.type}.json"
     path.parent.mkdir(exist_ok=True)

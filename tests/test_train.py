@@ -256,14 +256,25 @@ def test_a_signal_while_a_state_is_read_is_no_damage(loaded, tmp_path, stop_at, 
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_step_trains_the_same_student(loaded, tmp_path, stop_at):
-    """Other kernels, other last bits: but the same training. And a run is not continued the other way."""
+def test_a_compiled_step_trains_the_same_student(loaded, tmp_path, stop_at, monkeypatch):
+    """Other kernels, other last bits, but the same training; continued to the same bits, and not the other way."""
+    compiler, calls = torch.compile, []
+
+    def counting(network, **rest):
+        compiled = compiler(network, **rest)
+        return lambda pictures: calls.append(len(pictures)) or compiled(pictures)
+
+    monkeypatch.setattr(torch, "compile", counting)
     trainer(loaded).train(tmp_path / "plain", settings(loaded))
-    with pytest.raises(Interrupted):
-        trainer(loaded, compiled=True, stop=stop_at(4)).train(tmp_path / "compiled", settings(loaded))
-    with pytest.raises(Failure, match="compiled True instead of False"):
-        trainer(loaded).train(tmp_path / "compiled", settings(loaded))
+    assert not calls
     trainer(loaded, compiled=True).train(tmp_path / "compiled", settings(loaded))
+    assert calls == [16] * 6
+    with pytest.raises(Interrupted):
+        trainer(loaded, compiled=True, stop=stop_at(4)).train(tmp_path / "continued", settings(loaded))
+    with pytest.raises(Failure, match="compiled True instead of False"):
+        trainer(loaded).train(tmp_path / "continued", settings(loaded))
+    trainer(loaded, compiled=True).train(tmp_path / "continued", settings(loaded))
+    assert weights(tmp_path / "continued") == weights(tmp_path / "compiled") != weights(tmp_path / "plain")
     plain, compiled = (models.read(tmp_path / name / "model.pt")["state_dict"] for name in ("plain", "compiled"))
     for name, tensor in plain.items():
         torch.testing.assert_close(compiled[name], tensor, atol=0.02, rtol=0.02)
