@@ -30,10 +30,13 @@ class FixedTargets:
     """The teacher's logits of the clean training pictures: what SoftTargets is, but the same for every epoch."""
 
     def __init__(self, teacher, loaded, precision):
-        logits = train.evaluate(teacher, loaded.train_pictures, loaded.mean, loaded.std, precision)
-        self.logits = (logits - logits.amax(1, keepdim=True)).clamp_min(-65504).half()
+        self.asked = teacher, loaded.train_pictures, loaded.mean, loaded.std, precision
+        self.logits = None
 
     def epoch(self, epoch, description=""):
+        if self.logits is None:
+            logits = train.evaluate(*self.asked)
+            self.logits = (logits - logits.amax(1, keepdim=True)).clamp_min(-65504).half()
         return self.logits
 
 

@@ -1,14 +1,17 @@
 """What the README promises is so."""
 
+import csv
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 
 from conftest import ROOT
 
 import main
+import train
 
 README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -63,10 +66,77 @@ def test_the_requirements_are_what_the_modules_import():
     assert others == required
 
 
+RECORD = ROOT / "results" / "jpeg-cpu"
+
+
+def gain(test):
+    low, high = test["ci95"]
+    return f"{test['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def spread(entry):
+    return f"{len(entry['accuracies'])} | {entry['mean']:.4f} ± {entry['std']:.4f}"
+
+
+def record_tables():
+    """The rows of the README's tables of results, made from what the program wrote."""
+    record, fixed = (json.loads((RECORD / name).read_text()) for name in ("comparison.json", "fixed.json"))
+    teacher, baseline, epochs = record["teacher"]["accuracy"], record["baseline"], record["settings"]["epochs"]
+    results = [f"| teacher | 1 | {teacher:.4f} | | |"]
+    for kd in record["kd"]:
+        test = kd["improvement"]
+        pair = f"T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
+        results.append(f"| student with KD, {pair} | {spread(kd)} | {gain(test)} | {test['p_value']:.2g} |")
+    results.append(f"| baseline | {spread(baseline)} | | |")
+    kd = record["kd"][0]
+    this = (
+        f"| this program, JPEG copy, T = {kd['temperature']:g}, alpha = {kd['alpha']:g} | {epochs} | "
+        f"{len(kd['seeds'])} | {teacher:.4f} | {kd['mean']:.4f} | {baseline['mean']:.4f} | {gain(kd['improvement'])} |"
+    )
+    ablation = []
+    for words, name in (("logits of the views", "shared"), ("logits of the clean pictures", "fixed")):
+        test = fixed[f"{name}_over_baseline"]
+        ablation.append(f"| {words} | {spread(fixed[name])} | {gain(test)} | {test['p_value']:.2g} |")
+    return results, [this], ablation
+
+
+def test_the_results_are_those_recorded():
+    section = README.split("## Results")[1].split("\n## ")[0]
+    tables = [
+        re.findall(r"^\|.*", table, re.MULTILINE)[2:] for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    ]
+    results, this, ablation = record_tables()
+    assert tables[0] == results and tables[1][-1:] == this and tables[2] == ablation
+
+    record = json.loads((RECORD / "comparison.json").read_text())
+    runs = {"baseline": record["baseline"]}
+    runs |= {f"kd-T{kd['temperature']:g}-a{kd['alpha']:g}": kd for kd in record["kd"]}
+    lengths = set()
+    for role, entry in runs.items():
+        assert len(entry["seeds"]) >= 3
+        for seed in entry["seeds"]:
+            lengths.add(len((RECORD / f"{role}-s{seed}" / "history.csv").read_text().splitlines()) - 1)
+    teacher = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
+    assert lengths == {record["settings"]["epochs"]}
+    assert f"teacher {teacher} epochs, students {record['settings']['epochs']} epochs" in section
+
+
+def test_the_recipes_tried_are_those_measured():
+    text = (ROOT / "results" / "README.md").read_text()
+    with open(ROOT / "results" / "recipes.csv", newline="") as file:
+        rows = [(row["recipe"], row["val_accuracy"]) for row in csv.DictReader(file)]
+    assert len(rows) > 6
+    assert re.findall(r"^\| `(.*?)` \| ([\d.]+) \|", text, re.MULTILINE) == rows
+
+
 def test_the_speeds_are_those_measured():
     measured = json.loads((ROOT / "results" / "throughput-cpu.json").read_text())
     table = README.split("## How fast")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| (.*?) \| ([\d.]+) \|$", table, re.MULTILINE))
     assert rows == {name: f"{ratio:.1f}" for name, ratio in measured["ratios"].items()}
     assert f"({measured['kd_kept_over_baseline']:.3f} of it" in table
-    assert measured["environment"]["device"].startswith("AMD EPYC, 2 cores")
+    assert measured["environment"]["device"].startswith("AMD EPYC, 2 cores") and measured["recipe"] == train.RECIPE
+    step = measured["student_step_ms"]
+    assert f"{step['compiled']:.0f} ms against {step['eager']:.0f}" in " ".join(table.split())
+    start = statistics.median(measured["start_up"]["command_to_first_step"])
+    assert f"{start:.1f} s from the command to the first step" in " ".join(table.split())
