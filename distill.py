@@ -60,12 +60,17 @@ def predict(network, batches, precision):
     return torch.cat(logits)
 
 
+def rounded(logits):
+    """Logits (N, classes) as soft targets are kept: each row's maximum subtracted, which no softmax sees, as float16,
+    which resolves best near 0."""
+    return (logits - logits.amax(1, keepdim=True)).clamp_min(torch.finfo(torch.float16).min).half()
+
+
 class SoftTargets:
     """A teacher's logits for every view of an epoch, asked for once and kept below `folder`.
 
-    They are kept as float16 with each row's maximum subtracted (a softmax does not change with it, and float16 resolves
-    best near 0). Fresh, recomputed and kept targets pass through the same rounding, so they are the same bits. What
-    they depend on makes the name of their folder: a stale file cannot be met.
+    Fresh, recomputed and kept targets pass through the same rounding (`rounded`), so they are the same bits. What they
+    depend on makes the name of their folder: a stale file cannot be met.
     """
 
     def __init__(self, teacher, teacher_digest, data_digest, views, folder, precision):
@@ -118,7 +123,7 @@ class SoftTargets:
         rows = torch.arange(self.views.count, device=self.views.device).split(INFERENCE_BATCH[self.views.device.type])
         with tqdm(rows, desc=description, unit="batch", leave=False, disable=None) as bar:
             logits = predict(self.teacher, (self.views.batch(part) for part in bar), self.precision)
-        return (logits - logits.amax(1, keepdim=True)).clamp_min(-65504).half()
+        return rounded(logits)
 
     def _fits(self):
         top = next(parent for parent in [self.folder, *self.folder.parents] if parent.exists())

@@ -163,6 +163,13 @@ def evaluate(network, pictures, mean, std, precision):
     return logits
 
 
+def compile_network(network):
+    """The network as one compiled function; on CUDA its kernels are launched together, as CUDA graphs. Which kernels
+    is decided by trying, there: two compiled runs on a GPU may differ in last bits."""
+    device = next(network.parameters()).device.type
+    return torch.compile(network, mode="reduce-overhead" if device == "cuda" else "default")
+
+
 def is_finished(folder):
     """Whether a run's folder holds a model.pt (which is the last file that a run writes)."""
     return (Path(folder) / "model.pt").exists()
@@ -241,7 +248,7 @@ class _Run:
         self.views = self.trainer.views("teacher views" if settings.role == "teacher" else "views")
         self.network = models.create(settings.architecture, len(self.data.classes), settings.seed)
         self.network = self.network.to(self.device, memory_format=torch.channels_last).train()
-        self.forward = self._compiled() if self.trainer.compiled else self.network
+        self.forward = compile_network(self.network) if self.trainer.compiled else self.network
         self.optimiser = Muon(self.network, settings.learning_rate, settings.weight_decay, MOMENTUM)
         torch.set_num_threads(self.trainer.threads)
         self.kept = None  # the epoch and step of the state on the disk
@@ -251,11 +258,6 @@ class _Run:
             return self._finish()
         except Interrupted as error:
             raise Interrupted(error.signal_number, self._how_far()) from None
-
-    def _compiled(self):
-        """The network as one compiled function; on CUDA its kernels are launched together, as CUDA graphs. Which
-        kernels is decided by trying, there: two compiled runs on a GPU may differ in last bits."""
-        return torch.compile(self.network, mode="reduce-overhead" if self.device.type == "cuda" else "default")
 
     def _how_far(self):
         if self.kept is None:

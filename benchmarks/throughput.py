@@ -167,8 +167,7 @@ def seconds(function, device):
 def student_step(device, precision, compiled):
     """Seconds of a student's forward and backward pass for one batch, eager or compiled: the median of 20."""
     network = models.create("student", CLASSES, 0).to(device, memory_format=torch.channels_last).train()
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    forward = torch.compile(network, mode=mode) if compiled else network
+    forward = train.compile_network(network) if compiled else network
     pictures = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
     labels = torch.arange(BATCH, device=device) % CLASSES
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, needs_real_pictures, process, real_pictures
 
 import main
@@ -72,6 +73,15 @@ def test_another_alpha_does_not_train_the_baseline_again(cli, flags, copy):
     assert (copy / "baseline-s0" / "model.pt").stat().st_mtime_ns == before
     comparison = json.loads((copy / "comparison.json").read_text())
     assert [(e["temperature"], e["alpha"]) for e in comparison["kd"]] == [(2.0, 0.9), (4.0, 0.1)]
+
+
+@pytest.mark.parametrize(("words", "compiled"), [([], False), (["--compile"], True), (["--no-compile"], False)])
+def test_compile_reaches_the_training_and_is_recorded(cli, flags, tmp_path, monkeypatch, words, compiled):
+    networks = []
+    monkeypatch.setattr(torch, "compile", lambda network, **_: networks.append(network) or network)
+    assert cli(*flags, "--train-teacher", "--output-dir", tmp_path, *words).status == 0
+    assert len(networks) == compiled
+    assert json.loads((tmp_path / "teacher-s0/run.json").read_text())["environment"]["compiled"] is compiled
 
 
 def test_alpha_0_is_the_baseline_bit_for_bit(cli, flags, copy):

@@ -148,6 +148,18 @@ def test_another_teacher_never_meets_kept_targets(views, tmp_path):
     assert soft_targets(views, tmp_path, "a").folder != soft_targets(views, tmp_path, "b").folder
 
 
+def test_other_views_never_meet_kept_targets(views, tmp_path):
+    pictures = torch.zeros(30, 16, 16, 3, dtype=torch.uint8)
+    other = [
+        Views(pictures, views.mean, views.std, purpose="teacher views"),
+        Views(pictures, views.mean, views.std, padding=views.padding + 1),
+        Views(pictures, views.mean, (0.2, 0.25, 0.25)),
+        Views(torch.zeros(30, 24, 24, 3, dtype=torch.uint8), views.mean, views.std),
+    ]
+    folders = {soft_targets(each, tmp_path).folder for each in (views, *other)}
+    assert len(folders) == 5
+
+
 def test_damaged_targets_are_noticed_and_computed_again(views, tmp_path, capsys):
     targets = soft_targets(views, tmp_path)
     fresh = targets.epoch(0)
