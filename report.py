@@ -406,7 +406,22 @@ def details(comparison):
             text += _row(
                 name, f"{each['mean']:.4f}", "" if each["std"] is None else f"{each['std']:.4f}", len(each["seeds"])
             )
-    return text + "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)) + "\n"  # fmt: skip
+    text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)) + "\n"
+    ways = trained_ways(comparison.runs)
+    if len(ways) > 1:
+        text += "Mind that these students were not all trained in the same way: " + "; ".join(ways) + ".\n"
+    return text
+
+
+def trained_ways(runs):
+    """The ways in which the students among `runs` were trained (device, precision, compiled or not), in words."""
+    ways = {}
+    for run in runs:
+        if run["settings"]["role"] != "teacher" and not run["settings"]["val_fraction"]:
+            made = run["environment"]
+            words = f"{made.get('device')} in {made.get('precision')}" + (", compiled" if made.get("compiled") else "")
+            ways.setdefault(words, []).append(run["folder"].name)
+    return [f"{', '.join(names)} on {words}" for words, names in ways.items()]
 
 
 def claim(improvement, seeds, pictures):

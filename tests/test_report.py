@@ -270,6 +270,17 @@ def test_report_prints_and_draws_again_without_data_and_training(cli, swept, tmp
     assert (again / "comparison.csv").exists() and len(list((again / "figures").iterdir())) == 5
 
 
+def test_pairs_of_unlike_halves_are_said_so(cli, copy):
+    assert "not all trained in the same way" not in cli("--output-dir", copy, "--report").out
+    path = copy / "baseline-s0" / "run.json"
+    record = json.loads(path.read_text())
+    record["environment"] |= {"device": "Abacus", "precision": "bf16", "compiled": True}
+    path.write_text(json.dumps(record))
+    got = cli("--output-dir", copy, "--report")
+    told = "not all trained in the same way: baseline-s0 on Abacus in bf16, compiled; kd-T4-a0.1-s0 on "
+    assert got.status == 0 and told in got.out
+
+
 def test_damaged_logits_are_named(cli, copy):
     path = copy / "kd-T4-a0.1-s0" / "test_logits.npy"
     content = bytearray(path.read_bytes())
