@@ -22,7 +22,7 @@ import main as command_line
 import models
 import train
 from distill import rounded
-from files import Stop, lock, write_json
+from files import Failure, Stop, lock, write_json
 from measures import paired_test, spread
 from report import finished_runs
 
@@ -96,4 +96,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failure as error:
+        sys.exit(f"error: {error}")

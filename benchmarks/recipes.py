@@ -26,6 +26,7 @@ import models
 import muon
 import train
 from distill import SoftTargets, distillation_loss
+from files import Failure
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 DEFAULTS = {
@@ -61,7 +62,9 @@ def parse(text):
     """The recipe of "lr=0.4 padding=2": DEFAULTS with these changed."""
     recipe = dict(DEFAULTS)
     for word in text.split():
-        name, value = word.split("=", 1)
+        name, _, value = word.partition("=")
+        if name not in DEFAULTS or not value:
+            raise SystemExit(f"error: '{word}' is not NAME=VALUE with one of these names: {', '.join(DEFAULTS)}.")
         kind = type(DEFAULTS[name])
         if name in ("lr", "scale"):
             kind = float
@@ -202,9 +205,12 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    loaded = data.folder(arguments.pictures, cache=arguments.cache)
-    for text in arguments.recipes:
-        recipe = parse(text)
+    recipes = {text: parse(text) for text in arguments.recipes}
+    try:
+        loaded = data.folder(arguments.pictures, cache=arguments.cache)
+    except Failure as error:
+        sys.exit(f"error: {error}")
+    for text, recipe in recipes.items():
         accuracy, training, seconds = run(arguments.architecture, arguments.epochs, recipe, loaded, arguments.targets)
         row = (arguments.architecture, arguments.epochs, text, f"{accuracy:.4f}", f"{training:.4f}", f"{seconds:.0f}")
         print(*row, flush=True)
