@@ -267,13 +267,32 @@ def choose_device(name):
     import torch
 
     kinds = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    there = [kind for kind, is_there in kinds.items() if is_there()]
     if name == "auto":
-        name = next(kind for kind, there in kinds.items() if there())
+        for kind in there[:-1]:
+            try:
+                return _usable(torch.device(kind))
+            except Failure as error:
+                print(f"{error} The next best device is taken.", file=sys.stderr)
+        return torch.device("cpu")
     kind, _, index = name.partition(":")
-    if not kinds[kind]() or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
-        there = [kind for kind, there in kinds.items() if there()]
+    if kind not in there or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         raise Failure(f"The device {name} is not on this machine. It has: {', '.join(there)}.")
-    return torch.device(name)
+    return _usable(torch.device(name))
+
+
+def _usable(device):
+    """`device`, once it has computed something: PyTorch's builds leave older GPUs out and say so only then."""
+    import torch
+
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise Failure(f"The device {device} is there, but this PyTorch cannot use it: {why}.") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def choose_precision(name, device):
@@ -401,7 +420,7 @@ def train_students(session, teacher_path, content):
     )
     if any(given.alpha):
         print(f"Soft targets: {given.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {targets.folder}", flush=True)
-    report.keep_test_set(session.output, data, teacher, teacher_digest, session.precision)
+    report.keep_test_set(session.output, data, teacher, teacher_digest)
 
     seeds = range(given.seed, given.seed + given.seeds)
     pairs = [(t, a) for t in given.temperature for a in given.alpha]

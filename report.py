@@ -41,7 +41,7 @@ from measures import (
 # What a folder holds -------------------------------------------------------------------------------------------------
 
 
-def keep_test_set(output, data, teacher, teacher_digest, precision):
+def keep_test_set(output, data, teacher, teacher_digest):
     """Keeps what a report needs besides the runs: the test pictures and labels, and the teacher's test logits."""
     from train import evaluate
 
@@ -56,7 +56,7 @@ def keep_test_set(output, data, teacher, teacher_digest, precision):
             classes=np.array(data.classes),
         )
     if not _whole(logits):
-        found = evaluate(teacher, data.test_pictures, data.mean, data.std, precision)
+        found = evaluate(teacher, data.test_pictures, data.mean, data.std)
         save_arrays(logits, logits=found.cpu().numpy())
 
 

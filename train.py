@@ -153,12 +153,13 @@ def accuracy(logits, labels):
     return (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
-def evaluate(network, pictures, mean, std, precision):
-    """The float32 logits (N, classes) of uint8 pictures (N, S, S, 3), uncropped and unflipped, in large batches."""
+def evaluate(network, pictures, mean, std):
+    """The float32 logits (N, classes) of uint8 pictures (N, S, S, 3), uncropped and unflipped, in large batches; in
+    float32 whatever the training's precision: bfloat16 rounds logits so far that ties decide pictures."""
     training = network.training
     network.eval()
     parts = pictures.split(INFERENCE_BATCH[pictures.device.type])
-    logits = predict(network, (models.normalise(part, mean, std) for part in parts), precision)
+    logits = predict(network, (models.normalise(part, mean, std) for part in parts), "fp32")
     network.train(training)
     return logits
 
@@ -434,6 +435,8 @@ class _Run:
             return None
         started = time.perf_counter()
         soft = self.targets.epoch(self.epoch, f"{self.title}: soft targets of epoch {self.epoch + 1}")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # so that this is the teacher's time, and not the student's
         self.teacher_seconds += time.perf_counter() - started
         return soft
 
@@ -512,7 +515,7 @@ class _Run:
         if not len(self.validation):
             return None
         pictures, labels = self.data.train_pictures[self.validation], self.data.train_labels[self.validation]
-        return accuracy(evaluate(self.network, pictures, self.data.mean, self.data.std, self.trainer.precision), labels)
+        return accuracy(evaluate(self.network, pictures, self.data.mean, self.data.std), labels)
 
     def _check(self, weights=False):
         """Raises Failure where a loss was not finite, or (if `weights`) what would be kept is not."""
@@ -570,7 +573,7 @@ class _Run:
             result = self.history[-1]["val_accuracy"]
             record["val_accuracy"] = result
         else:
-            logits = evaluate(self.network, data.test_pictures, data.mean, data.std, self.trainer.precision)
+            logits = evaluate(self.network, data.test_pictures, data.mean, data.std)
             result = record["accuracy"] = accuracy(logits, data.test_labels)
             record["test_logits_sha256"] = save_array(self.folder / "test_logits.npy", logits.cpu().numpy())
         record["weights_sha256"] = models.digest(self.network.state_dict())

@@ -21,7 +21,7 @@ import data
 import main as command_line
 import models
 import train
-from distill import rounded
+from distill import INFERENCE_BATCH, predict, rounded
 from files import Failure, Stop, lock, write_json
 from measures import paired_test, spread
 from report import finished_runs
@@ -31,12 +31,13 @@ class FixedTargets:
     """The teacher's logits of the clean training pictures: what SoftTargets is, but the same for every epoch."""
 
     def __init__(self, teacher, loaded, precision):
-        self.asked = teacher, loaded.train_pictures, loaded.mean, loaded.std, precision
+        parts = loaded.train_pictures.split(INFERENCE_BATCH[loaded.train_pictures.device.type])
+        self.asked = teacher, (models.normalise(part, loaded.mean, loaded.std) for part in parts), precision
         self.logits = None
 
     def epoch(self, epoch, description=""):
         if self.logits is None:
-            self.logits = rounded(train.evaluate(*self.asked))
+            self.logits = rounded(predict(*self.asked))
         return self.logits
 
 

@@ -178,7 +178,7 @@ def run(architecture, epochs, recipe, loaded, folder):
                     kept.lerp_(tensor, 1 - pull)
                     tensor.copy_(kept)
     student.eval()
-    logits = train.evaluate(student, loaded.train_pictures[validation], loaded.mean, loaded.std, "fp32")
+    logits = train.evaluate(student, loaded.train_pictures[validation], loaded.mean, loaded.std)
     accuracy = train.accuracy(logits, loaded.train_labels[validation])
     return accuracy, correct.item() / (steps * size), time.perf_counter() - started
 

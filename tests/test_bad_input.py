@@ -10,7 +10,9 @@ import torch
 from conftest import make_pictures
 from PIL import Image
 
+import main
 import models
+from files import Failure
 
 NUMBERS = {
     "--epochs": ("0", "-1", "1.5", "many", "nan", "inf", ""),
@@ -350,6 +352,27 @@ def test_what_does_not_fit_is_named_and_nothing_is_lost(cli, flags, copy, prepar
     assert not [name for name in names if name not in got.err], got
     assert 1 <= len(got.err.splitlines()) <= 3 and "Traceback" not in got.err
     assert {path: path.read_bytes() for path in copy.glob("*-s0/*")} == before
+
+
+def test_a_gpu_that_this_pytorch_has_no_kernels_for(monkeypatch, capsys):
+    """PyTorch calls such a card available; only its first computation fails."""
+    ones = torch.ones
+
+    def without_kernels(*shape, device):
+        if device.type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be reported later")
+        return ones(*shape, device=device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", without_kernels)
+    assert main.choose_device("auto").type in ("cpu", "mps")
+    assert capsys.readouterr().err == (
+        "The device cuda is there, but this PyTorch cannot use it: CUDA error: no kernel image is available. "
+        "The next best device is taken.\n"
+    )
+    with pytest.raises(Failure, match=r"^The device cuda:0 is there, but this PyTorch cannot use it: CUDA error"):
+        main.choose_device("cuda:0")
 
 
 def test_a_checkpoint_that_carries_a_call_is_refused_and_the_call_does_not_happen(cli, flags, copy):
