@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import Views
-from distill import SoftTargets, distillation_loss
+from distill import SoftTargets, distillation_loss, rounded
 from models import create
 
 
@@ -97,8 +97,8 @@ def test_half_precision_logits_are_computed_in_float32(batch, dtype):
     student, labels, teacher = as_tensors(*batch, dtype=dtype)
     got = distillation_loss(student, labels, teacher, 4.0, 0.5)
     assert got.dtype == torch.float32
-    rounded = student.double().numpy(), batch[1], teacher.double().numpy()
-    assert got.item() == pytest.approx(numpy_loss(*rounded, 4.0, 0.5), rel=1e-5)
+    inexact = student.double().numpy(), batch[1], teacher.double().numpy()
+    assert got.item() == pytest.approx(numpy_loss(*inexact, 4.0, 0.5), rel=1e-5)
 
 
 def test_no_gradient_flows_to_the_teacher(batch):
@@ -142,6 +142,11 @@ def test_fresh_kept_and_recomputed_targets_are_the_same_bits(views, tmp_path, mo
     full = soft_targets(views, tmp_path / "elsewhere")
     assert torch.equal(full.epoch(0), fresh)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_targets_beyond_float16_stay_finite():
+    kept = rounded(torch.tensor([[1e6, 1e6 - 3.0, -1e6]]))
+    assert kept.tolist() == [[0.0, -3.0, -65504.0]]
 
 
 def test_another_teacher_never_meets_kept_targets(views, tmp_path):

@@ -108,6 +108,13 @@ def test_the_results_are_those_recorded():
     results, this, ablation = record_tables()
     assert tables[0] == results and tables[1][-1:] == this and tables[2] == ablation
 
+    fixed = json.loads((RECORD / "fixed.json").read_text())
+    by_seed = (100 * (a - b) for a, b in zip(fixed["shared"]["accuracies"], fixed["fixed"]["accuracies"], strict=True))
+    words = " ".join(section.split())
+    (low, high), mean = fixed["shared_over_fixed"]["ci95"], fixed["shared_over_fixed"]["mean"]
+    assert f"{mean:+.2f} points (95% interval {low:+.2f} to {high:+.2f}; by seed " in words
+    assert f"by seed {', '.join(f'{gain:+.2f}' for gain in by_seed)})" in words
+
     record = json.loads((RECORD / "comparison.json").read_text())
     runs = {"baseline": record["baseline"]}
     runs |= {f"kd-T{kd['temperature']:g}-a{kd['alpha']:g}": kd for kd in record["kd"]}
@@ -121,10 +128,18 @@ def test_the_results_are_those_recorded():
     assert f"teacher {teacher} epochs, students {record['settings']['epochs']} epochs" in section
 
 
+def test_the_notes_on_the_record_are_those_recorded():
+    text = " ".join((ROOT / "results" / "README.md").read_text().split())
+    best, users = json.loads((RECORD / "comparison.json").read_text())["kd"]
+    for entry in (best, users):
+        gains = ", ".join(f"{gain:+.2f}" for gain in entry["improvement"]["by_seed"])
+        assert f"{gains} points at alpha {entry['alpha']}" in text or f"{gains} at alpha {entry['alpha']}" in text
+
+
 def test_the_recipes_tried_are_those_measured():
     text = (ROOT / "results" / "README.md").read_text()
     with open(ROOT / "results" / "recipes.csv", newline="") as file:
-        rows = [(row["recipe"], row["val_accuracy"]) for row in csv.DictReader(file)]
+        rows = [(row["recipe"] or '""', row["val_accuracy"]) for row in csv.DictReader(file)]
     assert len(rows) > 6
     assert re.findall(r"^\| `(.*?)` \| ([\d.]+) \|", text, re.MULTILINE) == rows
 
