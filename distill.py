@@ -71,7 +71,7 @@ class SoftTargets:
     """A teacher's logits for every view of an epoch, asked for once and kept below `folder`.
 
     Fresh, recomputed and kept targets pass through the same rounding (`rounded`), so they are the same bits. What they
-    depend on makes the name of their folder: a stale file cannot be met.
+    depend on makes the name of their folder: a stale file cannot be met (of a CPU its model is not told apart).
     """
 
     def __init__(self, teacher, teacher_digest, data_digest, views, folder, precision):

@@ -55,6 +55,10 @@ class Usage(Exception):
     """Wrong arguments: exit status 2."""
 
 
+class NoKernels(Failure):
+    """A GPU for which this build of PyTorch has no code: PyTorch calls it available all the same."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Usage(message)
@@ -269,12 +273,11 @@ def choose_device(name):
     kinds = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     there = [kind for kind, is_there in kinds.items() if is_there()]
     if name == "auto":
-        for kind in there[:-1]:
+        for kind in there:
             try:
                 return _usable(torch.device(kind))
-            except Failure as error:
+            except NoKernels as error:
                 print(f"{error} The next best device is taken.", file=sys.stderr)
-        return torch.device("cpu")
     kind, _, index = name.partition(":")
     if kind not in there or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         raise Failure(f"The device {name} is not on this machine. It has: {', '.join(there)}.")
@@ -282,16 +285,17 @@ def choose_device(name):
 
 
 def _usable(device):
-    """`device`, once it has computed something: PyTorch's builds leave older GPUs out and say so only then."""
+    """`device`, once it has computed something. Raises NoKernels, or Failure where it is busy, say."""
     import torch
 
     try:
         torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise Failure(f"The device {device} is there, but this PyTorch cannot use it: {why}.") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+        why = f"{error}\n".splitlines()[0] or type(error).__name__
+        kind = NoKernels if "no kernel image" in why else Failure
+        raise kind(f"The device {device} is there, but cannot be used: {why}.") from None
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # for what asks about the current one, such as its precisions
     return device
 
 

@@ -70,7 +70,10 @@ def parse(text):
             kind = float
         elif name in ("padding", "stem", "depth"):
             kind = int
-        recipe[name] = value if kind is type(None) else kind(value)
+        try:
+            recipe[name] = value if kind is type(None) else kind(value)
+        except ValueError:
+            raise SystemExit(f"error: '{value}' is not a number, which {name} needs.") from None
     if recipe["teacher"] and recipe["cutout"]:
         raise SystemExit("error: cutout does not go with a teacher, who would see other views than the student.")
     return recipe
@@ -206,10 +209,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipes = {text: parse(text) for text in arguments.recipes}
-    try:
-        loaded = data.folder(arguments.pictures, cache=arguments.cache)
-    except Failure as error:
-        sys.exit(f"error: {error}")
+    loaded = data.folder(arguments.pictures, cache=arguments.cache)
     for text, recipe in recipes.items():
         accuracy, training, seconds = run(arguments.architecture, arguments.epochs, recipe, loaded, arguments.targets)
         row = (arguments.architecture, arguments.epochs, text, f"{accuracy:.4f}", f"{training:.4f}", f"{seconds:.0f}")
@@ -223,4 +223,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failure as error:
+        sys.exit(f"error: {error}")

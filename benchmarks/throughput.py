@@ -182,7 +182,6 @@ def student_step(device, precision, compiled):
     """Milliseconds of a student's forward and backward pass for one batch, the median of 20; None where it cannot be
     compiled."""
     network = models.create("student", CLASSES, 0).to(device, memory_format=torch.channels_last).train()
-    forward = train.compile_network(network) if compiled else network
     pictures = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
     labels = torch.arange(BATCH, device=device) % CLASSES
 
@@ -193,6 +192,7 @@ def student_step(device, precision, compiled):
         F.cross_entropy(logits.float(), labels).backward()
 
     try:
+        forward = train.compile_network(network) if compiled else network
         return 1000 * statistics.median([seconds(step, device) for _ in range(25)][5:])
     except Exception as error:  # a missing C++ compiler, say, must not cost the other measurements
         if not compiled:

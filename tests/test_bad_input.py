@@ -354,25 +354,52 @@ def test_what_does_not_fit_is_named_and_nothing_is_lost(cli, flags, copy, prepar
     assert {path: path.read_bytes() for path in copy.glob("*-s0/*")} == before
 
 
-def test_a_gpu_that_this_pytorch_has_no_kernels_for(monkeypatch, capsys):
-    """PyTorch calls such a card available; only its first computation fails."""
-    ones = torch.ones
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(error) pretends that there is a GPU whose first computation raises RuntimeError(error), or works if None;
+    returns the list of devices that were made current."""
+    ones, current = torch.ones, []
 
-    def without_kernels(*shape, device):
-        if device.type == "cuda":
-            raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be reported later")
-        return ones(*shape, device=device)
+    def set_device(device):
+        assert device.index is not None  # as torch.cuda.set_device wants it
+        current.append(str(device))
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch, "ones", without_kernels)
-    assert main.choose_device("auto").type in ("cpu", "mps")
-    assert capsys.readouterr().err == (
-        "The device cuda is there, but this PyTorch cannot use it: CUDA error: no kernel image is available. "
-        "The next best device is taken.\n"
-    )
-    with pytest.raises(Failure, match=r"^The device cuda:0 is there, but this PyTorch cannot use it: CUDA error"):
+    def prepare(error):
+        def stand_in(*shape, device):
+            if device.type == "cuda" and error is not None:
+                raise RuntimeError(error)
+            return ones(*shape)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "set_device", set_device)
+        monkeypatch.setattr(torch, "ones", stand_in)
+        return current
+
+    return prepare
+
+
+def test_a_gpu_is_taken_and_made_current_where_it_is_numbered(gpu, capsys):
+    current = gpu(None)
+    assert [str(main.choose_device(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    assert current == ["cuda:1"] and not capsys.readouterr().err
+
+
+def test_a_gpu_that_this_pytorch_has_no_kernels_for(gpu, capsys):
+    gpu("CUDA error: no kernel image is available\nCUDA kernel errors might be reported later")
+    assert main.choose_device("auto").type == "cpu"
+    told = "The device cuda is there, but cannot be used: CUDA error: no kernel image is available."
+    assert capsys.readouterr().err == f"{told} The next best device is taken.\n"
+    with pytest.raises(Failure, match=r"^The device cuda:0 is there, but cannot be used: CUDA error: no kernel"):
         main.choose_device("cuda:0")
+
+
+@pytest.mark.parametrize("error", ["CUDA out of memory. Tried to allocate", ""])
+def test_a_gpu_that_is_busy_is_no_reason_to_train_on_the_cpu(gpu, error):
+    gpu(error)
+    with pytest.raises(Failure, match=f"cannot be used: {error or 'RuntimeError'}"):
+        main.choose_device("auto")
 
 
 def test_a_checkpoint_that_carries_a_call_is_refused_and_the_call_does_not_happen(cli, flags, copy):

@@ -93,7 +93,7 @@ def test_alpha_0_is_the_baseline_bit_for_bit(cli, flags, copy):
     assert comparison["kd"][0]["improvement"]["p_value"] == 1.0
 
 
-def test_bfloat16_trains_float32_weights_and_alpha_0_is_the_baseline_there_too(cli, flags, tmp_path):
+def test_bfloat16_trains_float32_weights_and_alpha_0_is_the_baseline_there_too(cli, flags, finished, tmp_path):
     for words in (["--train-teacher"], ["--alpha", "0.9"], ["--alpha", "0"]):
         assert cli(*flags, "--precision", "bf16", "--output-dir", tmp_path, *words).status == 0
     names = ("teacher-s0", "kd-T4-a0.9-s0", "kd-T4-a0-s0", "baseline-s0")
@@ -102,6 +102,8 @@ def test_bfloat16_trains_float32_weights_and_alpha_0_is_the_baseline_there_too(c
     weights = [models.read(tmp_path / name / "model.pt")["state_dict"] for name in names]
     assert all(tensor.dtype is not torch.bfloat16 for each in weights for tensor in each.values())
     assert models.digest(weights[1]) != models.digest(weights[2]) == models.digest(weights[3])
+    in_float32 = models.read(finished / "baseline-s0" / "model.pt")["state_dict"]
+    assert models.digest(weights[3]) != models.digest(in_float32)
     for name in names:  # the test set is evaluated in float32
         logits = torch.from_numpy(np.load(tmp_path / name / "test_logits.npy"))
         assert logits.dtype == torch.float32 and (logits != logits.bfloat16()).any()

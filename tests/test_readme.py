@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import main
 import train
+from measures import paired_test
 
 README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -116,6 +117,12 @@ def test_the_results_are_those_recorded():
     assert f"by seed {', '.join(f'{gain:+.2f}' for gain in by_seed)})" in words
 
     record = json.loads((RECORD / "comparison.json").read_text())
+    best, users = record["kd"]
+    ahead = paired_test([100 * (a - b) for a, b in zip(best["accuracies"], users["accuracies"], strict=True)])
+    assert f"by {gain(ahead).replace(' (', ' points (')}." in words
+    for measure in ("calibration_error", "negative_log_likelihood"):
+        means = (statistics.mean(entry[measure]) for entry in (record["baseline"], users, best))
+        assert ", ".join(f"{mean:.3f}" for mean in means) in words
     runs = {"baseline": record["baseline"]}
     runs |= {f"kd-T{kd['temperature']:g}-a{kd['alpha']:g}": kd for kd in record["kd"]}
     lengths = set()
