@@ -252,7 +252,7 @@ def peak_memory():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="768 pictures and 2 repeats, start-up with 2,000 pictures; writes no file"
+        "--quick", action="store_true", help="512 pictures and 1 repeat, start-up with 2,000 pictures; writes no file"
     )
     parser.add_argument("--pictures", type=int, default=None, help="an epoch's pictures [3,072; on a GPU 50,000]")
     parser.add_argument("--repeats", type=int, default=None, help="[3]")
@@ -265,8 +265,8 @@ def main():
         return
     device = command_line.choose_device(arguments.device)
     precision = command_line.choose_precision(arguments.precision, device)
-    pictures = arguments.pictures or (768 if arguments.quick else 3_072 if device.type == "cpu" else 50_000)
-    repeats = arguments.repeats or (2 if arguments.quick else 3)
+    pictures = arguments.pictures or (512 if arguments.quick else 3_072 if device.type == "cpu" else 50_000)
+    repeats = arguments.repeats or (1 if arguments.quick else 3)
     loaded = noise(pictures, device)
     teacher = models.create("teacher", CLASSES, 0).eval().to(device, memory_format=torch.channels_last)
     plain_teacher = models.create("teacher", CLASSES, 0).eval().to(device)
@@ -345,7 +345,7 @@ def main():
         )
 
     made_with = f"{result['environment']['device']}, {precision}, torch {torch.__version__}"
-    print(f"\n{made_with}, {pictures:,} pictures an epoch, {repeats} repeats")
+    print(f"\n{made_with}, {pictures:,} pictures an epoch, {repeats} repeat{'s' * (repeats > 1)}")
     print(f"{'seconds: median (smallest to largest)':<40}{'textbook':>24}{'ours':>24}{'ratio':>8}")
     for name, each in times.items():
         cells = (f"{statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in (each["textbook"], each["ours"]))
