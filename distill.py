@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -44,6 +46,17 @@ def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
 
 
+def describe(device):
+    """The device in words: the GPU's name, or the processor's and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores" + (" (MPS)" if device.type == "mps" else "")
+
+
 def precision_context(device, precision):
     """The autocast that `precision` ("fp32" or "bf16") asks for on a device."""
     if precision == "bf16":
@@ -71,7 +84,7 @@ class SoftTargets:
     """A teacher's logits for every view of an epoch, asked for once and kept below `folder`.
 
     Fresh, recomputed and kept targets pass through the same rounding (`rounded`), so they are the same bits. What they
-    depend on makes the name of their folder: a stale file cannot be met (of a CPU its model is not told apart).
+    depend on makes the name of their folder: a stale file cannot be met.
     """
 
     def __init__(self, teacher, teacher_digest, data_digest, views, folder, precision):
@@ -83,9 +96,7 @@ class SoftTargets:
                 "data": data_digest,
                 "views": [views.purpose, data.VIEWS_VERSION, views.size, views.padding, views.mean, views.std],
                 "precision": precision,
-                "device": torch.cuda.get_device_name(views.device)
-                if views.device.type == "cuda"
-                else views.device.type,
+                "device": describe(views.device),
                 "torch": str(torch.__version__),
                 "batch": INFERENCE_BATCH[views.device.type],
             }

@@ -19,6 +19,7 @@ STYLES = {
     "kd": {"color": "#D55E00", "linestyle": "-", "hatch": None, "label": "student with KD"},
     "baseline": {"color": "#0072B2", "linestyle": "--", "hatch": "//", "label": "student, baseline"},
 }
+PAIR_LINES = ("-", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))  # of one temperature and alpha each, in the curves
 EXAMPLES = 5
 
 
@@ -57,13 +58,18 @@ def curves(comparison):
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     runs = [run for run in comparison.runs if not run["settings"]["val_fraction"]]
+    pairs = [(entry["temperature"], entry["alpha"]) for entry in comparison.kd]
     seen = set()
     for run in runs:
-        role, history = run["settings"]["role"], _history(run["folder"] / "history.csv")
-        style = _line(role) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
-        if role in seen:
+        settings, history = run["settings"], _history(run["folder"] / "history.csv")
+        style = _line(settings["role"]) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
+        if settings["role"] == "kd":
+            temperature, alpha = pair = settings["temperature"], settings["alpha"]
+            style["label"] = f"KD, T={temperature:g}, alpha={alpha:g}"
+            style["linestyle"] = PAIR_LINES[pairs.index(pair) % len(PAIR_LINES)]
+        if style["label"] in seen:
             style.pop("label")
-        seen.add(role)
+        seen.add(style.get("label"))
         epochs, losses, accuracies = zip(*history, strict=True)
         left.plot(epochs, losses, **style)
         style.pop("label", None)
@@ -248,7 +254,7 @@ def dark_knowledge(comparison):
             )
             for place, value in enumerate(values):
                 axes.text(
-                    min(value, 0.75) + 0.02,
+                    value + 0.02,
                     place,
                     f"{value:.2f}" if value >= 0.005 else f"{value:.0e}",
                     va="center",
@@ -256,7 +262,8 @@ def dark_knowledge(comparison):
                 )
             names = [comparison.classes[k][:14] for k in classes] if axes is row[1] else []
             axes.set_yticks(range(shown) if axes is row[1] else [], names, fontsize=8)
-            axes.set(xlim=(0, 1), xticks=[0, 0.5, 1])
+            axes.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])  # room for the number beside a full bar
+            axes.spines.bottom.set_bounds(0, 1)
             axes.invert_yaxis()
             axes.tick_params(axis="x", labelsize=7)
             if number == 0:

@@ -312,6 +312,7 @@ class Session:
 
     def __init__(self, arguments, stop):
         import data
+        import distill
         import models
         import train
 
@@ -340,7 +341,7 @@ class Session:
         )
         for name, (parameters, macs) in self.costs.items():
             print(f"{name.capitalize()}: {parameters:,} parameters, {macs / 1e6:.1f} million multiply-adds a picture")
-        print(f"Device: {train.describe(self.device)}, {self.precision}", flush=True)
+        print(f"Device: {distill.describe(self.device)}, {self.precision}", flush=True)
 
     def settings(self, role, seed, **rest):
         """A run's Settings, from the arguments and the data."""

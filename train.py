@@ -7,7 +7,6 @@ minutes within long ones: killed anywhere and started again, it ends with the sa
 import csv
 import importlib.metadata
 import io
-import os
 import platform
 import sys
 import time
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 import models
 from data import VIEWS_VERSION, Views, split
-from distill import INFERENCE_BATCH, distillation_loss, precision_context, predict
+from distill import INFERENCE_BATCH, describe, distillation_loss, precision_context, predict
 from files import (
     Damaged,
     Failure,
@@ -135,17 +134,6 @@ def environment(device, precision, compiled=False):
         "compiled": compiled,
         "threads": torch.get_num_threads(),
     }
-
-
-def describe(device):
-    """The device in words: the GPU's name, or the processor's and its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores" + (" (MPS)" if device.type == "mps" else "")
 
 
 def accuracy(logits, labels):

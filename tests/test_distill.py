@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import distill
 from data import Views
 from distill import SoftTargets, distillation_loss, rounded
 from models import create
@@ -132,8 +133,6 @@ def test_targets_are_the_teachers_logits_of_the_very_views(views, tmp_path):
 
 
 def test_fresh_kept_and_recomputed_targets_are_the_same_bits(views, tmp_path, monkeypatch):
-    import distill
-
     fresh = soft_targets(views, tmp_path).epoch(0)
     kept = soft_targets(views, tmp_path)
     monkeypatch.setattr(kept, "_ask", lambda *_: pytest.fail("the teacher was asked twice about a view"))
@@ -163,6 +162,18 @@ def test_other_views_never_meet_kept_targets(views, tmp_path):
     ]
     folders = {soft_targets(each, tmp_path).folder for each in (views, *other)}
     assert len(folders) == 5
+
+
+def test_targets_of_another_device_precision_or_version_are_never_met(views, tmp_path, monkeypatch):
+    folders = [soft_targets(views, tmp_path).folder]
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "describe", lambda device: "an abacus")
+        folders.append(soft_targets(views, tmp_path).folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "1.0")
+        folders.append(soft_targets(views, tmp_path).folder)
+    folders.append(SoftTargets(create("teacher", 4, 0).eval(), "a", "d", views, tmp_path, "bf16").folder)
+    assert len(set(folders)) == 4 and soft_targets(views, tmp_path).folder == folders[0]
 
 
 def test_damaged_targets_are_noticed_and_computed_again(views, tmp_path, capsys):

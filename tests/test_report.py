@@ -301,7 +301,8 @@ def test_a_repeated_sweep_trains_nothing(cli, flags, swept, tmp_path):
 def test_figures_are_not_blank_and_carry_their_labels(swept):
     comparison = report.Comparison(swept)
     expected = {
-        "curves": {"epoch", "training loss"}, "gain": {"student seed", "percentage points", "mean, 95% interval"},
+        "curves": {"epoch", "training loss", "KD, T=4, alpha=0.1"},
+        "gain": {"student seed", "percentage points", "mean, 95% interval"},
         "sweep": {"temperature", "alpha"}, "reliability_diagrams": {"confidence", "accuracy", "ECE"},
         "dark_knowledge": {"probability", "teacher, T = 1", "no fair sample", "student with KD", "student, baseline"},
     }  # fmt: skip
