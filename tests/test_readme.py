@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 
+import scipy.stats
 from conftest import ROOT
 
 import main
@@ -141,6 +142,19 @@ def test_the_notes_on_the_record_are_those_recorded():
     for entry in (best, users):
         gains = ", ".join(f"{gain:+.2f}" for gain in entry["improvement"]["by_seed"])
         assert f"{gains} points at alpha {entry['alpha']}" in text or f"{gains} at alpha {entry['alpha']}" in text
+
+
+def test_another_seed_is_inside_the_spread():
+    text = " ".join((ROOT / "results" / "README.md").read_text().split())
+    record, another = (json.loads((RECORD / name / "comparison.json").read_text()) for name in ("", "seed-5"))
+    kd, baseline, sixth = another["kd"][0], another["baseline"], another["kd"][0]["improvement"]["mean"]
+    assert not set(kd["seeds"]) & set(record["kd"][0]["seeds"]) and kd["alpha"] == record["kd"][0]["alpha"]
+    assert f"{kd['mean']:.4f} with KD at alpha 0.9, {baseline['mean']:.4f} without, a gain of {sixth:+.2f}" in text
+    assert f"alpha 0.9, gained {sixth:+.2f})" in " ".join(README.split())
+    five = record["kd"][0]["improvement"]["by_seed"]
+    reach = scipy.stats.t.ppf(0.975, 4) * statistics.stdev(five) * (1 + 1 / 5) ** 0.5
+    low, high = statistics.mean(five) - reach, statistics.mean(five) + reach
+    assert low < sixth < high and f"between {low:+.2f} and {high:+.2f} (95% prediction" in text
 
 
 def test_the_recipes_tried_are_those_measured():
