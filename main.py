@@ -152,7 +152,7 @@ def parser():
     option = group("training")
     option("--epochs", "passes over the training set", 200, type=whole(1, 100_000), metavar="N")
     option("--batch-size", "pictures a step", 128, type=whole(1, 1_000_000), metavar="N")
-    option("--lr", "peak learning rate [follows the batch size: 0.2 at 128]",
+    option("--lr", "peak learning rate [0.2 * sqrt(batch size / 128)]",
            type=number(0, 1e6, above=True), metavar="RATE")
     option("--weight-decay", "on the head's matrix; convolutions keep their norm instead", 5e-4,
            type=number(0, 1), metavar="RATE")
