@@ -19,7 +19,8 @@ STYLES = {
     "kd": {"color": "#D55E00", "linestyle": "-", "hatch": None, "label": "student with KD"},
     "baseline": {"color": "#0072B2", "linestyle": "--", "hatch": "//", "label": "student, baseline"},
 }
-PAIR_LINES = ("-", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))  # of one temperature and alpha each, in the curves
+PAIRS = (("#D55E00", "-"), ("#E69F00", "-."), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (5, 1, 1, 1))))
+FEW = 20  # pictures in a bin of a reliability diagram, below which it is drawn pale
 EXAMPLES = 5
 
 
@@ -53,28 +54,32 @@ def _line(role):
     return {name: STYLES[role][name] for name in ("color", "linestyle", "label")}
 
 
+def _pair(entry):
+    return f"T = {entry['temperature']:g}, alpha = {entry['alpha']:g}"
+
+
 def curves(comparison):
-    """Training loss and accuracy of all runs by epoch, with the final test accuracies."""
+    """Training loss and accuracy of all runs by epoch, with the final test accuracies to the right of them."""
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     runs = [run for run in comparison.runs if not run["settings"]["val_fraction"]]
-    pairs = [(entry["temperature"], entry["alpha"]) for entry in comparison.kd]
-    seen = set()
+    pairs = [_pair(entry) for entry in comparison.kd]
+    groups = []
     for run in runs:
         settings, history = run["settings"], _history(run["folder"] / "history.csv")
         style = _line(settings["role"]) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
         if settings["role"] == "kd":
-            temperature, alpha = pair = settings["temperature"], settings["alpha"]
-            style["label"] = f"KD, T={temperature:g}, alpha={alpha:g}"
-            style["linestyle"] = PAIR_LINES[pairs.index(pair) % len(PAIR_LINES)]
-        if style["label"] in seen:
-            style.pop("label")
-        seen.add(style.get("label"))
+            pair = _pair(settings)
+            style["label"] = f"KD, {pair}"
+            style["color"], style["linestyle"] = PAIRS[pairs.index(pair) % len(PAIRS)]
+        group = style.pop("label")
+        first = group not in groups
+        groups += [group] if first else []
         epochs, losses, accuracies = zip(*history, strict=True)
-        left.plot(epochs, losses, **style)
-        style.pop("label", None)
+        left.plot(epochs, losses, **style, label=group if first else None)
         right.plot(epochs, accuracies, **style)
-        right.plot(epochs[-1], run["accuracy"], "D", markersize=5, color=style["color"], markerfacecolor="white")
+        beside = epochs[-1] * (1.03 + 0.03 * groups.index(group))
+        right.plot(beside, run["accuracy"], "D", markersize=5, color=style["color"], markerfacecolor="white")
     left.set(xlabel="epoch", ylabel="training loss (with KD: of soft and hard targets)", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy (lines: training, ◇: test)")
     for axes in (left, right):
@@ -101,11 +106,21 @@ def _history(path):
 
 
 def gain(comparison):
-    """Each seed's gain with distillation, their mean and its 95% confidence interval."""
-    entry = comparison.kd[0]
+    """Each seed's gain with distillation, their mean and its 95% confidence interval, a panel a pair of temperature and
+    alpha."""
+    figure = Figure((1.8 + 3.2 * len(comparison.kd), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(comparison.kd), sharey=True, squeeze=False)[0]
+    for axes, entry in zip(panels, comparison.kd, strict=True):
+        _gain_of_a_pair(axes, entry)
+        axes.set_title(_pair(entry), fontsize=9)
+    panels[0].set_ylabel("test accuracy with KD minus baseline\n(percentage points)")
+    panels[0].legend(frameon=False)
+    figure.suptitle("Gain with distillation")
+    return figure
+
+
+def _gain_of_a_pair(axes, entry):
     improvement = entry["improvement"]
-    figure = Figure((5.5, 3.6), layout="constrained")
-    axes = figure.subplots()
     positions = range(len(entry["seeds"]))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.plot(positions, improvement["by_seed"], "o", color=STYLES["kd"]["color"], label="one seed")
@@ -122,16 +137,9 @@ def gain(comparison):
             axes.plot(place, improvement["mean"], "D", color="black", label="mean (no interval: all equal)")
         ticks.append("mean")
     axes.set_xticks(range(len(ticks)), ticks)
-    axes.set(
-        xlabel="student seed",
-        ylabel="test accuracy with KD minus baseline\n(percentage points)",
-        xlim=(-0.6, len(ticks) - 0.4),
-    )
+    axes.set(xlabel="student seed", xlim=(-0.6, len(ticks) - 0.4))
     axes.margins(y=0.2)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
-    axes.set_title(f"Gain with distillation, T = {entry['temperature']:g}, alpha = {entry['alpha']:g}")
-    return figure
 
 
 def sweep(comparison):
@@ -166,8 +174,9 @@ def sweep(comparison):
 
 
 def reliability_diagrams(comparison):
-    """Accuracy against confidence for teacher, distilled student and baseline; students' seeds pooled."""
-    figure = Figure((9, 3.4), layout="constrained")
+    """Accuracy against confidence for teacher, distilled student and baseline; students' seeds pooled. Bins with fewer
+    than FEW pictures are pale."""
+    figure = Figure((9, 3.7), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     models = {
         "teacher": [comparison.teacher_logits],
@@ -182,20 +191,28 @@ def reliability_diagrams(comparison):
         share, confidence, accuracy = reliability(probabilities, labels)
         there = share > 0
         middle = (np.arange(BINS) + 0.5) / BINS
-        axes.bar(
-            middle[there], accuracy[there], 1 / BINS, color=STYLES[role]["color"], alpha=0.55, edgecolor="black",
-            linewidth=0.6, hatch=STYLES[role]["hatch"], label="accuracy in the bin",
-        )  # fmt: skip
+        many = share * len(labels) >= FEW
+        for bins, alpha, label in (
+            (many, 0.55, "accuracy in the bin"),
+            (there & ~many, 0.15, f"the same, fewer than {FEW} pictures"),
+        ):
+            axes.bar(
+                middle[bins], accuracy[bins], 1 / BINS, color=STYLES[role]["color"], alpha=alpha, edgecolor="black",
+                linewidth=0.6, hatch=STYLES[role]["hatch"], label=label if bins.any() else None,
+            )  # fmt: skip
         axes.plot(
             confidence[there], confidence[there], "k--", linewidth=1, marker=".", label="mean confidence in the bin"
         )
         error = np.mean(errors[role])  # of each seed by itself, as in the table
         axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-        axes.set_title(
-            f"{STYLES[role]['label']}\nECE {error:.4f}, {share[-1]:.0%} of pictures in the last bin", fontsize=9
-        )
+        name = STYLES[role]["label"] + (f", {_pair(comparison.kd[0])}" if role == "kd" else "")
+        axes.set_title(f"{name}\nECE {error:.4f}, {share[-1]:.0%} of pictures in the last bin", fontsize=9)
     panels[0].set_ylabel("accuracy")
-    panels[0].legend(frameon=False, loc="upper left")
+    legend = {}
+    for axes in panels:
+        handles, names = axes.get_legend_handles_labels()
+        legend |= dict(zip(names, handles, strict=True))
+    figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -222,14 +239,15 @@ def telling_pictures(comparison, count=EXAMPLES):
 
 def dark_knowledge(comparison):
     """Test pictures with the probabilities of teacher, at T = 1 and softened, and of both students at T = 1."""
-    temperature = comparison.kd[0]["temperature"]
+    entry = comparison.kd[0]
+    temperature, seed = entry["temperature"], entry["seeds"][0]
     indices = telling_pictures(comparison)
     kd, baseline = comparison.kd_logits[0][0], comparison.baseline_logits[0]
     columns = [
         ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
         (f"teacher, T = {temperature:g}", "teacher", comparison.teacher_logits, temperature),
-        ("student with KD", "kd", kd, 1.0),
-        ("student, baseline", "baseline", baseline, 1.0),
+        (f"with KD, {_pair(entry)}", "kd", kd, 1.0),
+        ("baseline", "baseline", baseline, 1.0),
     ]
     shown = min(6, len(comparison.classes))
     figure = Figure((11, 0.6 + 1.35 * len(indices)), layout="constrained")
@@ -271,8 +289,8 @@ def dark_knowledge(comparison):
             if number == len(indices) - 1:
                 axes.set_xlabel("probability", fontsize=8)
     figure.suptitle(
-        f"What the soft targets carry: test pictures with the teacher's {shown} likeliest classes\n"
-        "(picked to show it: first those that only distillation gets right; no fair sample)",
+        f"What the soft targets carry: test pictures, the teacher's {shown} likeliest classes, seed {seed}\n"
+        "(picked to show it: first those that the baseline gets wrong, teacher and KD right; not a fair sample)",
         fontsize=10,
     )
     return figure

@@ -434,7 +434,8 @@ def claim(improvement, seeds, pictures):
             "One pair says nothing about distillation itself: add --seeds 5 for an interval."
         )
     covers = (
-        "(The interval covers other initial weights and orders of pictures, for this one teacher and one test set.)"
+        "(The interval covers other initial weights and orders of pictures, for this one teacher and test set and\n"
+        "the same crops and flips.)"
     )
     if interval is None:
         return f"All {seeds} seeds gain exactly {points(mean, '+')} points, so no interval can be computed.\n{covers}"

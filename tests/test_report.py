@@ -301,10 +301,10 @@ def test_a_repeated_sweep_trains_nothing(cli, flags, swept, tmp_path):
 def test_figures_are_not_blank_and_carry_their_labels(swept):
     comparison = report.Comparison(swept)
     expected = {
-        "curves": {"epoch", "training loss", "KD, T=4, alpha=0.1"},
+        "curves": {"epoch", "training loss", "KD, T = 4, alpha = 0.1"},
         "gain": {"student seed", "percentage points", "mean, 95% interval"},
         "sweep": {"temperature", "alpha"}, "reliability_diagrams": {"confidence", "accuracy", "ECE"},
-        "dark_knowledge": {"probability", "teacher, T = 1", "no fair sample", "student with KD", "student, baseline"},
+        "dark_knowledge": {"probability", "teacher, T = 1", "not a fair sample", "with KD, T = ", "baseline"},
     }  # fmt: skip
     for name, words in expected.items():
         figure = getattr(figures, name)(comparison)
@@ -312,6 +312,7 @@ def test_figures_are_not_blank_and_carry_their_labels(swept):
         texts = " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
         assert not [word for word in words if word not in texts], (name, texts)
     drawn = {path.stem: np.asarray(Image.open(path).convert("L")) for path in (swept / "figures").iterdir()}
+    assert len(figures.gain(comparison).axes) == len(comparison.kd) > 0
     assert set(drawn) == {"curves", "gain", "sweep", "reliability", "dark_knowledge"}
     for name, pixels in drawn.items():
         assert pixels.std() > 10 and min(pixels.shape) > 300, name
