@@ -113,32 +113,41 @@ def cifar10(data_dir, url=None, image_size=32, dataset=None):
     def damaged():
         return [path for path, md5 in wanted.items() if not path.is_file() or _md5(path) != md5]
 
-    bad = damaged()
-    if bad:
-        present = [path for path in bad if path.is_file()]
-        if present and not archive.is_file():
-            raise Damaged(
-                f"{present[0]} is damaged: its MD5 is not the official one.\n"
-                f"Remove the folder {batches} and run the command again: it is then downloaded anew."
-            )
-        if not archive.is_file():
-            _download(url or dataset.url, archive, dataset.tgz_md5)
-        elif _md5(archive) != dataset.tgz_md5:
-            raise Damaged(
-                f"{archive} is damaged: its MD5 is not {dataset.tgz_md5}.\n"
-                "Remove it and run the command again, or put the whole archive in its place."
-            )
-        try:
-            with tarfile.open(archive) as content:
-                content.extractall(root, filter="data")
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise Failure(f"cannot unpack {archive}: {error}.") from error
+    if damaged():
+        with lock(root, ".unpacking"):  # two first runs must not write to one file
+            bad = damaged()
+            if bad:
+                _unpack(dataset, root, url, [path for path in bad if path.is_file()])
         for path in damaged():
             raise Damaged(f"{path} is damaged even though it was unpacked from {archive} just now.")
     train, test = (dataset(root, train=part, download=False) for part in (True, False))
     pictures = [resize(part.data, image_size) for part in (train, test)]
     labels = [np.asarray(part.targets, dtype=np.int64) for part in (train, test)]
     return _data(train.classes, pictures[0], labels[0], pictures[1], labels[1])
+
+
+def _unpack(dataset, root, url, damaged):
+    """Unpacks the archive, downloaded where it is not there; `damaged` are the files that are there and not whole."""
+    archive, batches = root / dataset.filename, root / dataset.base_folder
+    if damaged and not archive.is_file():
+        raise Damaged(
+            f"{damaged[0]} is damaged: its MD5 is not the official one.\n"
+            f"Remove the folder {batches} and run the command again: it is then downloaded anew."
+        )
+    if not archive.is_file():
+        _download(url or dataset.url, archive, dataset.tgz_md5)
+    elif _md5(archive) != dataset.tgz_md5:
+        raise Damaged(
+            f"{archive} is damaged: its MD5 is not {dataset.tgz_md5}.\n"
+            "Remove it and run the command again, or put the whole archive in its place."
+        )
+    try:
+        with tarfile.open(archive) as content:
+            if hasattr(tarfile, "data_filter"):  # not in the first releases of Python 3.11
+                content.extraction_filter = tarfile.data_filter
+            content.extractall(root)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise Failure(f"cannot unpack {archive}: {error}.") from error
 
 
 def _md5(path):
@@ -152,23 +161,20 @@ def _md5(path):
 def _download(url, path, md5):
     """Downloads `url` to `path`, which appears only when the MD5 matched; what has come is kept and continued."""
     part = path.with_name(path.name + ".part")
-    with lock(path.parent):  # two first runs must not write to one part
-        if path.is_file():
-            return
-        try:
-            _fetch(url, part)
-        except urllib.error.HTTPError as error:
-            if error.code != 416:  # 416: everything had come already
-                raise Failure(_unreachable(url, path, f"HTTP status {error.code}")) from error
-        except Failure:
-            raise
-        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-            why = getattr(error, "reason", None) or str(error) or type(error).__name__
-            raise Failure(_unreachable(url, path, why)) from error
-        if _md5(part) != md5:
-            remove(part)
-            raise Failure(_unreachable(url, path, f"what it sent does not have the MD5 {md5}"))
-        os.replace(part, path)
+    try:
+        _fetch(url, part)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: everything had come already
+            raise Failure(_unreachable(url, path, f"HTTP status {error.code}")) from error
+    except Failure:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+        why = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise Failure(_unreachable(url, path, why)) from error
+    if _md5(part) != md5:
+        remove(part)
+        raise Failure(_unreachable(url, path, f"what it sent does not have the MD5 {md5}"))
+    os.replace(part, path)
 
 
 def _fetch(url, part):

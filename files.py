@@ -84,6 +84,9 @@ def _sync_folder(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # of file systems that sync no folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -265,8 +268,9 @@ def run_name(settings):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Holds `folder` for this process; raises Failure, naming the holder, where another process has it.
+def lock(folder, name=".lock"):
+    """Holds `folder`, for the purpose `name`, for this process; raises Failure, naming the holder, where another
+    process has it.
 
     The operating system releases the lock with its process, however that ends, so a lock is never stale.
     """
@@ -274,8 +278,8 @@ def lock(folder):
 
     make_folder(folder)
     folder = Path(folder)
-    holder = folder / ".lock-holder"
-    held = filelock.FileLock(folder / ".lock", blocking=False)
+    holder = folder / f"{name}-holder"
+    held = filelock.FileLock(folder / name, blocking=False)
     try:
         held.acquire()
     except filelock.Timeout:
@@ -287,7 +291,7 @@ def lock(folder):
     except OSError as error:
         raise Failure(f"cannot lock {folder}: {reason(error)}.") from None
     except RuntimeError:  # filelock's word for a file system without locks is a subclass of it
-        raise Failure(f"{folder} is on a file system without locks. Choose another --output-dir.") from None
+        raise Failure(f"{folder} is on a file system without locks. Choose another folder.") from None
     try:
         write(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield

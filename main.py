@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -142,7 +143,7 @@ def parser():
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
-    option("--teacher", "a finished teacher's folder or model.pt [the one in the output folder]",
+    option("--teacher", "a finished teacher's folder or model.pt [output folder's teacher-s<seed>, or its only one]",
            type=path, metavar="PATH")
     option("--seeds", "pairs of students to train, from --seed up: more give a narrower interval", 1,
            type=whole(1, 1000), metavar="N")
@@ -192,6 +193,7 @@ def parse(argv):
     arguments = top.parse_args(argv)
     arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))
     arguments.sweep = len(arguments.temperature) * len(arguments.alpha) > 1
+    arguments.begun_anew = False  # until --overwrite has taken the first run's files away
     if arguments.train_teacher:
         for name, given in (
             ("--report", arguments.report),
@@ -203,7 +205,7 @@ def parse(argv):
     if arguments.train_teacher and arguments.sweep:
         raise Usage("several temperatures or alphas are for students and do not go with --train-teacher")
     if arguments.report:
-        own = {"report", "output_dir", "debug", "sweep", "demo"}
+        own = {"report", "output_dir", "debug", "sweep", "demo", "begun_anew"}
         for name, value in vars(arguments).items():
             if name not in own and value != top.get_default(name):
                 raise Usage(f"--{name.replace('_', '-')} does not go with --report, which reads what is there")
@@ -222,14 +224,14 @@ def parse(argv):
 # Which runs are needed -----------------------------------------------------------------------------------------------
 
 
-def teacher_command(arguments):
-    """The command that trains the teacher which these arguments miss."""
-    words = ["python main.py --train-teacher"]
-    for name in ("dataset", "data_dir", "epochs", "image_size", "output_dir"):
-        value = getattr(arguments, name)
+def teacher_command(arguments, **begun):
+    """The command that trains the teacher which these arguments miss, or that continues one `begun` with others."""
+    words = ["python", "main.py", "--train-teacher"]
+    given = {name: getattr(arguments, name) for name in ("dataset", "data_dir", "epochs", "image_size", "output_dir")}
+    for name, value in (given | begun).items():
         if name == "epochs" or value != parser().get_default(name):
-            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
-    return " ".join(words)
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def find_teacher(arguments):
@@ -254,13 +256,17 @@ def find_teacher(arguments):
         return place / "model.pt"
     if (place / "run.json").is_file():
         run = read_json(place / "run.json")
+        begun = {"output_dir": str(place.parent)}
         try:
-            progress = f"epoch {int(run['epochs_done'])} of {int(run['settings']['epochs'])}"
+            settings = run["settings"]
+            progress = f"epoch {int(run['epochs_done'])} of {int(settings['epochs'])}"
+            begun |= {name: settings[name] for name in ("epochs", "image_size", "batch_size", "weight_decay", "seed")}
+            begun["lr"] = settings["learning_rate"]
         except (KeyError, TypeError, ValueError, OverflowError):
             progress = "its run.json is damaged"
         raise Failure(
-            f"The teacher in {place} is unfinished ({progress}). Finish it with its own command, such as:\n"
-            f"{teacher_command(arguments)}"
+            f"The teacher in {place} is unfinished ({progress}). Finish it with its own command:\n"
+            f"{teacher_command(arguments, **begun)}"
         )
     where = arguments.teacher or output
     raise Failure(f"There is no teacher in {where} yet. Train one first:\n{teacher_command(arguments)}")
@@ -361,21 +367,27 @@ class Session:
             **rest,
         )
 
-    def train(self, runs, targets=None, afterwards=0):
-        """Trains what is not yet finished of `runs`, pairs of (folder, Settings), and prints each one's accuracy.
-
-        `afterwards` is how many more runs the command trains after these, for the time left."""
+    def prepare(self, runs):
+        """Looks at all of `runs`, pairs of (folder, Settings), before any is trained: takes their files away with
+        --overwrite, else raises Failure for one that is there with other settings."""
         import train
 
-        given = self.arguments
-        for folder, settings in runs:  # all are looked at before any is trained
-            if given.overwrite:
+        for folder, settings in runs:
+            if self.arguments.overwrite:
+                self.arguments.begun_anew = True
                 train.reset(folder)
             elif train.is_finished(folder):
                 train.finished(folder, settings)
             elif (folder / "state.pt").is_file() and (folder / "run.json").is_file():
                 found = read_json(folder / "run.json").get("settings")
                 train.refuse_other_settings(folder, found if isinstance(found, dict) else {}, settings.as_dict())
+
+    def train(self, runs, targets=None, afterwards=0):
+        """Trains what is not yet finished of `runs`, pairs of (folder, Settings), and prints each one's accuracy.
+
+        `afterwards` is how many more runs the command trains after these, for the time left."""
+        import train
+
         waiting = [not train.is_finished(folder) for folder, _ in runs]
         for position, (folder, settings) in enumerate(runs):
             later = sum(waiting[position + 1 :]) + afterwards
@@ -390,7 +402,9 @@ class Session:
 def train_teacher(session):
     settings = session.settings("teacher", session.arguments.seed)
     students = 0 if session.arguments.train_teacher else 2 * session.arguments.seeds
-    session.train([(session.output / settings.name, settings)], afterwards=students)
+    runs = [(session.output / settings.name, settings)]
+    session.prepare(runs)
+    session.train(runs, afterwards=students)
 
 
 def train_students(session, teacher_path, content):
@@ -414,8 +428,8 @@ def train_students(session, teacher_path, content):
             raise Failure(f"The teacher {teacher_path} {what} {found}, but {wanted} is needed.")
     if content["settings"].get("data") != data.digest:
         raise Failure(
-            f"The teacher {teacher_path} was trained on other pictures than these. Train one on these:\n"
-            f"{teacher_command(given)}"
+            f"The teacher {teacher_path} was trained on other pictures than these. Train one on these, and students "
+            f"beside it, in another output folder, such as:\n{teacher_command(given, output_dir=f'{session.output}-2')}"
         )
     teacher_digest = models.digest(content["state_dict"])
     teacher = models.restore(content).to(session.device, memory_format=torch.channels_last)
@@ -442,16 +456,23 @@ def train_students(session, teacher_path, content):
             listed.append((folder / settings.name, settings))
         return listed
 
-    best = pairs[0]
+    best, asked = pairs[0], runs(session.output, pairs)
     if given.sweep:
         fraction = given.val_fraction or 0.1
         if not len(split(data.train_labels, fraction)[1]):
             raise Failure("A sweep needs at least two training pictures in some class, to judge on one of them.")
         print(f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training pictures")
-        session.train(runs(session.output / "selection", pairs, fraction), targets, afterwards=2 * len(seeds))
+        selection = runs(session.output / "selection", pairs, fraction)
+        # Which pair will be trained on everything is not known yet: finished runs of the others are not taken away.
+        session.prepare(selection + [run for run in asked if not given.overwrite or run[1].role == "baseline"])
+        session.train(selection, targets, afterwards=2 * len(seeds))
         best = report.best_pair(session.output, pairs, seeds)
         print(f"Best on the validation part: temperature {best[0]}, alpha {best[1]}")
-    session.train(runs(session.output, [best]), targets)
+        asked = runs(session.output, [best])
+        session.prepare([run for run in asked if run[1].role == "kd"])
+    else:
+        session.prepare(asked)
+    session.train(asked, targets)
     return {"temperature": best[0], "alpha": best[1], "seeds": list(seeds)}
 
 
@@ -486,6 +507,9 @@ def run(arguments, stop):
 def main(argv=None):
     """The command line; returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 and 143 when stopped."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a class name that this terminal cannot show
     stop = Stop()
     handlers = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     arguments = None
@@ -499,7 +523,7 @@ def main(argv=None):
     except Interrupted as error:
         for number in handlers:  # a further signal has nothing to add
             signal.signal(number, signal.SIG_IGN)
-        again = "The same command without --overwrite" if arguments and arguments.overwrite else "The same command"
+        again = "The same command without --overwrite" if arguments and arguments.begun_anew else "The same command"
         print(f"\n{error} {again} continues it.", file=sys.stderr)
         return 128 + error.signal_number
     except BrokenPipeError:  # whoever read our output has left

@@ -66,7 +66,7 @@ def paired_test(differences):
     from scipy import stats
 
     mean, deviation = float(np.mean(differences)), spread(differences)
-    if not deviation:
+    if np.ptp(differences) < 1e-9:  # the deviation of equal numbers need not come out as 0
         return {"mean": mean, "ci95": None, "p_value": None, "method": "paired t-test"}
     error = deviation / math.sqrt(len(differences))
     half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
@@ -84,7 +84,7 @@ def mcnemar_test(mended, broken):
 
 def seeds_needed(deviation, gain=SMALL_GAIN, power=POWER):
     """The fewest pairs with which a paired t-test shows a mean difference of `gain` with `power`, given the standard
-    deviation of the differences (Cohen 1988: the power from the noncentral t distribution). None above 1,000,000."""
+    deviation of the differences (Cohen 1988: the power from the noncentral t distribution). None above 2^19."""
     from scipy import stats
 
     def reached(pairs):
@@ -95,7 +95,7 @@ def seeds_needed(deviation, gain=SMALL_GAIN, power=POWER):
     low, high = 1, 2
     while not reached(high):
         low, high = high, high * 2
-        if high > 1_000_000:
+        if high > 2**19:
             return None
     while high - low > 1:
         middle = (low + high) // 2

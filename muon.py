@@ -13,7 +13,7 @@ CONVOLUTIONS = 0.15  # their learning rate, as a share of that of the head, bias
 
 def orthogonalise(matrix):
     """A matrix (rows, columns) brought near U V^T of its singular value decomposition U S V^T: directions stay,
-    singular values above a hundredth of the norm come near 1 (0.5 to 1.2), smaller ones grow up to 41 times.
+    singular values above an eightieth of the norm come near 1 (0.5 to 1.2), smaller ones grow up to 41 times.
 
     Newton-Schulz iterations X <- (a + b X X^T + c (X X^T)^2) X. Their factors are polynomials of the first X X^T and
     commute, so they are multiplied with each other, small and square as they are, and with X only once.

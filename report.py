@@ -129,7 +129,7 @@ def best_pair(output, pairs, seeds):
     return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed]["val_accuracy"] for seed in seeds]))
 
 
-def _agree(one, other, apart=frozenset()):
+def agree(one, other, apart=frozenset()):
     """Whether two students' runs differ at most in what distillation is (and in the settings `apart`), and have the
     same teacher where both have one."""
     odd = {"role", "temperature", "alpha", "teacher", "seed"} | apart
@@ -181,7 +181,8 @@ class Comparison:
     """All that the finished runs of an output folder say, for one teacher."""
 
     def __init__(self, output, asked=None):
-        """`asked` is {"temperature", "alpha", "seeds"}; without it the pair of the comparison before, or the only one.
+        """`asked` is {"temperature", "alpha", "seeds"}; without it those of the comparison before, or of the first
+        students that have a baseline.
 
         Raises Failure where there is nothing to compare.
         """
@@ -190,7 +191,7 @@ class Comparison:
         asked = asked or self._asked_before(runs)
         pair, seeds = (asked["temperature"], asked["alpha"]), asked["seeds"]
         self.first = runs.get(("kd", *pair, seeds[0]))
-        fitting = {key: run for key, run in runs.items() if self.first and _agree(self.first, run)}
+        fitting = {key: run for key, run in runs.items() if self.first and agree(self.first, run)}
         wanted = [key for seed in seeds for key in (("kd", *pair, seed), ("baseline", None, None, seed))]
         missing = next((key for key in wanted if key not in fitting), None)
         if missing:
@@ -235,12 +236,17 @@ class Comparison:
                     return asked
             except (LookupError, TypeError):
                 raise Damaged(f"{path} is damaged. Remove it, and the report chooses a pair itself.") from None
-        pairs = {key[1:3] for key in runs if key[0] == "kd"}
-        if not pairs:
+        students = sorted(key[1:] for key in runs if key[0] == "kd")
+        if not students:
             raise Failure(f"{self.output} holds no finished students to report on.")
-        pair = min(pairs)
-        seeds = sorted(k[3] for k in runs if k[:3] == ("kd", *pair) and ("baseline", None, None, k[3]) in runs)
-        return {"temperature": pair[0], "alpha": pair[1], "seeds": seeds or [0]}
+        fitting = []
+        for *pair, seed in students:
+            baseline = runs.get(("baseline", None, None, seed))
+            if baseline and agree(runs["kd", *pair, seed], baseline):
+                fitting.append((*pair, seed))
+        temperature, alpha, seed = (fitting or students)[0]
+        seeds = [each[2] for each in fitting if each[:2] == (temperature, alpha)]
+        return {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
 
     def _read_test_set(self):
         data, teacher = self.settings["data"], self.settings["teacher"]
@@ -286,7 +292,7 @@ class Comparison:
         """The entries of the sweep that chose the pair, or else of the largest one: runs with the same settings as the
         students', the same validation part and the same seeds."""
         runs = finished_runs(self.output / "selection")
-        runs = {key: run for key, run in runs.items() if _agree(self.first, run, {"val_fraction"})}
+        runs = {key: run for key, run in runs.items() if agree(self.first, run, {"val_fraction"})}
         chosen = ("kd", self.settings["temperature"], self.settings["alpha"])
         fractions = [run["settings"]["val_fraction"] for key, run in runs.items() if key[:3] == chosen]
         fractions = fractions or [run["settings"]["val_fraction"] for run in runs.values()]
@@ -359,12 +365,19 @@ def _row(name, *cells):
     return f"{name:<26}" + "".join(f"{cell:>12}" for cell in cells) + "\n"
 
 
+def _pair(entry):
+    return f"KD, T={entry['temperature']:g}, alpha={entry['alpha']:g}"
+
+
+def _std(entry):
+    return "" if entry["std"] is None else f"{entry['std']:.4f}"
+
+
 def details(comparison):
     """The table below the block, the gain with its interval, and what can be claimed."""
     teacher, baseline, entry = comparison.teacher, comparison.baseline, comparison.kd[0]
 
     def students(name, given):
-        std = "" if given["std"] is None else f"{given['std']:.4f}"
         means = (
             np.mean(given[key]) for key in ("agreement_with_teacher", "calibration_error", "negative_log_likelihood")
         )
@@ -372,7 +385,7 @@ def details(comparison):
         return _row(
             name,
             f"{given['mean']:.4f}",
-            std,
+            _std(given),
             len(given["seeds"]),
             f"{agreement:.4f}",
             f"{error:.4f}",
@@ -390,7 +403,7 @@ def details(comparison):
         f"{teacher['negative_log_likelihood']:.4f}",
     )
     for each in comparison.kd:
-        text += students(f"KD, T={each['temperature']:g}, alpha={each['alpha']:g}", each)
+        text += students(_pair(each), each)
     text += students("Baseline", baseline)
     text += "(agreement: same class as the teacher; ECE: expected calibration error, 15 bins; NLL in nats)\n\n"
     text += _row("Accuracy by class", "teacher", "with KD", "baseline")
@@ -400,12 +413,8 @@ def details(comparison):
     if comparison.selection:
         text += "\n" + _row("Sweep, on validation", "accuracy", "std", "n")
         for each in sorted(comparison.selection, key=lambda each: -each["mean"]):
-            name = (
-                "Baseline" if each["role"] == "baseline" else f"KD, T={each['temperature']:g}, alpha={each['alpha']:g}"
-            )
-            text += _row(
-                name, f"{each['mean']:.4f}", "" if each["std"] is None else f"{each['std']:.4f}", len(each["seeds"])
-            )
+            name = "Baseline" if each["role"] == "baseline" else _pair(each)
+            text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
     text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)) + "\n"
     ways = trained_ways(comparison.runs)
     if len(ways) > 1:
@@ -450,7 +459,7 @@ def claim(improvement, seeds, pictures):
     if needed is not None and needed <= seeds:
         more = f"a gain of {SMALL_GAIN} points would have been shown with {POWER:.0%} power"
     else:
-        about = f"about {needed:,}" if needed else "more than a million"
+        about = f"about {needed:,}" if needed else "more than half a million"
         more = f"{about} would show a gain of {SMALL_GAIN} points ({POWER:.0%} power, this spread)"
     return f"{gain}\nNo difference can be shown with {seeds} seeds; {more}.\n{covers}"
 

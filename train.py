@@ -115,7 +115,8 @@ def refuse_other_settings(folder, found, wanted):
     if words:
         raise Failure(
             f"{folder} holds a run with other settings: {', '.join(words)}.\n"
-            "Add --overwrite to train it anew in its place, or choose another --output-dir."
+            "Add --overwrite to train all runs of this command anew, remove that folder to train only this one, or "
+            "choose another --output-dir."
         )
 
 
@@ -171,7 +172,7 @@ def finished(folder, wanted=None):
         if not read_json(Path(folder) / "run.json").get("finished"):
             raise Damaged(f"{Path(folder) / 'run.json'} does not belong to the finished model.pt beside it.")
     except Damaged as error:
-        raise Damaged(f"{error}\nPut a whole copy in its place, or add --overwrite to train it anew.") from None
+        raise Damaged(f"{error}\nPut a whole copy in its place, or remove {folder} to train it anew.") from None
     if wanted is not None:
         refuse_other_settings(folder, content["settings"], wanted.as_dict())
     return content
@@ -338,7 +339,7 @@ class _Run:
                 remove(self.state_path)  # so that it never takes the place of the one that is whole
             return state
         if broken:
-            raise Damaged(f"{broken}\nNo earlier state is whole. Add --overwrite to train {self.folder} anew.")
+            raise Damaged(f"{broken}\nNo earlier state is whole. Remove {self.folder} to train it anew.")
         return None
 
     def _verify(self, state, path):
@@ -372,7 +373,7 @@ class _Run:
             raise Failure(
                 f"{self.folder} was begun elsewhere: {', '.join(words)}. Continue it there "
                 f"(--device {state['device']} --precision {state['precision']} "
-                f"--{'' if state['compiled'] else 'no-'}compile), or add --overwrite to train it anew."
+                f"--{'' if state['compiled'] else 'no-'}compile), or remove that folder to train it anew."
             )
         if state["torch"] != torch.__version__:
             tqdm.write(
@@ -392,7 +393,7 @@ class _Run:
             self.seconds, self.teacher_seconds = state["seconds"], state["teacher_seconds"]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Damaged(
-                f"The state in {self.folder} does not fit this run: {error}. Add --overwrite to train it anew."
+                f"The state in {self.folder} does not fit this run: {error}. Remove that folder to train it anew."
             ) from error
         self.kept = self.epoch, self.step
         self.saved_at = time.monotonic()

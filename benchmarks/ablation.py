@@ -24,7 +24,7 @@ import train
 from distill import INFERENCE_BATCH, predict, rounded
 from files import Failure, Stop, lock, write_json
 from measures import paired_test, spread
-from report import finished_runs
+from report import agree, finished_runs
 
 
 class FixedTargets:
@@ -54,9 +54,14 @@ def main():
 
     runs = finished_runs(output)
     pairs = {key[3]: runs[key] for key in runs if key[:3] == ("kd", temperature, alpha)}
-    seeds = sorted(s for s in arguments.seeds or pairs if s in pairs and ("baseline", None, None, s) in runs)
+    baselines = {key[3]: run for key, run in runs.items() if key[0] == "baseline"}
+    seeds = sorted(pairs.keys() & baselines.keys() & set(arguments.seeds or pairs))
+    seeds = [seed for seed in seeds if agree(pairs[seed], baselines[seed])]
     if not seeds:
         sys.exit(f"error: {output} holds no pairs of temperature {temperature} and alpha {alpha}.")
+    recipes = {(pairs[seed]["settings"]["recipe"], pairs[seed]["settings"]["views"]) for seed in seeds}
+    if recipes != {(train.RECIPE, data.VIEWS_VERSION)}:
+        sys.exit(f"error: the runs in {output} are of another recipe than this version of the program trains.")
     device = command_line.choose_device(arguments.device)
     made_with = pairs[seeds[0]]["environment"]
     precision = made_with["precision"]
@@ -78,7 +83,7 @@ def main():
             fixed.append(trainer.train(output / "fixed" / settings.name, settings, targets))
         print(f"seed {seed}: {fixed[-1]:.4f} with fixed targets, {pairs[seed]['accuracy']:.4f} with shared views")
     shared = [pairs[seed]["accuracy"] for seed in seeds]
-    baseline = [runs["baseline", None, None, seed]["accuracy"] for seed in seeds]
+    baseline = [baselines[seed]["accuracy"] for seed in seeds]
     result = {"temperature": temperature, "alpha": alpha, "seeds": seeds}
     for name, accuracies in (("baseline", baseline), ("fixed", fixed), ("shared", shared)):
         result[name] = {"accuracies": accuracies, "mean": sum(accuracies) / len(seeds), "std": spread(accuracies)}

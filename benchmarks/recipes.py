@@ -29,6 +29,7 @@ from distill import SoftTargets, distillation_loss
 from files import Failure
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+WORDS = {"activation": ACTIVATIONS, "head": ("max", "average"), "optimiser": ("muon", "sgd")}
 DEFAULTS = {
     "lr": None,  # None: the program's
     "weight_decay": 5e-4,
@@ -65,6 +66,8 @@ def parse(text):
         name, _, value = word.partition("=")
         if name not in DEFAULTS or not value:
             raise SystemExit(f"error: '{word}' is not NAME=VALUE with one of these names: {', '.join(DEFAULTS)}.")
+        if name in WORDS and value not in WORDS[name]:
+            raise SystemExit(f"error: {name} is one of {', '.join(WORDS[name])}, not '{value}'.")
         kind = type(DEFAULTS[name])
         if name in ("lr", "scale"):
             kind = float

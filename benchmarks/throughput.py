@@ -36,6 +36,7 @@ import main as command_line
 import models
 import train
 from distill import SoftTargets, distillation_loss, precision_context
+from files import Failure
 
 BATCH, CLASSES, SIZE, TEMPERATURE, ALPHA, WORKERS = 128, 10, 32, 4.0, 0.5, 2
 MEAN = STD = (0.5, 0.25, 0.3)
@@ -371,4 +372,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failure as error:
+        sys.exit(f"error: {error}")

@@ -233,7 +233,7 @@ def teacher_of_other_classes(out):
 
 def teacher_of_other_pictures(out):
     top = make_pictures(out / "other", train=4, test=2)
-    return ("--data-dir", top), ["other pictures", "--train-teacher"]
+    return ("--data-dir", top), ["other pictures", "--train-teacher", f"--output-dir {out}-2"]
 
 
 def unfinished_teacher_with_a_damaged_note(out):
@@ -253,7 +253,7 @@ def other_batch_size(out):
 def damaged_student(out):
     path = out / "kd-T4-a0.1-s0" / "model.pt"
     path.write_bytes(b"\0" * 100)
-    return (), ["kd-T4-a0.1-s0", "damaged", "--overwrite"]
+    return (), ["kd-T4-a0.1-s0 to train it anew", "damaged"]
 
 
 def damaged_run_json(out):

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, needs_real_pictures, process, real_pictures
 
+import files
 import main
 import models
+import train
 
 BLOCK = re.compile(
     r"""^Training Parameters:
@@ -136,6 +139,17 @@ def test_overwrite_replaces_only_what_the_command_trains(cli, flags, copy):
     assert "Epochs: 1" in cli("--report", "--output-dir", copy).out
 
 
+def test_a_sweep_looks_at_all_runs_before_it_trains_any(cli, flags, copy):
+    """The baseline of 2 epochs would stop the comparison after the sweep, with 1 epoch."""
+    got = cli(*flags, "--output-dir", copy, "--epochs", 1, "--alpha", 0.1, 0.9)
+    assert got.status == 1 and "epochs 2 instead of 1" in got.err
+    assert not list((copy / "selection").glob("*/model.pt"))
+    before = (copy / "kd-T4-a0.1-s0" / "model.pt").stat().st_mtime_ns
+    got = cli(*flags, "--output-dir", copy, "--epochs", 1, "--alpha", 0.5, 0.9, "--overwrite")
+    assert got.status == 0, got
+    assert (copy / "kd-T4-a0.1-s0" / "model.pt").stat().st_mtime_ns == before  # not of this command
+
+
 def test_a_teacher_from_elsewhere(cli, flags, finished, tmp_path):
     for number, place in enumerate((finished / "teacher-s0", finished / "teacher-s0" / "model.pt")):
         got = cli(*flags, "--output-dir", tmp_path / str(number), "--teacher", place, "--epochs", 1)
@@ -226,12 +240,17 @@ def test_no_teacher_names_the_first_command(cli, tmp_path):
     assert f"python main.py --train-teacher --dataset shapes --epochs 7 --output-dir {tmp_path}" in got.err
 
 
-def test_an_unfinished_teacher_is_named_as_such(cli, flags, tmp_path):
-    folder = tmp_path / "teacher-s0"
-    folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"finished": False, "epochs_done": 3, "settings": {"epochs": 200}}))
-    got = cli(*flags, "--output-dir", tmp_path)
-    assert got.status == 1 and "epoch 3 of 200" in got.err
+def test_the_command_named_for_an_unfinished_teacher_continues_it(cli, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train._Run, "_finish", lambda run: (_ for _ in ()).throw(files.Interrupted(2, "Stopped.")))
+    own = ("--lr", 0.03, "--seed", 3, "--output-dir", tmp_path)
+    assert cli(*flags, *own, "--train-teacher").status == 130
+    monkeypatch.undo()
+    got = cli(*flags, "--epochs", 1, "--seed", 3, "--output-dir", tmp_path)
+    assert "epoch 2 of 2" in got.err, got
+    words = shlex.split(got.err.splitlines()[-1])
+    assert words[:2] == ["python", "main.py"]
+    got = cli(*words[2:], "--device", "cpu")
+    assert got.status == 0 and "teacher-s3: test accuracy" in got.out, got
 
 
 def test_the_demo_is_a_preset_that_flags_overrule():

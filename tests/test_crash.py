@@ -1,11 +1,13 @@
 """Nothing is lost: kills, signals, full disks, flipped bits. `benchmarks/soak.py` is the long form."""
 
 import contextlib
+import errno
 import os
 import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from conftest import ROOT, process
 
 import files
 import models
+import train
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import soak
@@ -34,6 +37,19 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["file"]
     files.write(path, b"after", keep=tmp_path / "kept")
     assert path.read_bytes() == b"after" and (tmp_path / "kept").read_bytes() == b"before"
+
+
+def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_a_write_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
@@ -154,8 +170,15 @@ def test_a_signal_before_training_ends_at_once(cli, flags, tmp_path, monkeypatch
     import data
 
     monkeypatch.setattr(data, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    got = cli(*flags, "--train-teacher", "--output-dir", tmp_path)
+    got = cli(*flags, "--train-teacher", "--overwrite", "--output-dir", tmp_path)
     assert got.status == 143 and "Traceback" not in got.err
+    assert "without --overwrite" not in got.err  # nothing has been taken away yet
+
+
+def test_a_signal_after_overwrite_began_says_how_to_continue(cli, flags, copy, monkeypatch):
+    monkeypatch.setattr(train._Run, "_epochs", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    got = cli(*flags, "--overwrite", "--output-dir", copy)
+    assert got.status == 143 and "The same command without --overwrite continues it." in got.err
 
 
 # Kills and flips -----------------------------------------------------------------------------------------------------

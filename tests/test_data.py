@@ -15,6 +15,7 @@ from conftest import CLASSES, make_pictures, needs_real_pictures, real_pictures
 from PIL import Image
 
 import data
+import files
 from files import Damaged, Failure
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -225,7 +226,28 @@ def test_what_a_mirror_sends_must_have_the_official_md5(archive, server, tmp_pat
 
     with pytest.raises(Failure, match="MD5"):
         data.cifar10(tmp_path, server[0], dataset=Other)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [".unpacking"]
+
+
+def test_the_output_folder_may_be_the_data_folder(archive, server, tmp_path):
+    with files.lock(tmp_path):
+        assert len(data.cifar10(tmp_path, server[0], dataset=archive[1]).train_labels) == 100
+
+
+def test_two_processes_do_not_unpack_at_once(archive, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0].read_bytes())
+    with files.lock(tmp_path, ".unpacking"), pytest.raises(Failure, match="in use by process"):
+        data.cifar10(tmp_path, dataset=archive[1])
+    assert not (tmp_path / "cifar-10-batches-py").exists()
+
+
+def test_an_archive_is_unpacked_by_a_python_without_filters(archive, tmp_path, monkeypatch):
+    """Python 3.11.0 to 3.11.3: no data_filter, and extractall takes no filter."""
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0].read_bytes())
+    extract = tarfile.TarFile.extractall
+    monkeypatch.delattr(tarfile, "data_filter")
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda content, path: extract(content, path))
+    assert len(data.cifar10(tmp_path, dataset=archive[1]).test_labels) == 20
 
 
 def test_an_archive_placed_by_hand_needs_no_network(archive, tmp_path):

@@ -7,9 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import process
 from PIL import Image
 
 import figures
+import files
 import report
 from measures import (
     calibration_error,
@@ -45,7 +47,7 @@ def test_paired_test_by_hand():
     assert got["p_value"] == pytest.approx(0.0741799, abs=1e-6)
 
 
-@pytest.mark.parametrize("differences", [[0.3], [0.3, 0.3, 0.3], [0.0, 0.0]])
+@pytest.mark.parametrize("differences", [[0.3], [0.3, 0.3, 0.3], [0.0, 0.0], [0.1, 0.1, 0.1]])
 def test_undefined_statistics_are_null_never_nan(differences):
     got = paired_test(differences)
     assert got["ci95"] is None and got["p_value"] is None and got["mean"] == pytest.approx(differences[0])
@@ -206,7 +208,6 @@ def test_the_sweep_never_read_the_test_set_and_the_best_on_validation_was_taken(
     entries = [e for e in got["selection"] if e["role"] == "kd"]
     assert len(entries) == 4 and all(len(e["val_accuracies"]) == 3 for e in got["selection"])
     best = max(entries, key=lambda e: e["mean"])
-    assert got["kd"][0]["mean"] is not None
     assert best["mean"] == next(
         e["mean"]
         for e in entries
@@ -270,6 +271,35 @@ def test_report_prints_and_draws_again_without_data_and_training(cli, swept, tmp
     assert (again / "comparison.csv").exists() and len(list((again / "figures").iterdir())) == 5
 
 
+def test_without_a_comparison_the_report_takes_students_that_have_a_baseline(cli, flags, copy):
+    """kd-T4-a0.1-s0 is left of 2 epochs; the baseline and kd-T4-a0.9-s0 are of 1."""
+    assert cli(*flags, "--output-dir", copy, "--epochs", 1, "--alpha", 0.9, "--overwrite").status == 0
+    (copy / "comparison.json").unlink()
+    got = cli("--output-dir", copy, "--report")
+    assert got.status == 0 and "Alpha: 0.9" in got.out, got
+    shutil.rmtree(copy / "baseline-s0")
+    (copy / "kd-T4-a0.1-s0").rename(copy / "kd-T4-a0.1-s3")
+    path = copy / "kd-T4-a0.1-s3" / "run.json"
+    path.write_text(
+        json.dumps((record := json.loads(path.read_text())) | {"settings": record["settings"] | {"seed": 3}})
+    )
+    shutil.rmtree(copy / "kd-T4-a0.9-s0")
+    (copy / "comparison.json").unlink()
+    assert "no finished baseline-s3" in cli("--output-dir", copy, "--report").err
+
+
+def test_a_class_name_that_the_terminal_cannot_show_is_escaped(copy, pictures, tmp_path, monkeypatch):
+    """The report is printed and written all the same."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    path = next((copy / "data").glob("test-*.npz"))
+    arrays = files.load_arrays(path)
+    files.save_arrays(path, **arrays | {"classes": np.array(["кошка", *arrays["classes"][1:]])})
+    (copy / "comparison.csv").unlink()
+    done = process("--report", "--output-dir", copy)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0 and "\\u043a" in out and (copy / "comparison.csv").is_file(), err
+
+
 def test_pairs_of_unlike_halves_are_said_so(cli, copy):
     assert "not all trained in the same way" not in cli("--output-dir", copy, "--report").out
     path = copy / "baseline-s0" / "run.json"
@@ -300,6 +330,7 @@ def test_a_repeated_sweep_trains_nothing(cli, flags, swept, tmp_path):
 
 def test_figures_are_not_blank_and_carry_their_labels(swept):
     comparison = report.Comparison(swept)
+    comparison.kd[0]["improvement"] = paired_test([1.0, 2.0, 3.0]) | {"by_seed": [1.0, 2.0, 3.0]}
     expected = {
         "curves": {"epoch", "training loss", "KD, T = 4, alpha = 0.1"},
         "gain": {"student seed", "percentage points", "mean, 95% interval"},
@@ -313,6 +344,13 @@ def test_figures_are_not_blank_and_carry_their_labels(swept):
         assert not [word for word in words if word not in texts], (name, texts)
     drawn = {path.stem: np.asarray(Image.open(path).convert("L")) for path in (swept / "figures").iterdir()}
     assert len(figures.gain(comparison).axes) == len(comparison.kd) > 0
+    frames = set()
+    pairs = [entry for entry in comparison.selection if entry["role"] == "kd"]
+    for entry in pairs:  # the best pair on validation is framed, whichever is reported
+        comparison.kd[0] |= {name: entry[name] for name in ("temperature", "alpha")}
+        (frame,) = figures.sweep(comparison).axes[0].patches
+        frames.add(frame.get_xy())
+    assert len(frames) == 1 and len(pairs) == 4
     assert set(drawn) == {"curves", "gain", "sweep", "reliability", "dark_knowledge"}
     for name, pixels in drawn.items():
         assert pixels.std() > 10 and min(pixels.shape) > 300, name

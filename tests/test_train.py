@@ -12,6 +12,8 @@ import data
 import files
 import models
 import train
+from data import Views
+from distill import SoftTargets, rounded
 from files import Failure, Interrupted, Stop, load_checkpoint, run_name
 
 
@@ -152,9 +154,37 @@ def test_no_whole_state_is_a_failure_that_loses_nothing(loaded, tmp_path, stop_a
         trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
     for name in ("state.pt", "state-before.pt"):
         (tmp_path / name).write_bytes(b"nonsense")
-    with pytest.raises(Failure, match="--overwrite"):
+    with pytest.raises(Failure, match=f"Remove {tmp_path} to train it anew"):
         trainer(loaded).train(tmp_path, settings(loaded))
     assert (tmp_path / "state.pt").read_bytes() == b"nonsense"
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25])
+def test_every_picture_meets_the_soft_targets_of_its_own_view(loaded, tmp_path, monkeypatch, fraction):
+    """In every step of every epoch the loss sees the teacher's logits of the very pictures that the student saw."""
+    teacher = models.create("teacher", len(loaded.classes), 7).eval()
+    seen, met = [], []
+    batch, loss = Views.batch, train.distillation_loss
+
+    def watched(views, indices):
+        seen.append(batch(views, indices))
+        return seen[-1]
+
+    def compared(logits, labels, teacher_logits, temperature, alpha):
+        met.append((seen[-1], teacher_logits))
+        return loss(logits, labels, teacher_logits, temperature, alpha)
+
+    monkeypatch.setattr(Views, "batch", watched)
+    monkeypatch.setattr(train, "distillation_loss", compared)
+    trained = trainer(loaded)
+    targets = SoftTargets(teacher, "a", loaded.digest, trained.views(), None, "fp32")
+    wanted = settings(loaded, "kd", temperature=4.0, alpha=0.9, teacher="a", val_fraction=fraction)
+    trained.train(tmp_path / "run", wanted, targets)
+    monkeypatch.undo()
+    assert len(met) > wanted.epochs > 1
+    for pictures, teacher_logits in met:
+        with torch.no_grad():
+            torch.testing.assert_close(teacher_logits, rounded(teacher(pictures)), rtol=2e-3, atol=2e-3)
 
 
 def test_a_run_begun_on_another_device_or_precision_is_not_continued(loaded, tmp_path, stop_at):
@@ -232,7 +262,7 @@ def test_a_state_that_cannot_be_is_named(loaded, tmp_path, stop_at, entries):
     tampered(entries)(tmp_path)
     with pytest.raises(Failure, match="state") as failure:
         trainer(loaded).train(tmp_path, settings(loaded))
-    assert "--overwrite" in str(failure.value)
+    assert "to train it anew" in str(failure.value)
 
 
 def test_the_state_that_is_whole_is_never_replaced_by_the_damaged_one(loaded, tmp_path, stop_at):
