@@ -157,6 +157,15 @@ def test_another_seed_is_inside_the_spread():
     assert low < sixth < high and f"between {low:+.2f} and {high:+.2f} (95% prediction" in text
 
 
+def test_the_longer_teacher_is_that_recorded():
+    folder = RECORD / "teacher-20-epochs"
+    accuracy = json.loads((folder / "run.json").read_text())["accuracy"]
+    with open(folder / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    words = f"{accuracy:.4f} on the test pictures, {float(rows[-1]['train_accuracy']):.3f} on its augmented"
+    assert len(rows) == 20 and words in " ".join((ROOT / "results" / "README.md").read_text().split())
+
+
 def test_the_recipes_tried_are_those_measured():
     text = (ROOT / "results" / "README.md").read_text()
     with open(ROOT / "results" / "recipes.csv", newline="") as file:
