@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from files import Damaged, make_folder, read, remove, write
+from files import Damaged, make_folder, pair_name, read, remove, write
 from measures import BINS, reliability, softmax
 
 STYLES = {
@@ -54,8 +54,13 @@ def _line(role):
     return {name: STYLES[role][name] for name in ("color", "linestyle", "label")}
 
 
-def _pair(entry):
-    return f"T = {entry['temperature']:g}, alpha = {entry['alpha']:g}"
+def _legend(figure, panels, columns):
+    """One legend below all panels, each entry once."""
+    entries = {}
+    for axes in panels:
+        handles, names = axes.get_legend_handles_labels()
+        entries |= dict(zip(names, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), frameon=False, loc="outside lower center", ncols=columns)
 
 
 def curves(comparison):
@@ -63,13 +68,13 @@ def curves(comparison):
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     runs = [run for run in comparison.runs if not run["settings"]["val_fraction"]]
-    pairs = [_pair(entry) for entry in comparison.kd]
+    pairs = [pair_name(entry) for entry in comparison.kd]
     groups = []
     for run in runs:
         settings, history = run["settings"], _history(run["folder"] / "history.csv")
         style = _line(settings["role"]) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
         if settings["role"] == "kd":
-            pair = _pair(settings)
+            pair = pair_name(settings)
             style["label"] = f"KD, {pair}"
             style["color"], style["linestyle"] = PAIRS[pairs.index(pair) % len(PAIRS)]
         group = style.pop("label")
@@ -112,9 +117,9 @@ def gain(comparison):
     panels = figure.subplots(1, len(comparison.kd), sharey=True, squeeze=False)[0]
     for axes, entry in zip(panels, comparison.kd, strict=True):
         _gain_of_a_pair(axes, entry)
-        axes.set_title(_pair(entry), fontsize=9)
+        axes.set_title(pair_name(entry), fontsize=9)
     panels[0].set_ylabel("test accuracy with KD minus baseline\n(percentage points)")
-    panels[0].legend(frameon=False)
+    _legend(figure, panels, 2)
     figure.suptitle("Gain with distillation")
     return figure
 
@@ -204,14 +209,10 @@ def reliability_diagrams(comparison):
         )
         error = np.mean(errors[role])  # of each seed by itself, as in the table
         axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-        name = STYLES[role]["label"] + (f", {_pair(comparison.kd[0])}" if role == "kd" else "")
+        name = STYLES[role]["label"] + (f", {pair_name(comparison.kd[0])}" if role == "kd" else "")
         axes.set_title(f"{name}\nECE {error:.4f}, {share[-1]:.0%} of pictures in the last bin", fontsize=9)
     panels[0].set_ylabel("accuracy")
-    legend = {}
-    for axes in panels:
-        handles, names = axes.get_legend_handles_labels()
-        legend |= dict(zip(names, handles, strict=True))
-    figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower center", ncols=3)
+    _legend(figure, panels, 3)
     return figure
 
 
@@ -245,7 +246,7 @@ def dark_knowledge(comparison):
     columns = [
         ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
         (f"teacher, T = {temperature:g}", "teacher", comparison.teacher_logits, temperature),
-        (f"with KD, {_pair(entry)}", "kd", kd, 1.0),
+        (f"with KD, {pair_name(entry)}", "kd", kd, 1.0),
         ("baseline", "baseline", baseline, 1.0),
     ]
     shown = min(6, len(comparison.classes))

@@ -267,6 +267,11 @@ def run_name(settings):
     return f"{settings['role']}{pair}-s{settings['seed']}"
 
 
+def pair_name(settings):
+    """Temperature and alpha as a person reads them: T=4, alpha=0.1."""
+    return f"T={settings['temperature']:g}, alpha={settings['alpha']:g}"
+
+
 @contextlib.contextmanager
 def lock(folder, name=".lock"):
     """Holds `folder`, for the purpose `name`, for this process; raises Failure, naming the holder, where another

@@ -18,6 +18,7 @@ from files import (
     load_array,
     load_arrays,
     make_folder,
+    pair_name,
     read_json,
     run_name,
     save_arrays,
@@ -365,10 +366,6 @@ def _row(name, *cells):
     return f"{name:<26}" + "".join(f"{cell:>12}" for cell in cells) + "\n"
 
 
-def _pair(entry):
-    return f"KD, T={entry['temperature']:g}, alpha={entry['alpha']:g}"
-
-
 def _std(entry):
     return "" if entry["std"] is None else f"{entry['std']:.4f}"
 
@@ -403,7 +400,7 @@ def details(comparison):
         f"{teacher['negative_log_likelihood']:.4f}",
     )
     for each in comparison.kd:
-        text += students(_pair(each), each)
+        text += students(f"KD, {pair_name(each)}", each)
     text += students("Baseline", baseline)
     text += "(agreement: same class as the teacher; ECE: expected calibration error, 15 bins; NLL in nats)\n\n"
     text += _row("Accuracy by class", "teacher", "with KD", "baseline")
@@ -413,7 +410,7 @@ def details(comparison):
     if comparison.selection:
         text += "\n" + _row("Sweep, on validation", "accuracy", "std", "n")
         for each in sorted(comparison.selection, key=lambda each: -each["mean"]):
-            name = "Baseline" if each["role"] == "baseline" else _pair(each)
+            name = "Baseline" if each["role"] == "baseline" else f"KD, {pair_name(each)}"
             text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
     text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)) + "\n"
     ways = trained_ways(comparison.runs)

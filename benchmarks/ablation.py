@@ -57,8 +57,10 @@ def main():
     baselines = {key[3]: run for key, run in runs.items() if key[0] == "baseline"}
     seeds = sorted(pairs.keys() & baselines.keys() & set(arguments.seeds or pairs))
     seeds = [seed for seed in seeds if agree(pairs[seed], baselines[seed])]
-    if not seeds:
-        sys.exit(f"error: {output} holds no pairs of temperature {temperature} and alpha {alpha}.")
+    missing = sorted(set(arguments.seeds or ()) - set(seeds))
+    if missing or not seeds:
+        which = f" with seed {missing[0]}" if missing else ""
+        sys.exit(f"error: {output} holds no pair of temperature {temperature} and alpha {alpha}{which}.")
     recipes = {(pairs[seed]["settings"]["recipe"], pairs[seed]["settings"]["views"]) for seed in seeds}
     if recipes != {(train.RECIPE, data.VIEWS_VERSION)}:
         sys.exit(f"error: the runs in {output} are of another recipe than this version of the program trains.")
