@@ -298,7 +298,7 @@ def read_picture(path, image_size):
                 picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
             if picture.mode == "RGBA":
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-            return np.asarray(picture)
+            return np.array(picture)
     except FileNotFoundError:
         raise Failure(f"cannot read {path}: No such file or directory.") from None
     except Exception as error:  # Pillow's plugins raise nearly every kind on a damaged file
@@ -313,9 +313,10 @@ def folder(directory, image_size=32, workers=2, cache=None):
     """
     directory = Path(directory)
     splits = {split: _listing(directory, split) for split in ("train", "test")}
-    classes = list(splits["train"])
-    if classes != list(splits["test"]):
-        odd = sorted(set(classes) ^ set(splits["test"]))
+    # A name that is no UTF-8 is Python's secret: no other reader of the output files could take it.
+    classes = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in splits["train"]]
+    if list(splits["train"]) != list(splits["test"]):
+        odd = sorted(splits["train"].keys() ^ splits["test"].keys())
         raise Failure(f"the classes in {directory}/train and {directory}/test differ: {', '.join(odd)} is in one only.")
 
     paths = [path for listing in splits.values() for found in listing.values() for path in found]

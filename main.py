@@ -9,6 +9,7 @@ command can simply be repeated: what is finished is reused, what was interrupted
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -229,8 +230,8 @@ def teacher_command(arguments, **begun):
     words = ["python", "main.py", "--train-teacher"]
     given = {name: getattr(arguments, name) for name in ("dataset", "data_dir", "epochs", "image_size", "output_dir")}
     for name, value in (given | begun).items():
-        if name == "epochs" or value != parser().get_default(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        if name == "epochs" or value not in (parser().get_default(name), False):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -262,6 +263,8 @@ def find_teacher(arguments):
             progress = f"epoch {int(run['epochs_done'])} of {int(settings['epochs'])}"
             begun |= {name: settings[name] for name in ("epochs", "image_size", "batch_size", "weight_decay", "seed")}
             begun["lr"] = settings["learning_rate"]
+            typed = ("dataset", "data_dir", "device", "precision", "compile")
+            begun |= {name: run["recorded"][name] for name in typed if name in run["recorded"]}
         except (KeyError, TypeError, ValueError, OverflowError):
             progress = "its run.json is damaged"
         raise Failure(
@@ -334,7 +337,8 @@ class Session:
             cache=self.output / "data",
         )
         self.data = loaded.to(self.device)
-        recorded = {name: getattr(arguments, name) for name in ("dataset", "data_dir", "num_workers", "teacher")}
+        typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile")
+        recorded = {name: getattr(arguments, name) for name in typed}
         self.trainer = train.Trainer(
             self.data, self.device, self.precision, arguments.save_every, stop, recorded, bool(arguments.compile)
         )
@@ -367,6 +371,24 @@ class Session:
             **rest,
         )
 
+    def students(self, teacher, pairs=None, folder=None, val_fraction=0.0):
+        """The runs, as (folder, Settings), of students with a teacher's digest and without: for every seed those of
+        all `pairs` of temperature and alpha [all asked for], then the baseline."""
+        given, folder, listed = self.arguments, folder or self.output, []
+        for seed in range(given.seed, given.seed + given.seeds):
+            for t, a in pairs or itertools.product(given.temperature, given.alpha):
+                kd = self.settings("kd", seed, temperature=t, alpha=a, teacher=teacher, val_fraction=val_fraction)
+                listed.append((folder / kd.name, kd))
+            baseline = self.settings("baseline", seed, val_fraction=val_fraction)
+            listed.append((folder / baseline.name, baseline))
+        return listed
+
+    def selection(self, teacher):
+        """The runs of the sweep, which are judged on a part of the training pictures; none where there is no sweep."""
+        if not self.arguments.sweep:
+            return []
+        return self.students(teacher, None, self.output / "selection", self.arguments.val_fraction or 0.1)
+
     def prepare(self, runs):
         """Looks at all of `runs`, pairs of (folder, Settings), before any is trained: takes their files away with
         --overwrite, else raises Failure for one that is there with other settings."""
@@ -376,11 +398,8 @@ class Session:
             if self.arguments.overwrite:
                 self.arguments.begun_anew = True
                 train.reset(folder)
-            elif train.is_finished(folder):
-                train.finished(folder, settings)
-            elif (folder / "state.pt").is_file() and (folder / "run.json").is_file():
-                found = read_json(folder / "run.json").get("settings")
-                train.refuse_other_settings(folder, found if isinstance(found, dict) else {}, settings.as_dict())
+            else:
+                train.look(folder, settings)
 
     def train(self, runs, targets=None, afterwards=0):
         """Trains what is not yet finished of `runs`, pairs of (folder, Settings), and prints each one's accuracy.
@@ -404,6 +423,8 @@ def train_teacher(session):
     students = 0 if session.arguments.train_teacher else 2 * session.arguments.seeds
     runs = [(session.output / settings.name, settings)]
     session.prepare(runs)
+    if students and session.arguments.overwrite:  # --demo: now, so that they never stop whoever continues without it
+        session.prepare(session.selection(None) + session.students(None))
     session.train(runs, afterwards=students)
 
 
@@ -416,6 +437,7 @@ def train_students(session, teacher_path, content):
     import distill
     import models
     import report
+    import train
     from data import split
 
     given, data = session.arguments, session.data
@@ -442,33 +464,23 @@ def train_students(session, teacher_path, content):
     report.keep_test_set(session.output, data, teacher, teacher_digest)
 
     seeds = range(given.seed, given.seed + given.seeds)
-    pairs = [(t, a) for t in given.temperature for a in given.alpha]
-
-    def runs(folder, pairs, val_fraction=0.0):
-        listed = []
-        for seed in seeds:
-            for t, a in pairs:
-                settings = session.settings(
-                    "kd", seed, temperature=t, alpha=a, teacher=teacher_digest, val_fraction=val_fraction
-                )
-                listed.append((folder / settings.name, settings))
-            settings = session.settings("baseline", seed, val_fraction=val_fraction)
-            listed.append((folder / settings.name, settings))
-        return listed
-
-    best, asked = pairs[0], runs(session.output, pairs)
-    if given.sweep:
-        fraction = given.val_fraction or 0.1
+    pairs = list(itertools.product(given.temperature, given.alpha))
+    best, asked = pairs[0], session.students(teacher_digest)
+    if selection := session.selection(teacher_digest):
+        fraction = selection[0][1].val_fraction
         if not len(split(data.train_labels, fraction)[1]):
             raise Failure("A sweep needs at least two training pictures in some class, to judge on one of them.")
         print(f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training pictures")
-        selection = runs(session.output / "selection", pairs, fraction)
-        # Which pair will be trained on everything is not known yet: finished runs of the others are not taken away.
-        session.prepare(selection + [run for run in asked if not given.overwrite or run[1].role == "baseline"])
+        # Which pair will be trained on everything is not known yet: with --overwrite its run is taken away once it is,
+        # those of the others only where they would stop whoever continues without --overwrite.
+        session.prepare(
+            selection
+            + [run for run in asked if not given.overwrite or run[1].role == "baseline" or not train.fits(*run)]
+        )
         session.train(selection, targets, afterwards=2 * len(seeds))
         best = report.best_pair(session.output, pairs, seeds)
         print(f"Best on the validation part: temperature {best[0]}, alpha {best[1]}")
-        asked = runs(session.output, [best])
+        asked = session.students(teacher_digest, [best])
         session.prepare([run for run in asked if run[1].role == "kd"])
     else:
         session.prepare(asked)
@@ -543,6 +555,8 @@ def main(argv=None):
             print(f"error: {type(error).__name__}: {first}\n(--debug shows where)", file=sys.stderr)
             if arguments.compile:
                 print("If it is torch.compile that fails here, leave --compile away.", file=sys.stderr)
+        if arguments and arguments.begun_anew and "--overwrite" not in str(error):  # which says what else is needed
+            print("The same command without --overwrite continues what was trained.", file=sys.stderr)
         return 1
     finally:
         for number, handler in handlers.items():

@@ -50,9 +50,13 @@ class Network(nn.Module):
         super().__init__()
         self.features = features
         self.head = nn.Linear(channels, classes)
-        # The features are large and of one sign: at the learning rates that suit the convolutions an unscaled head
-        # overshoots from the first steps, and a teacher is little better than a guess after 12,000 pictures.
-        self.scale = 2 / math.sqrt(channels)
+
+    @property
+    def scale(self):
+        """What the head's logits are multiplied by. The features are large and of one sign: at the learning rates that
+        suit the convolutions an unscaled head overshoots from the first steps, and a teacher is little better than a
+        guess after 12,000 pictures."""
+        return 2 / math.sqrt(self.head.in_features)
 
     def forward(self, x):
         return self.scale * self.head(self.features(x).amax((2, 3)))

@@ -291,7 +291,7 @@ class Comparison:
 
     def _selection(self):
         """The entries of the sweep that chose the pair, or else of the largest one: runs with the same settings as the
-        students', the same validation part and the same seeds."""
+        students', the same validation part and the same seeds (the students', where the sweep had them)."""
         runs = finished_runs(self.output / "selection")
         runs = {key: run for key, run in runs.items() if agree(self.first, run, {"val_fraction"})}
         chosen = ("kd", self.settings["temperature"], self.settings["alpha"])
@@ -304,7 +304,8 @@ class Comparison:
         for key, run in runs.items():
             if run["settings"]["val_fraction"] == fraction:
                 groups.setdefault(key[:3], {})[key[3]] = run
-        seeds = sorted(groups.get(chosen) or max(groups.values(), key=len))
+        seeds, there = self.kd[0]["seeds"], groups.get(chosen) or max(groups.values(), key=len)
+        seeds = seeds if set(seeds) <= set(there) else sorted(there)
         entries = []
         for (role, temperature, alpha), found in sorted(
             groups.items(), key=lambda item: (-len(item[0][0]), str(item[0]))

@@ -168,14 +168,33 @@ def is_finished(folder):
 def finished(folder, wanted=None):
     """The verified content of a finished run's model.pt; refused where its settings are not those `wanted`."""
     try:
-        content = models.read(Path(folder) / "model.pt")
-        if not read_json(Path(folder) / "run.json").get("finished"):
-            raise Damaged(f"{Path(folder) / 'run.json'} does not belong to the finished model.pt beside it.")
+        content, record = models.read(Path(folder) / "model.pt"), Path(folder) / "run.json"
+        if not record.is_file() or not read_json(record).get("finished"):
+            raise Damaged(f"{record} is not there or does not belong to the finished model.pt beside it.")
     except Damaged as error:
         raise Damaged(f"{error}\nPut a whole copy in its place, or remove {folder} to train it anew.") from None
     if wanted is not None:
         refuse_other_settings(folder, content["settings"], wanted.as_dict())
     return content
+
+
+def look(folder, settings):
+    """Raises Failure where `folder` holds a run that `Trainer.train` would refuse to reuse or continue as `settings`,
+    or a finished one that is damaged."""
+    if is_finished(folder):
+        finished(folder, settings)
+    elif (folder / "state.pt").is_file() and (folder / "run.json").is_file():
+        found = read_json(folder / "run.json").get("settings")
+        refuse_other_settings(folder, found if isinstance(found, dict) else {}, settings.as_dict())
+
+
+def fits(folder, settings):
+    """Whether `look` finds nothing against `folder`."""
+    try:
+        look(folder, settings)
+    except Failure:
+        return False
+    return True
 
 
 def reset(folder):

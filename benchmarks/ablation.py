@@ -21,7 +21,7 @@ import data
 import main as command_line
 import models
 import train
-from distill import INFERENCE_BATCH, predict, rounded
+from distill import INFERENCE_BATCH, describe, predict, rounded
 from files import Failure, Stop, lock, write_json
 from measures import paired_test, spread
 from report import agree, finished_runs
@@ -48,7 +48,8 @@ def main():
     parser.add_argument("--temperature", type=float, required=True)
     parser.add_argument("--alpha", type=float, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", help="[all that OUTPUT_DIR holds]")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--teacher", help="its folder or model.pt [that in OUTPUT_DIR]")
+    parser.add_argument("--device", default="auto", help="must be what the runs were trained on")
     arguments = parser.parse_args()
     temperature, alpha, output = arguments.temperature, arguments.alpha, arguments.output
 
@@ -67,9 +68,12 @@ def main():
     device = command_line.choose_device(arguments.device)
     made_with = pairs[seeds[0]]["environment"]
     precision = made_with["precision"]
+    if describe(device) != made_with["device"]:
+        sys.exit(f"error: the runs were trained on {made_with['device']}, and this is {describe(device)}.")
     loaded = data.folder(arguments.pictures, pairs[seeds[0]]["settings"]["image_size"], cache=output / "data")
     loaded = loaded.to(device)
-    teacher = models.load(command_line.find_teacher(command_line.parse(["--output-dir", str(output)])))
+    place = ["--teacher", arguments.teacher] if arguments.teacher else []
+    teacher = models.load(command_line.find_teacher(command_line.parse(["--output-dir", str(output), *place])))
     settings = [pairs[seed]["settings"] for seed in seeds]
     if any(each["data"] != loaded.digest for each in settings):
         sys.exit(f"error: the runs in {output} were trained on other pictures than those in {arguments.pictures}.")

@@ -79,6 +79,8 @@ def parse(text):
             raise SystemExit(f"error: '{value}' is not a number, which {name} needs.") from None
     if recipe["teacher"] and recipe["cutout"]:
         raise SystemExit("error: cutout does not go with a teacher, who would see other views than the student.")
+    if recipe["teacher"] and recipe["smoothing"]:
+        raise SystemExit("error: smoothing does not go with a teacher, whose loss takes the labels as they are.")
     return recipe
 
 
@@ -102,10 +104,8 @@ def network(architecture, classes, recipe, pictures):
             nn.init.dirac_(convolution.weight[: convolution.in_channels].data)
     if recipe["whiten"]:
         whiten(convolutions[0], pictures)
-    if recipe["scale"]:
-        made.scale = recipe["scale"]
-    if recipe["head"] == "average":
-        made.forward = lambda x: made.scale * made.head(made.features(x).mean((2, 3)))
+    scale, pool = recipe["scale"] or made.scale, torch.mean if recipe["head"] == "average" else torch.amax
+    made.forward = lambda x: scale * made.head(pool(made.features(x), (2, 3)))
     return made.to(memory_format=torch.channels_last).train()
 
 
@@ -212,6 +212,8 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipes = {text: parse(text) for text in arguments.recipes}
+    if arguments.architecture == "student" and any(each["stem"] or each["depth"] for each in recipes.values()):
+        sys.exit("error: a student has neither stem nor depth; widths=32,64/64,96/96,128 are its three stages.")
     loaded = data.folder(arguments.pictures, cache=arguments.cache)
     for text, recipe in recipes.items():
         accuracy, training, seconds = run(arguments.architecture, arguments.epochs, recipe, loaded, arguments.targets)

@@ -234,10 +234,16 @@ def start_up(pictures, repeats, device):
     return imports[1:], command[1:]  # the first of them decoded the pictures
 
 
-def peak_memory():
-    """GB of a process that holds 50,000 pictures, asks the teacher about some and trains the student on some."""
-    loaded = noise(50_000, torch.device("cpu"))
-    ours = Ours(loaded, torch.device("cpu"), "fp32", models.create("teacher", CLASSES, 0).eval())
+def peak_memory(device, precision):
+    """GB, of a process that trains nothing else: on a GPU, of its memory in a KD epoch of 50,000 pictures; else of a
+    process that holds so many, asks the teacher about some and trains the student on some."""
+    loaded = noise(50_000, device)
+    teacher = models.create("teacher", CLASSES, 0).eval().to(device, memory_format=torch.channels_last)
+    ours = Ours(loaded, device, precision, teacher)
+    if device.type == "cuda":
+        ours.epoch("kd", targets=ours.targets(fresh=True))
+        print(torch.cuda.max_memory_allocated() / 1e9)
+        return
     views = ours.trainer.views()
     views.start(0)
     network = models.create("student", CLASSES, 0).to(memory_format=torch.channels_last)
@@ -261,11 +267,11 @@ def main():
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--peak-memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak_memory:
-        peak_memory()
-        return
     device = command_line.choose_device(arguments.device)
     precision = command_line.choose_precision(arguments.precision, device)
+    if arguments.peak_memory:
+        peak_memory(device, precision)
+        return
     pictures = arguments.pictures or (512 if arguments.quick else 3_072 if device.type == "cpu" else 50_000)
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     loaded = noise(pictures, device)
@@ -337,13 +343,11 @@ def main():
         "matmul_gflops": 2 * peak / 1e9,
         "share_of_matmul_peak": shares,
     }
-    if device.type == "cuda":
-        result["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        words = [sys.executable, __file__, "--peak-memory"]
-        result["peak_memory_gb_at_50000_pictures"] = float(
-            subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        )
+    words = [sys.executable, __file__, "--peak-memory", "--device", str(device), "--precision", precision]
+    kind = "peak_gpu_memory_gb" if device.type == "cuda" else "peak_memory_gb"
+    result[f"{kind}_at_50000_pictures"] = float(
+        subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    )
 
     made_with = f"{result['environment']['device']}, {precision}, torch {torch.__version__}"
     print(f"\n{made_with}, {pictures:,} pictures an epoch, {repeats} repeat{'s' * (repeats > 1)}")

@@ -386,6 +386,17 @@ def test_a_gpu_is_taken_and_made_current_where_it_is_numbered(gpu, capsys):
     assert current == ["cuda:1"] and not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_trains_in_bfloat16_where_it_can_itself(monkeypatch, supported):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
+    assert main.choose_precision("auto", torch.device("cuda")) == ("bf16" if supported else "fp32")
+    assert (
+        main.choose_precision("fp32", torch.device("cuda"))
+        == main.choose_precision("auto", torch.device("cpu"))
+        == "fp32"
+    )
+
+
 def test_a_gpu_that_this_pytorch_has_no_kernels_for(gpu, capsys):
     gpu("CUDA error: no kernel image is available\nCUDA kernel errors might be reported later")
     assert main.choose_device("auto").type == "cpu"

@@ -166,6 +166,16 @@ def test_signals_keep_the_state_and_say_so(flags, tmp_path, number, status):
     assert files.load_checkpoint(tmp_path / "teacher-s0" / "state.pt")["epoch"] >= 1
 
 
+def test_a_second_signal_does_not_wait_for_the_step():
+    stop = files.Stop()
+    with stop.deferred():
+        stop.handle(2)
+        with pytest.raises(files.Interrupted):
+            stop.handle(2)
+    with pytest.raises(files.Interrupted):
+        stop.raise_pending()
+
+
 def test_a_signal_before_training_ends_at_once(cli, flags, tmp_path, monkeypatch):
     import data
 
@@ -187,7 +197,7 @@ def test_a_signal_after_overwrite_began_says_how_to_continue(cli, flags, copy, m
 def test_killed_at_random_moments_the_bits_are_the_same(pictures, tmp_path):
     printed = [soak.run(words) for words in soak.commands(pictures, tmp_path / "untouched")][-1]
     draws = random.Random(2)
-    moments = [draws.uniform(0, 0.5), 3, 10, draws.uniform(0, 0.5), 13, 24]
+    moments = [draws.uniform(0, 0.5), 3, 10, draws.uniform(0, 0.5), 13, 18]
     found, kills, inside = soak.survive(pictures, tmp_path / "killed", moments)
     assert kills == 6 and inside == 4
     assert soak.differences(found, soak.outcome(tmp_path / "untouched", printed)) == []

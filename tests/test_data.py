@@ -131,6 +131,31 @@ def test_damaged_kept_pictures_are_decoded_again(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+def test_a_class_name_that_is_no_utf8_is_escaped(cli, tmp_path):
+    """The report, its JSON and its figures take it."""
+    top = make_pictures(tmp_path / "p")
+    for split in ("train", "test"):
+        try:
+            (top / split / "red").rename(top / split / os.fsdecode(b"caf\xe9"))
+        except OSError:
+            pytest.skip("this file system takes UTF-8 alone")
+    words = (
+        "--dataset",
+        "folder",
+        "--data-dir",
+        top,
+        "--image-size",
+        16,
+        "--epochs",
+        1,
+        "--output-dir",
+        tmp_path / "o",
+    )
+    assert cli(*words, "--device", "cpu", "--train-teacher").status == 0
+    got = cli(*words, "--device", "cpu")
+    assert got.status == 0 and "caf\\xe9" in got.out, got
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_workers_do_not_change_what_is_decoded(pictures, workers):
     assert data.folder(pictures, 16, workers).digest == data.folder(pictures, 16, 2).digest
@@ -172,17 +197,24 @@ def archive(tmp_path_factory):
 
 
 @pytest.fixture
-def server(archive):
-    """The archive on the loopback address; `asked` lists the Range headers; `cut` breaks the connection early."""
+def server(archive, monkeypatch):
+    """The archive on the loopback address; `asked` lists the Range headers; `cut` breaks the connection early, and
+    without `ranges` everything is sent however little was asked for."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        asked, cut = [], None
+        asked, cut, ranges = [], None, True
 
         def do_GET(self):
             content = archive[0].read_bytes()
             wanted = self.headers.get("Range")
             self.asked.append(wanted)
+            wanted = wanted if self.ranges else None
             start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+            if start >= len(content):
+                self.send_error(416)
+                return
             self.send_response(206 if wanted else 200)
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
@@ -218,6 +250,33 @@ def test_a_partial_download_is_continued_and_never_passes_for_a_whole_one(archiv
     handler.cut = None
     assert len(data.cifar10(tmp_path, url, dataset=archive[1]).train_labels) == 100
     assert handler.asked == [None, "bytes=1000-"]
+
+
+def test_a_mirror_that_cannot_continue_sends_everything(archive, server, tmp_path):
+    url, handler = server
+    (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(archive[0].read_bytes()[:1000])
+    handler.ranges = False
+    assert len(data.cifar10(tmp_path, url, dataset=archive[1]).train_labels) == 100
+
+
+def test_a_download_that_had_come_whole_is_taken(archive, server, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(archive[0].read_bytes())
+    assert len(data.cifar10(tmp_path, server[0], dataset=archive[1]).train_labels) == 100
+
+
+def test_the_default_data_set_from_the_command_line(cli, archive, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", archive[1])
+    words = ("--train-teacher", "--epochs", 1, "--batch-size", 50, "--device", "cpu", "--image-size", 16)
+    got = cli(*words, "--data-url", server[0], "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
+    assert got.status == 0 and "cifar10: 100 training and 20 test pictures of 16x16, 10 classes" in got.out, got
+
+
+def test_pictures_are_resized_as_pillow_does():
+    """At upright edges, where bicubic interpolation overshoots (where edges cross, Pillow clips once more than we)."""
+    pictures = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (3, 1, 4, 3)).repeat(32, 1).repeat(8, 2)
+    for size in (16, 24, 48):
+        wanted = [np.asarray(Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC)) for each in pictures]
+        assert np.abs(data.resize(pictures, size).astype(int) - np.array(wanted, dtype=int)).max() <= 1
 
 
 def test_what_a_mirror_sends_must_have_the_official_md5(archive, server, tmp_path):

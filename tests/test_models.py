@@ -28,6 +28,14 @@ def test_any_number_of_classes_and_any_size(architecture, classes, size):
     assert all(p.grad is not None for p in network.parameters())
 
 
+def test_a_residual_branch_is_added_to_what_it_is_given():
+    """x + ReLU(batch norm(convolution of x)), with convolutions that are the identity: 2x for x above 0."""
+    residual = models.Residual(4, 1).eval()
+    torch.nn.init.dirac_(residual.blocks[0][0].weight)
+    x = torch.rand(2, 4, 5, 5)
+    torch.testing.assert_close(residual(x), x + x / (1 + 1e-5) ** 0.5)
+
+
 def test_the_student_is_ten_times_smaller_and_five_times_cheaper():
     teacher, student = (models.costs(name, 10, 32) for name in ("teacher", "student"))
     assert teacher[0] >= 10 * student[0]

@@ -12,6 +12,7 @@ import scipy.stats
 from conftest import ROOT
 
 import main
+import models
 import train
 from measures import paired_test
 
@@ -45,8 +46,9 @@ def test_the_snippet_classifies_a_picture(finished, pictures, tmp_path):
     snippet = snippet.replace("outputs/pets/kd-T4-a0.9-s0/model.pt", str(finished / "kd-T4-a0.1-s0" / "model.pt"))
     script = tmp_path / "snippet.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + snippet.replace("photo.jpg", str(picture)))
-    printed = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout
-    rows = re.findall(r"^ *([\d.]+)%  (\w+)$", printed, re.MULTILINE)
+    done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
+    rows = re.findall(r"^ *([\d.]+)%  (\w+)$", done.stdout, re.MULTILINE)
+    assert not done.stderr
     assert len(rows) == 3 and {name for _, name in rows} == {"blue", "green", "red"}
     assert abs(sum(float(share) for share, _ in rows) - 100) < 0.3
 
@@ -164,6 +166,14 @@ def test_the_longer_teacher_is_that_recorded():
         rows = list(csv.DictReader(file))
     words = f"{accuracy:.4f} on the test pictures, {float(rows[-1]['train_accuracy']):.3f} on its augmented"
     assert len(rows) == 20 and words in " ".join((ROOT / "results" / "README.md").read_text().split())
+
+
+def test_the_sizes_of_the_networks_are_those_of_the_readme():
+    (parameters, macs), (few, cheap) = (models.costs(name, 10, 32) for name in ("teacher", "student"))
+    words = (
+        f"{parameters / 1e6:.2f} million parameters and takes {macs / 1e6:.0f} million multiply-adds a picture, the "
+    )
+    assert words + f"student {few / 1e6:.2f} and {cheap / 1e6:.0f} million" in " ".join(README.split())
 
 
 def test_the_recipes_tried_are_those_measured():

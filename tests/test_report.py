@@ -4,9 +4,11 @@ import csv
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import process
 from PIL import Image
 
@@ -194,6 +196,72 @@ def test_comparison_json(swept):
     # The pair of the first command is there too, after the pair just asked for.
     assert (got["kd"][-1]["temperature"], got["kd"][-1]["alpha"], got["kd"][-1]["seeds"]) == (4.0, 0.1, [0])
     assert got["kd"][-1]["improvement"]["method"] == "exact McNemar test"
+
+
+def test_the_interval_pairs_each_student_with_the_baseline_of_its_seed(cli, swept, tmp_path):
+    """Against SciPy's paired t-test, of accuracies written by hand, in 24ths."""
+    folder = shutil.copytree(swept, tmp_path / "out")
+    pair = json.loads((folder / "comparison.json").read_text())["kd"][0]
+    name = f"kd-T{pair['temperature']:g}-a{pair['alpha']:g}"
+    right = {name: [12, 15, 20], "baseline": [10, 14, 13]}
+    for role, counts in right.items():
+        for seed, count in enumerate(counts):
+            path = folder / f"{role}-s{seed}" / "run.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": count / 24}))
+    assert cli("--report", "--output-dir", folder).status == 0
+    got = json.loads((folder / "comparison.json").read_text())["kd"][0]["improvement"]
+    points = [100 / 24 * np.array(counts) for counts in right.values()]
+    wanted = scipy.stats.ttest_rel(*points)
+    assert got["by_seed"] == pytest.approx(points[0] - points[1]) and got["p_value"] == pytest.approx(wanted.pvalue)
+    assert got["ci95"] == pytest.approx(list(wanted.confidence_interval(0.95)))
+
+
+def test_a_report_of_logits_made_by_hand(cli, copy):
+    """24 pictures, three classes; the student is right on 20 and the baseline on 15, of which 12 are the same."""
+    labels = np.arange(24) % 3
+    answers = {"teacher": np.where(np.arange(24) < 22, labels, (labels + 1) % 3)}
+    answers["kd-T4-a0.1"] = np.where(np.arange(24) < 20, labels, (labels + 1) % 3)
+    answers["baseline"] = np.where((np.arange(24) >= 8) & (np.arange(24) < 23), labels, (labels + 2) % 3)
+    sure = {"teacher": 5.0, "kd-T4-a0.1": 3.0, "baseline": 1.0}
+    logits = {name: (sure[name] * np.eye(3)[given]).astype(np.float32) for name, given in answers.items()}
+    for name in ("kd-T4-a0.1", "baseline"):
+        path = copy / f"{name}-s0" / "run.json"
+        digest = files.save_array(path.parent / "test_logits.npy", logits[name])
+        entries = {"accuracy": float((answers[name] == labels).mean()), "test_logits_sha256": digest}
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    for kept, name, array in (("test-*.npz", "labels", labels), ("teacher-*.npz", "logits", logits["teacher"])):
+        (path,) = (copy / "data").glob(kept)
+        files.save_arrays(path, **files.load_arrays(path) | {name: array})
+    got = cli("--report", "--output-dir", copy)
+    assert got.status == 0, got
+
+    improvement = json.loads((copy / "comparison.json").read_text())["kd"][0]["improvement"]
+    assert (improvement["mended"], improvement["broken"]) == (8, 3)
+    assert improvement["mean"] == pytest.approx(100 * 5 / 24)
+    for title, name in (("Teacher", "teacher"), ("KD, T=4, alpha=0.1", "kd-T4-a0.1"), ("Baseline", "baseline")):
+        confidence = math.exp(sure[name]) / (math.exp(sure[name]) + 2)
+        accuracy = (answers[name] == labels).mean()
+        likelihood = -accuracy * math.log(confidence) - (1 - accuracy) * math.log((1 - confidence) / 2)
+        wanted = [accuracy, abs(accuracy - confidence), likelihood]
+        if name != "teacher":
+            wanted.insert(1, (answers[name] == answers["teacher"]).mean())
+        (row,) = (line[26:].split() for line in got.out.splitlines() if line.startswith(f"{title:<26}"))
+        assert row == [f"{wanted[0]:.4f}", "1", *(f"{value:.4f}" for value in wanted[1:])]
+
+
+def test_the_sweep_shown_is_over_the_seeds_reported(swept):
+    """Where a later sweep had fewer seeds than those found, its pairs must not be left out."""
+    pair = json.loads((swept / "comparison.json").read_text())["kd"][0]
+    asked = {"temperature": pair["temperature"], "alpha": pair["alpha"], "seeds": [1]}
+    assert [entry["seeds"] for entry in report.Comparison(swept, asked).selection] == [[1]] * 5
+
+
+def test_of_equal_pairs_the_sweep_frames_the_one_that_was_taken():
+    entry = {"role": "kd", "alpha": 0.5, "mean": 0.5}
+    selection = [{"role": "baseline", "mean": 0.4}, *({**entry, "temperature": t} for t in (16.0, 2.0))]
+    for row, temperature in enumerate((2.0, 16.0)):
+        taken = SimpleNamespace(selection=selection, kd=[entry | {"temperature": temperature}])
+        assert figures.sweep(taken).axes[0].patches[-1].get_y() == row - 0.5
 
 
 def test_agreement_is_the_share_of_equal_answers(swept):
