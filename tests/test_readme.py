@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 
+import pytest
 import scipy.stats
 from conftest import ROOT
 
@@ -71,6 +72,7 @@ def test_the_requirements_are_what_the_modules_import():
 
 
 RECORD = ROOT / "results" / "jpeg-cpu"
+LONGER = ROOT / "results" / "jpeg-cpu-24"
 
 
 def gain(test):
@@ -82,9 +84,9 @@ def spread(entry):
     return f"{len(entry['accuracies'])} | {entry['mean']:.4f} ± {entry['std']:.4f}"
 
 
-def record_tables():
-    """The rows of the README's tables of results, made from what the program wrote."""
-    record, fixed = (json.loads((RECORD / name).read_text()) for name in ("comparison.json", "fixed.json"))
+def results_rows(folder):
+    """The rows of the README's table of a record's results and its row beside others', from what the program wrote."""
+    record = json.loads((folder / "comparison.json").read_text())
     teacher, baseline, epochs = record["teacher"]["accuracy"], record["baseline"], record["settings"]["epochs"]
     results = [f"| teacher | 1 | {teacher:.4f} | | |"]
     for kd in record["kd"]:
@@ -97,11 +99,15 @@ def record_tables():
         f"| this program, JPEG copy, T = {kd['temperature']:g}, alpha = {kd['alpha']:g} | {epochs} | "
         f"{len(kd['seeds'])} | {teacher:.4f} | {kd['mean']:.4f} | {baseline['mean']:.4f} | {gain(kd['improvement'])} |"
     )
-    ablation = []
+    return results, this
+
+
+def ablation_rows():
+    fixed, ablation = json.loads((RECORD / "fixed.json").read_text()), []
     for words, name in (("logits of the views", "shared"), ("logits of the clean pictures", "fixed")):
         test = fixed[f"{name}_over_baseline"]
         ablation.append(f"| {words} | {spread(fixed[name])} | {gain(test)} | {test['p_value']:.2g} |")
-    return results, [this], ablation
+    return ablation
 
 
 def test_the_results_are_those_recorded():
@@ -109,8 +115,9 @@ def test_the_results_are_those_recorded():
     tables = [
         re.findall(r"^\|.*", table, re.MULTILINE)[2:] for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
     ]
-    results, this, ablation = record_tables()
-    assert tables[0] == results and tables[1][-1:] == this and tables[2] == ablation
+    (longer, longest), (results, this) = results_rows(LONGER), results_rows(RECORD)
+    assert tables[0] == longer and tables[1] == results
+    assert tables[2][-2:] == [longest, this] and tables[3] == ablation_rows()
 
     fixed = json.loads((RECORD / "fixed.json").read_text())
     by_seed = (100 * (a - b) for a, b in zip(fixed["shared"]["accuracies"], fixed["fixed"]["accuracies"], strict=True))
@@ -126,20 +133,28 @@ def test_the_results_are_those_recorded():
     for measure in ("calibration_error", "negative_log_likelihood"):
         means = (statistics.mean(entry[measure]) for entry in (record["baseline"], users, best))
         assert ", ".join(f"{mean:.3f}" for mean in means) in words
+
+
+@pytest.mark.parametrize("folder", [RECORD, LONGER], ids=lambda folder: folder.name)
+def test_the_histories_are_of_the_epochs_named(folder):
+    def epochs(run):
+        return len((folder / run / "history.csv").read_text().splitlines()) - 1
+
+    record = json.loads((folder / "comparison.json").read_text())
     runs = {"baseline": record["baseline"]}
     runs |= {f"kd-T{kd['temperature']:g}-a{kd['alpha']:g}": kd for kd in record["kd"]}
-    lengths = set()
-    for role, entry in runs.items():
-        assert len(entry["seeds"]) >= 3
-        for seed in entry["seeds"]:
-            lengths.add(len((RECORD / f"{role}-s{seed}" / "history.csv").read_text().splitlines()) - 1)
-    teacher = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
+    assert all(len(entry["seeds"]) >= 3 for entry in runs.values())
+    lengths = {epochs(f"{role}-s{seed}") for role, entry in runs.items() for seed in entry["seeds"]}
     assert lengths == {record["settings"]["epochs"]}
-    assert f"teacher {teacher} epochs, students {record['settings']['epochs']} epochs" in section
+    words = f"teacher {epochs('teacher-s0')} epochs, students {record['settings']['epochs']} epochs"
+    assert words in " ".join(README.split())
 
 
-def test_the_notes_on_the_record_are_those_recorded():
+def test_the_notes_on_the_records_are_those_recorded():
     text = " ".join((ROOT / "results" / "README.md").read_text().split())
+    (longer,) = json.loads((LONGER / "comparison.json").read_text())["kd"]
+    by_seed = ", ".join(f"{gain:+.2f}" for gain in longer["improvement"]["by_seed"])
+    assert f"The gains by seed are {by_seed} points. Beside" in text
     best, users = json.loads((RECORD / "comparison.json").read_text())["kd"]
     for entry in (best, users):
         gains = ", ".join(f"{gain:+.2f}" for gain in entry["improvement"]["by_seed"])
@@ -159,8 +174,8 @@ def test_another_seed_is_inside_the_spread():
     assert low < sixth < high and f"between {low:+.2f} and {high:+.2f} (95% prediction" in text
 
 
-def test_the_longer_teacher_is_that_recorded():
-    folder = RECORD / "teacher-20-epochs"
+def test_the_longer_records_teacher_is_that_recorded():
+    folder = LONGER / "teacher-s0"
     accuracy = json.loads((folder / "run.json").read_text())["accuracy"]
     with open(folder / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
