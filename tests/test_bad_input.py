@@ -444,21 +444,10 @@ def test_debug_shows_the_traceback(cli, tmp_path):
     assert got.status == 1 and "Traceback" in got.err
 
 
-def test_41_pictures_at_batch_128(cli, tmp_path):
+def test_41_pictures_at_batch_128(cli, flags, tmp_path):
     top = make_pictures(tmp_path / "p", train=14, test=3)
     (top / "train" / "red" / "00.png").unlink()
-    words = (
-        "--dataset",
-        "folder",
-        "--data-dir",
-        top,
-        "--image-size",
-        16,
-        "--epochs",
-        2,
-        "--output-dir",
-        tmp_path / "o",
-    )
+    words = (*flags, "--data-dir", top, "--batch-size", 128, "--output-dir", tmp_path / "o")
     assert cli(*words, "--train-teacher").status == 0
     assert cli(*words).status == 0
     assert json.loads((tmp_path / "o" / "comparison.json").read_text())["settings"]["batch_size"] == 128

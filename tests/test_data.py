@@ -131,7 +131,7 @@ def test_damaged_kept_pictures_are_decoded_again(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
-def test_a_class_name_that_is_no_utf8_is_escaped(cli, tmp_path):
+def test_a_class_name_that_is_no_utf8_is_escaped(cli, flags, tmp_path):
     """The report, its JSON and its figures take it."""
     top = make_pictures(tmp_path / "p")
     for split in ("train", "test"):
@@ -139,20 +139,9 @@ def test_a_class_name_that_is_no_utf8_is_escaped(cli, tmp_path):
             (top / split / "red").rename(top / split / os.fsdecode(b"caf\xe9"))
         except OSError:
             pytest.skip("this file system takes UTF-8 alone")
-    words = (
-        "--dataset",
-        "folder",
-        "--data-dir",
-        top,
-        "--image-size",
-        16,
-        "--epochs",
-        1,
-        "--output-dir",
-        tmp_path / "o",
-    )
-    assert cli(*words, "--device", "cpu", "--train-teacher").status == 0
-    got = cli(*words, "--device", "cpu")
+    words = (*flags, "--data-dir", top, "--epochs", 1, "--output-dir", tmp_path / "o")
+    assert cli(*words, "--train-teacher").status == 0
+    got = cli(*words)
     assert got.status == 0 and "caf\\xe9" in got.out, got
 
 
