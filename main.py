@@ -173,7 +173,7 @@ def parser():
     option = group("machine and files")
     option("--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", "auto",
            type=device_name, metavar="NAME")
-    option("--precision", "fp32, bf16, or auto (bf16 on a GPU that has it)", "auto",
+    option("--precision", "fp32, bf16, or auto (bf16 on a GPU or a CPU with AMX, which have it built in)", "auto",
            choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
     option("--compile", "torch.compile the networks for training (needs a C++ compiler, on CUDA Triton) [off]",
            action=argparse.BooleanOptionalAction)
@@ -309,11 +309,17 @@ def _usable(device):
 
 
 def choose_precision(name, device):
+    """The precision that `name` means on `device`; auto is bf16 where matrix units for it are built in: elsewhere it is
+    emulated and many times slower."""
     import torch
 
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        built_in = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    else:
+        built_in = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if built_in else "fp32"
 
 
 class Session:

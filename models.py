@@ -14,7 +14,7 @@ from torch import nn
 
 from files import Damaged, load_checkpoint, save_checkpoint
 
-FORMAT = 1  # of model.pt; a file with another number is refused
+FORMAT = 2  # of model.pt; a file with another number is refused
 
 
 class Block(nn.Sequential):
@@ -69,7 +69,7 @@ class Network(nn.Module):
 class Teacher(Network):
     """A ResNet of three stages, each a widening Block that halves the picture and a residual branch."""
 
-    def __init__(self, classes, stem=32, widths=(64, 192, 512), depth=1):
+    def __init__(self, classes, stem=32, widths=(64, 256, 384), depth=2):
         layers, inputs = [Block(3, stem)], stem
         for width in widths:
             layers += [Block(inputs, width, pool=True), Residual(width, depth)]
@@ -80,7 +80,7 @@ class Teacher(Network):
 class Student(Network):
     """A plain CNN: three stages of Blocks, the first of each stage halving the picture, no shortcuts."""
 
-    def __init__(self, classes, widths=((32, 64), (64, 96), (96, 128))):
+    def __init__(self, classes, widths=((32, 64), (64, 128), (128, 128))):
         layers, inputs = [], 3
         for stage in widths:
             for position, width in enumerate(stage):

@@ -16,7 +16,8 @@ def orthogonalise(matrix):
     singular values above an eightieth of the norm come near 1 (0.5 to 1.2), smaller ones grow up to 41 times.
 
     Newton-Schulz iterations X <- (a + b X X^T + c (X X^T)^2) X. Their factors are polynomials of the first X X^T and
-    commute, so they are multiplied with each other, small and square as they are, and with X only once.
+    commute, so they are multiplied with each other, small and square as they are, and with X only once. In bfloat16,
+    in which Muon was published, the result is the same up to that type's rounding.
     """
     a, b, c = COEFFICIENTS
     transposed = matrix.shape[0] > matrix.shape[1]
@@ -38,10 +39,12 @@ class Muon(torch.optim.Optimizer):
     (outputs, inputs, 3, 3) are brought to the Frobenius norm sqrt(outputs), which batch norm makes free to choose.
     For all else: SGD with Nesterov momentum, with weight decay on matrices.
 
-    The learning rate of all groups is set to the schedule's; convolutions take CONVOLUTIONS of it.
+    The learning rate of all groups is set to the schedule's; convolutions take CONVOLUTIONS of it. Steps are made
+    orthogonal in `dtype`; weights and momenta stay float32.
     """
 
-    def __init__(self, network, learning_rate, weight_decay, momentum):
+    def __init__(self, network, learning_rate, weight_decay, momentum, dtype=torch.float32):
+        self.dtype = dtype
         parameters = list(network.parameters())
         groups = (
             {"params": [p for p in parameters if p.ndim == 4], "weight_decay": 0.0},
@@ -69,5 +72,5 @@ class Muon(torch.optim.Optimizer):
                 continue
             for parameter, step in zip(parameters, steps, strict=True):
                 parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                step = orthogonalise(step.flatten(1)).view_as(parameter)
+                step = orthogonalise(step.flatten(1).to(self.dtype)).view_as(parameter)
                 parameter.add_(step, alpha=-group["lr"] * CONVOLUTIONS)

@@ -41,7 +41,7 @@ from models import generator
 from muon import Muon
 
 VERSION = "1.0.0"  # of the program
-RECIPE = 2  # of the schedule, optimiser and initial weights below: a run of another recipe is another run
+RECIPE = 3  # of the networks, schedule, optimiser and initial weights: a run of another recipe is another run
 STATE_FORMAT = 2
 MOMENTUM = 0.9
 WARMUP = 0.2  # of all steps; the rest is a linear decay to zero
@@ -258,7 +258,8 @@ class _Run:
         self.network = models.create(settings.architecture, len(self.data.classes), settings.seed)
         self.network = self.network.to(self.device, memory_format=torch.channels_last).train()
         self.forward = compile_network(self.network) if self.trainer.compiled else self.network
-        self.optimiser = Muon(self.network, settings.learning_rate, settings.weight_decay, MOMENTUM)
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16" else torch.float32
+        self.optimiser = Muon(self.network, settings.learning_rate, settings.weight_decay, MOMENTUM, dtype)
         torch.set_num_threads(self.trainer.threads)
         self.kept = None  # the epoch and step of the state on the disk
         try:

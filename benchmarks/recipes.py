@@ -25,7 +25,7 @@ import data
 import models
 import muon
 import train
-from distill import SoftTargets, distillation_loss
+from distill import SoftTargets, distillation_loss, precision_context
 from files import Failure
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -53,6 +53,7 @@ DEFAULTS = {
     "stem": None,
     "widths": None,  # e.g. 64,192,512, or for students 32,64/64,96/96,128
     "depth": None,
+    "pictures": 0,  # train on so many, drawn once and for all, instead of all 45,000
     "teacher": None,  # the path of a model.pt
     "temperature": 4.0,
     "alpha": 0.9,
@@ -120,10 +121,11 @@ def whiten(convolution, pictures):
     convolution.weight.requires_grad_(False)
 
 
-def make_optimiser(network, peak, recipe):
+def make_optimiser(network, peak, recipe, precision):
     """The program's, or SGD with Nesterov momentum; the learning rate of batch norm's biases times bias_rate."""
     muon.CONVOLUTIONS, muon.ITERATIONS = recipe["convolutions"], recipe["iterations"]
-    made = muon.Muon(network, peak, recipe["weight_decay"], recipe["momentum"])
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    made = muon.Muon(network, peak, recipe["weight_decay"], recipe["momentum"], dtype)
     convolutions, _, vectors = made.param_groups
     convolutions["params"] = [p for p in convolutions["params"] if p.requires_grad]
     biases = [m.bias for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -135,9 +137,11 @@ def make_optimiser(network, peak, recipe):
     return made
 
 
-def run(architecture, epochs, recipe, loaded, folder):
+def run(architecture, epochs, recipe, loaded, folder, precision):
     """(validation accuracy, training accuracy of the last epoch, seconds) of one run."""
     rows, validation = data.split(loaded.train_labels, 0.1)
+    if recipe["pictures"]:
+        rows = rows[torch.randperm(len(rows), generator=models.generator("part"))[: recipe["pictures"]]]
     size = recipe["batch"]
     views = data.Views(loaded.train_pictures, loaded.mean, loaded.std, padding=recipe["padding"])
     some = rows[torch.randperm(len(rows), generator=models.generator("whiten"))[:5000]]
@@ -148,9 +152,9 @@ def run(architecture, epochs, recipe, loaded, folder):
         content = models.read(recipe["teacher"])
         teacher = models.restore(content).to(memory_format=torch.channels_last)
         teacher_digest = models.digest(content["state_dict"])
-        targets = SoftTargets(teacher, teacher_digest, loaded.digest, views, folder, "fp32")
+        targets = SoftTargets(teacher, teacher_digest, loaded.digest, views, folder, precision)
     peak = recipe["lr"] or train.default_learning_rate(size)
-    optimiser = make_optimiser(student, peak, recipe)
+    optimiser = make_optimiser(student, peak, recipe, precision)
     train.WARMUP = recipe["warmup"]
     steps, started, slow = len(rows) // size, time.perf_counter(), None
     for epoch in range(epochs):
@@ -167,7 +171,8 @@ def run(architecture, epochs, recipe, loaded, folder):
             pictures, labels = views.batch(batch), loaded.train_labels[batch]
             if recipe["cutout"]:
                 cut(pictures, recipe["cutout"], models.generator("cutout", epoch, step))
-            logits = student(pictures)
+            with precision_context(pictures.device, precision):
+                logits = student(pictures).float()
             if targets:
                 loss = distillation_loss(logits, labels, soft[batch], recipe["temperature"], recipe["alpha"])
             else:
@@ -208,6 +213,7 @@ def main():
     parser.add_argument("--cache", default="outputs/data", help="where decoded pictures are kept")
     parser.add_argument("--targets", help="where a teacher's soft targets are kept [nowhere]")
     parser.add_argument("--output", default=str(ROOT / "results" / "recipes.csv"))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -216,7 +222,9 @@ def main():
         sys.exit("error: a student has neither stem nor depth; widths=32,64/64,96/96,128 are its three stages.")
     loaded = data.folder(arguments.pictures, cache=arguments.cache)
     for text, recipe in recipes.items():
-        accuracy, training, seconds = run(arguments.architecture, arguments.epochs, recipe, loaded, arguments.targets)
+        accuracy, training, seconds = run(
+            arguments.architecture, arguments.epochs, recipe, loaded, arguments.targets, arguments.precision
+        )
         row = (arguments.architecture, arguments.epochs, text, f"{accuracy:.4f}", f"{training:.4f}", f"{seconds:.0f}")
         print(*row, flush=True)
         new = not Path(arguments.output).exists()

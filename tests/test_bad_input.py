@@ -387,14 +387,19 @@ def test_a_gpu_is_taken_and_made_current_where_it_is_numbered(gpu, capsys):
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_a_gpu_trains_in_bfloat16_where_it_can_itself(monkeypatch, supported):
+def test_bfloat16_is_taken_where_the_machine_has_it_built_in(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
-    assert main.choose_precision("auto", torch.device("cuda")) == ("bf16" if supported else "fp32")
-    assert (
-        main.choose_precision("fp32", torch.device("cuda"))
-        == main.choose_precision("auto", torch.device("cpu"))
-        == "fp32"
-    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": supported}, False)
+    for kind in ("cuda", "cpu"):
+        assert main.choose_precision("auto", torch.device(kind)) == ("bf16" if supported else "fp32")
+        assert main.choose_precision("fp32", torch.device(kind)) == "fp32"
+        assert main.choose_precision("bf16", torch.device(kind)) == "bf16"
+    assert main.choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+def test_a_pytorch_that_cannot_tell_what_the_cpu_has_trains_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert main.choose_precision("auto", torch.device("cpu")) == "fp32"
 
 
 def test_a_gpu_that_this_pytorch_has_no_kernels_for(gpu, capsys):

@@ -46,7 +46,7 @@ def test_costs_against_a_count_by_hand():
     """Convolutions cost outputs x inputs x 9 a place, the head inputs x classes; batch norm has two parameters."""
     parameters = macs = 0
     side, inputs = 32, 3
-    for stage in ((32, 64), (64, 96), (96, 128)):
+    for stage in ((32, 64), (64, 128), (128, 128)):
         for position, outputs in enumerate(stage):
             parameters += outputs * inputs * 9 + 2 * outputs
             macs += outputs * inputs * 9 * side**2

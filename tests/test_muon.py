@@ -22,6 +22,33 @@ def test_orthogonalise_keeps_directions_and_brings_singular_values_near_one(shap
     assert np.diag(inside)[large].min() > 0.5 and np.diag(inside).max() < 1.3
 
 
+def test_orthogonalise_in_bfloat16_is_the_same_up_to_rounding():
+    matrix = torch.randn(64, 288, generator=torch.Generator().manual_seed(2))
+    low = orthogonalise(matrix.bfloat16())
+    assert low.dtype == torch.bfloat16
+    error = np.linalg.norm(low.float().numpy() - polynomial(matrix.double().numpy()), 2)
+    assert error < 0.05  # of singular values near 1
+
+
+def test_bfloat16_is_for_the_orthogonal_step_alone():
+    """Weights and momenta stay float32, and what SGD steps is the same bits."""
+    networks = [models.create("student", 3, 0) for _ in range(2)]
+    optimisers = [Muon(network, 0.1, 0.01, 0.9, dtype) for network, dtype in zip(
+        networks, (torch.float32, torch.bfloat16), strict=True)]  # fmt: skip
+    pictures = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for network, optimiser in zip(networks, optimisers, strict=True):
+        F.cross_entropy(network(pictures), torch.arange(8) % 3).backward()
+        optimiser.step()
+        assert {state["momentum_buffer"].dtype for state in optimiser.state.values()} == {torch.float32}
+    for full, low in zip(*(network.parameters() for network in networks), strict=True):
+        assert low.dtype == torch.float32
+        if full.ndim == 4:
+            assert not low.equal(full)
+            torch.testing.assert_close(low, full, atol=2e-3, rtol=0)
+        else:
+            assert low.equal(full)
+
+
 def test_orthogonalise_does_not_depend_on_the_matrix_size_and_takes_zeros():
     matrix = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(orthogonalise(1000 * matrix), orthogonalise(matrix), atol=1e-4, rtol=1e-4)
