@@ -51,13 +51,14 @@ DEFAULTS = {
     "momentum": train.MOMENTUM,
     "iterations": muon.ITERATIONS,
     "stem": None,
-    "widths": None,  # e.g. 64,192,512, or for students 32,64/64,96/96,128
+    "widths": None,  # e.g. 64,256,384, or for students 32,64/64,128/128,128
     "depth": None,
     "pictures": 0,  # train on so many, drawn once and for all, instead of all 45,000
     "teacher": None,  # the path of a model.pt
     "temperature": 4.0,
     "alpha": 0.9,
 }
+COLUMNS = ("architecture", "epochs", "precision", "recipe", "val_accuracy", "train_accuracy", "seconds")
 
 
 def parse(text):
@@ -213,25 +214,26 @@ def main():
     parser.add_argument("--cache", default="outputs/data", help="where decoded pictures are kept")
     parser.add_argument("--targets", help="where a teacher's soft targets are kept [nowhere]")
     parser.add_argument("--output", default=str(ROOT / "results" / "recipes.csv"))
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="[fp32]")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipes = {text: parse(text) for text in arguments.recipes}
     if arguments.architecture == "student" and any(each["stem"] or each["depth"] for each in recipes.values()):
-        sys.exit("error: a student has neither stem nor depth; widths=32,64/64,96/96,128 are its three stages.")
+        sys.exit("error: a student has neither stem nor depth; widths=32,64/64,128/128,128 are its three stages.")
     loaded = data.folder(arguments.pictures, cache=arguments.cache)
     for text, recipe in recipes.items():
         accuracy, training, seconds = run(
             arguments.architecture, arguments.epochs, recipe, loaded, arguments.targets, arguments.precision
         )
-        row = (arguments.architecture, arguments.epochs, text, f"{accuracy:.4f}", f"{training:.4f}", f"{seconds:.0f}")
+        figures = (f"{accuracy:.4f}", f"{training:.4f}", f"{seconds:.0f}")
+        row = (arguments.architecture, arguments.epochs, arguments.precision, text, *figures)
         print(*row, flush=True)
         new = not Path(arguments.output).exists()
         with open(arguments.output, "a", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             if new:
-                table.writerow(("architecture", "epochs", "recipe", "val_accuracy", "train_accuracy", "seconds"))
+                table.writerow(COLUMNS)
             table.writerow(row)
 
 

@@ -88,7 +88,7 @@ def small_disk(folder, megabytes):
 
 
 def test_a_full_disk_ends_in_a_sentence_and_the_teacher_still_loads(cli, flags, finished, tmp_path):
-    with small_disk(tmp_path / "disk", 24) as disk:
+    with small_disk(tmp_path / "disk", 32) as disk:
         shutil.copytree(finished / "teacher-s0", disk / "out" / "teacher-s0")
         before = (disk / "out" / "teacher-s0" / "model.pt").read_bytes()
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 1_000_000))
