@@ -24,6 +24,7 @@ from files import Damaged, Failure, load_arrays, make_folder, save_arrays
 # 128 pictures stay in its caches: a teacher answers half as many questions again as with 1,000. On a GPU those of 2,000
 # pictures of 64x64 would fill a card of 8 GB.
 INFERENCE_BATCH = {"cpu": 128, "mps": 500, "cuda": 500}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPARE_DISK = 256 << 20  # bytes that soft targets leave free
 
 

@@ -173,7 +173,7 @@ def parser():
     option = group("machine and files")
     option("--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", "auto",
            type=device_name, metavar="NAME")
-    option("--precision", "fp32, bf16, or auto (bf16 on a GPU or a CPU with AMX, which have it built in)", "auto",
+    option("--precision", "fp32, bf16, or auto (bf16 where a GPU, or a CPU with AMX, has it built in)", "auto",
            choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
     option("--compile", "torch.compile the networks for training (needs a C++ compiler, on CUDA Triton) [off]",
            action=argparse.BooleanOptionalAction)
@@ -309,8 +309,8 @@ def _usable(device):
 
 
 def choose_precision(name, device):
-    """The precision that `name` means on `device`; auto is bf16 where matrix units for it are built in: elsewhere it is
-    emulated and many times slower."""
+    """The precision that `name` means on `device`; auto is bf16 where matrix units for it are built in: elsewhere it
+    gains nothing, or is emulated and many times slower."""
     import torch
 
     if name != "auto":

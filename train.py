@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import models
 from data import VIEWS_VERSION, Views, split
-from distill import INFERENCE_BATCH, describe, distillation_loss, precision_context, predict
+from distill import DTYPES, INFERENCE_BATCH, describe, distillation_loss, precision_context, predict
 from files import (
     Damaged,
     Failure,
@@ -258,7 +258,7 @@ class _Run:
         self.network = models.create(settings.architecture, len(self.data.classes), settings.seed)
         self.network = self.network.to(self.device, memory_format=torch.channels_last).train()
         self.forward = compile_network(self.network) if self.trainer.compiled else self.network
-        dtype = torch.bfloat16 if self.trainer.precision == "bf16" else torch.float32
+        dtype = DTYPES[self.trainer.precision]
         self.optimiser = Muon(self.network, settings.learning_rate, settings.weight_decay, MOMENTUM, dtype)
         torch.set_num_threads(self.trainer.threads)
         self.kept = None  # the epoch and step of the state on the disk

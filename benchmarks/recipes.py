@@ -25,7 +25,7 @@ import data
 import models
 import muon
 import train
-from distill import SoftTargets, distillation_loss, precision_context
+from distill import DTYPES, SoftTargets, distillation_loss, precision_context
 from files import Failure
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -125,8 +125,7 @@ def whiten(convolution, pictures):
 def make_optimiser(network, peak, recipe, precision):
     """The program's, or SGD with Nesterov momentum; the learning rate of batch norm's biases times bias_rate."""
     muon.CONVOLUTIONS, muon.ITERATIONS = recipe["convolutions"], recipe["iterations"]
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    made = muon.Muon(network, peak, recipe["weight_decay"], recipe["momentum"], dtype)
+    made = muon.Muon(network, peak, recipe["weight_decay"], recipe["momentum"], DTYPES[precision])
     convolutions, _, vectors = made.param_groups
     convolutions["params"] = [p for p in convolutions["params"] if p.requires_grad]
     biases = [m.bias for m in network.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -35,7 +35,7 @@ import data
 import main as command_line
 import models
 import train
-from distill import SoftTargets, distillation_loss, precision_context
+from distill import DTYPES, SoftTargets, distillation_loss, precision_context
 from files import Failure
 
 BATCH, CLASSES, SIZE, TEMPERATURE, ALPHA, WORKERS = 128, 10, 32, 4.0, 0.5, 2
@@ -163,7 +163,7 @@ class Ours:
 def matmul_peak(device, precision):
     """Multiply-adds a second of a large matrix product in the precision that is trained in."""
     side = 2048 if device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = min(seconds(lambda: one @ other, device) for _ in range(8))
     return side**3 / best

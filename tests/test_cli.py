@@ -15,6 +15,7 @@ import data
 import files
 import main
 import models
+import muon
 import train
 
 BLOCK = re.compile(
@@ -96,9 +97,14 @@ def test_alpha_0_is_the_baseline_bit_for_bit(cli, flags, copy):
     assert comparison["kd"][0]["improvement"]["p_value"] == 1.0
 
 
-def test_bfloat16_trains_float32_weights_and_alpha_0_is_the_baseline_there_too(cli, flags, finished, tmp_path):
+def test_bfloat16_trains_float32_weights_and_alpha_0_is_the_baseline_there_too(
+    cli, flags, finished, tmp_path, monkeypatch
+):
+    plain, stepped_in = muon.orthogonalise, set()
+    monkeypatch.setattr(muon, "orthogonalise", lambda matrix: stepped_in.add(matrix.dtype) or plain(matrix))
     for words in (["--train-teacher"], ["--alpha", "0.9"], ["--alpha", "0"]):
         assert cli(*flags, "--precision", "bf16", "--output-dir", tmp_path, *words).status == 0
+    assert stepped_in == {torch.bfloat16}
     names = ("teacher-s0", "kd-T4-a0.9-s0", "kd-T4-a0-s0", "baseline-s0")
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in names]
     assert {record["environment"]["precision"] for record in records} == {"bf16"}
