@@ -272,9 +272,7 @@ class Comparison:
         entry, logits = self._several([students["kd", temperature, alpha, seed] for seed in seeds])
         without = [baselines[seed] for seed in seeds]
         self.runs += [run for run in without if run not in self.runs]
-        count = len(self.labels)  # in whole pictures: equal gains must be equal numbers
-        right = [round(accuracy * count) for accuracy in entry["accuracies"]]
-        gains = [100 * (k - round(run["accuracy"] * count)) / count for k, run in zip(right, without, strict=True)]
+        gains = self._gains(entry["accuracies"], [run["accuracy"] for run in without])
         if len(seeds) == 1:
             right = logits[0].argmax(1) == self.labels
             right_without = _logits(without[0], self.teacher_logits.shape).argmax(1) == self.labels
@@ -286,8 +284,26 @@ class Comparison:
         else:
             improvement = paired_test(gains)
         improvement["by_seed"] = gains
-        self.kd.append({"temperature": temperature, "alpha": alpha, **entry, "improvement": improvement})
+        entry = {"temperature": temperature, "alpha": alpha, **entry, "improvement": improvement}
+        if self.kd:
+            entry["first_over_this"] = self._over(self.kd[0], entry)
+        self.kd.append(entry)
         self.kd_logits.append(logits)
+
+    def _gains(self, accuracies, others):
+        """The differences in points, seed by seed."""
+        count = len(self.labels)  # in whole pictures: equal gains must be equal numbers
+        pairs = zip(accuracies, others, strict=True)
+        return [100 * (round(one * count) - round(other * count)) / count for one, other in pairs]
+
+    def _over(self, first, other):
+        """The paired test of two pairs of temperature and alpha over the seeds of both; None below two such seeds."""
+        seeds = [seed for seed in first["seeds"] if seed in other["seeds"]]
+        if len(seeds) < 2:
+            return None
+        one, two = ([e["accuracies"][e["seeds"].index(seed)] for seed in seeds] for e in (first, other))
+        gains = self._gains(one, two)
+        return {"seeds": seeds, **paired_test(gains), "by_seed": gains}
 
     def _selection(self):
         """The entries of the sweep that chose the pair, or else of the largest one: runs with the same settings as the
@@ -414,6 +430,14 @@ def details(comparison):
             name = "Baseline" if each["role"] == "baseline" else f"KD, {pair_name(each)}"
             text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
     text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)) + "\n"
+    for each in comparison.kd[1:]:
+        over = each["first_over_this"]
+        if over and over["ci95"]:
+            mean, low, high = (points(value, "+") for value in (over["mean"], *over["ci95"]))
+            text += (
+                f"{pair_name(entry)} over {pair_name(each)}: {mean} points, 95% confidence interval {low} to {high}, "
+                f"{_p(over['p_value'])} (n = {len(over['seeds'])} seeds).\n"
+            )
     ways = trained_ways(comparison.runs)
     if len(ways) > 1:
         text += "Mind that these students were not all trained in the same way: " + "; ".join(ways) + ".\n"

@@ -217,6 +217,38 @@ def test_the_interval_pairs_each_student_with_the_baseline_of_its_seed(cli, swep
     assert got["ci95"] == pytest.approx(list(wanted.confidence_interval(0.95)))
 
 
+def test_pairs_of_temperature_and_alpha_are_compared_over_the_seeds_of_both(cli, swept, tmp_path):
+    """Against SciPy's paired t-test: a second pair with seeds 1, 2 and 3 shares two of the first one's 0, 1 and 2."""
+    folder = shutil.copytree(swept, tmp_path / "out")
+    shutil.rmtree(folder / "kd-T4-a0.1-s0")
+    first = json.loads((folder / "comparison.json").read_text())["kd"][0]
+    name = f"kd-T{first['temperature']:g}-a{first['alpha']:g}"
+    counts = {name: [12, 15, 20], "kd-T8-a0.1": [None, 11, 21, 24], "baseline": [1, 2, 3, 4]}
+    for role, right in counts.items():
+        for seed, count in enumerate(right):
+            if count is None:
+                continue
+            source = folder / (name if role != "baseline" else role)
+            run = folder / f"{role}-s{seed}"
+            if not run.exists():
+                shutil.copytree(f"{source}-s0", run)
+            record = json.loads((run / "run.json").read_text()) | {"accuracy": count / 24}
+            record["settings"]["seed"] = seed
+            if role == "kd-T8-a0.1":
+                record["settings"] |= {"temperature": 8.0, "alpha": 0.1}
+            (run / "run.json").write_text(json.dumps(record))
+    got = cli("--report", "--output-dir", folder)
+    assert got.status == 0, got
+    one, other = json.loads((folder / "comparison.json").read_text())["kd"]
+    over, wanted = other["first_over_this"], scipy.stats.ttest_rel([15, 20], [11, 21])
+    assert "first_over_this" not in one and other["seeds"] == [1, 2, 3] and over["seeds"] == [1, 2]
+    assert over["by_seed"] == pytest.approx([100 * 4 / 24, -100 / 24])
+    assert over["p_value"] == pytest.approx(wanted.pvalue)
+    pair = f"T={first['temperature']:g}, alpha={first['alpha']:g}"
+    assert f"{pair} over T=8, alpha=0.1: +6.25 points, 95% confidence interval " in got.out
+    assert f"p = {wanted.pvalue:.2f} (n = 2 seeds)." in got.out
+
+
 def test_a_report_of_logits_made_by_hand(cli, copy):
     """24 pictures, three classes; the student is right on 20 and the baseline on 15, of which 12 are the same."""
     labels = np.arange(24) % 3
