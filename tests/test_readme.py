@@ -15,7 +15,6 @@ from conftest import ROOT
 import main
 import models
 import train
-from measures import paired_test
 
 README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -73,7 +72,12 @@ def test_the_requirements_are_what_the_modules_import():
 
 
 RECORD = ROOT / "results" / "jpeg-cpu"
-SHORT, LONGER = (ROOT / "results" / "earlier" / name for name in ("8-epochs", "24-epochs"))
+EARLIER = {epochs: ROOT / "results" / "earlier" / f"{epochs}-epochs" for epochs in (8, 24, 20)}
+NOTES = " ".join((ROOT / "results" / "README.md").read_text().split())
+
+
+def comparison(folder):
+    return json.loads((folder / "comparison.json").read_text())
 
 
 def gain(test):
@@ -81,13 +85,16 @@ def gain(test):
     return f"{test['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+def by_seed(gains):
+    return ", ".join(f"{gain:+.2f}" for gain in gains)
+
+
 def spread(entry):
     return f"{len(entry['accuracies'])} | {entry['mean']:.4f} ± {entry['std']:.4f}"
 
 
-def results_rows(folder):
+def results_rows(record):
     """The rows of the README's table of a record's results and its row beside others', from what the program wrote."""
-    record = json.loads((folder / "comparison.json").read_text())
     teacher, baseline, epochs = record["teacher"]["accuracy"], record["baseline"], record["settings"]["epochs"]
     results = [f"| teacher | 1 | {teacher:.4f} | | |"]
     for kd in record["kd"]:
@@ -103,12 +110,17 @@ def results_rows(folder):
     return results, this
 
 
-def ablation_rows():
-    fixed, ablation = json.loads((SHORT / "fixed.json").read_text()), []
-    for words, name in (("logits of the views", "shared"), ("logits of the clean pictures", "fixed")):
-        test = fixed[f"{name}_over_baseline"]
-        ablation.append(f"| {words} | {spread(fixed[name])} | {gain(test)} | {test['p_value']:.2g} |")
-    return ablation
+def ablation_rows(record, fixed):
+    """What the best pair is ahead of the same with one choice taken away."""
+    _, sharp, users = record["kd"]
+    rows = []
+    for words, seeds, test in (
+        ("alpha 0.1, the default", users["first_over_this"]["seeds"], users["first_over_this"]),
+        ("temperature 1", sharp["first_over_this"]["seeds"], sharp["first_over_this"]),
+        ("soft targets of the clean pictures, the same in every epoch", fixed["seeds"], fixed["shared_over_fixed"]),
+    ):
+        rows.append(f"| {words} | {len(seeds)} | {gain(test)} | {test['p_value']:.2g} |")
+    return rows
 
 
 def test_the_results_are_those_recorded():
@@ -116,82 +128,81 @@ def test_the_results_are_those_recorded():
     tables = [
         re.findall(r"^\|.*", table, re.MULTILINE)[2:] for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
     ]
-    results, this = results_rows(RECORD)
-    assert tables[0] == results and tables[1][-1] == this and tables[2] == ablation_rows()
+    record, fixed = comparison(RECORD), json.loads((RECORD / "fixed.json").read_text())
+    results, this = results_rows(record)
+    assert tables[0] == results and tables[1] == ablation_rows(record, fixed) and tables[2][-1] == this
 
     words = " ".join(section.split())
-    fixed = json.loads((SHORT / "fixed.json").read_text())
-    by_seed = (100 * (a - b) for a, b in zip(fixed["shared"]["accuracies"], fixed["fixed"]["accuracies"], strict=True))
-    (low, high), mean = fixed["shared_over_fixed"]["ci95"], fixed["shared_over_fixed"]["mean"]
-    assert f"{mean:+.2f} points (95% interval {low:+.2f} to {high:+.2f}; by seed " in words
-    assert f"by seed {', '.join(f'{gain:+.2f}' for gain in by_seed)})" in words
-    for folder, epochs in ((SHORT, 8), (LONGER, 24)):
-        earlier = json.loads((folder / "comparison.json").read_text())
+    for epochs, folder in EARLIER.items():
+        earlier = comparison(folder)
         kd, without = earlier["kd"][0], earlier["baseline"]["mean"]
         told = f"{kd['mean']:.4f} with and {without:.4f} without, {gain(kd['improvement'])}, n = {len(kd['seeds'])}"
-        assert f"with {epochs} epochs {told}" in words
-
-    record = json.loads((RECORD / "comparison.json").read_text())
-    best, users = record["kd"]
-    pairs = zip(best["accuracies"], users["accuracies"], strict=False)  # fewer seeds for the second
-    ahead = paired_test([100 * (a - b) for a, b in pairs])
-    assert f"by {gain(ahead).replace(' (', ' points (')}, n = {len(users['seeds'])}. What" in words
+        assert f"{epochs} epochs {told}" in words
+    short, before = json.loads((EARLIER[8] / "fixed.json").read_text()), comparison(EARLIER[20])["kd"][1]["improvement"]
+    assert f"8 epochs ({gain(short['shared_over_fixed']).replace(' (', ', ')}; Beyer" in words
+    assert f"20 epochs the gain at 0.1 was as large, {gain(before).replace(' (', ' points (')}" in words
+    assert f"{gain(fixed['fixed_over_baseline']).replace(' (', ' points (')} over the baseline." in words
+    best, _, users = record["kd"]
     for measure in ("calibration_error", "negative_log_likelihood"):
         means = (statistics.mean(entry[measure]) for entry in (record["baseline"], users, best))
         assert ", ".join(f"{mean:.3f}" for mean in means) in words
 
 
 def test_the_record_is_the_one_planned_before_it():
-    record = json.loads((RECORD / "comparison.json").read_text())
-    best, users = record["kd"]
-    assert (best["temperature"], best["alpha"], best["seeds"]) == (4, 0.9, [0, 1, 2, 3, 4])
-    assert (users["temperature"], users["alpha"], users["seeds"]) == (4, 0.1, [0, 1, 2, 3])
-    assert record["settings"]["epochs"] == 20 and record["settings"]["recipe"] == train.RECIPE
+    record, fixed = comparison(RECORD), json.loads((RECORD / "fixed.json").read_text())
+    pairs = {(kd["temperature"], kd["alpha"]): kd["seeds"] for kd in record["kd"]}
+    assert pairs == {(4, 0.9): [0, 1, 2, 3, 4], (1, 0.9): [0, 1, 2], (4, 0.1): [0, 1, 2]}
+    assert (fixed["temperature"], fixed["alpha"], fixed["seeds"]) == (4, 0.9, [0, 1, 2])
+    assert comparison(RECORD / "seed-5")["kd"][0]["seeds"] == [5]
+    assert record["settings"]["epochs"] == 24 and record["settings"]["recipe"] == train.RECIPE
     assert record["environment"]["precision"] == "bf16"
 
 
-@pytest.mark.parametrize("folder", [RECORD, SHORT, LONGER], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [RECORD, *EARLIER.values()], ids=lambda folder: folder.name)
 def test_the_histories_are_of_the_epochs_named(folder):
     def epochs(run):
         return len((folder / run / "history.csv").read_text().splitlines()) - 1
 
-    record = json.loads((folder / "comparison.json").read_text())
+    record = comparison(folder)
     runs = {"baseline": record["baseline"]}
     runs |= {f"kd-T{kd['temperature']:g}-a{kd['alpha']:g}": kd for kd in record["kd"]}
     assert all(len(entry["seeds"]) >= 3 for entry in runs.values())
     lengths = {epochs(f"{role}-s{seed}") for role, entry in runs.items() for seed in entry["seeds"]}
     assert lengths == {record["settings"]["epochs"]}
     words = f"teacher {epochs('teacher-s0')} epochs, students {record['settings']['epochs']}"
-    assert words in " ".join((README + (ROOT / "results" / "README.md").read_text()).lower().split())
+    assert words in " ".join((README + NOTES).lower().split())
 
 
 def test_the_notes_on_the_records_are_those_recorded():
-    text = " ".join((ROOT / "results" / "README.md").read_text().split())
-    for folder in (RECORD, SHORT, LONGER):
-        for entry in json.loads((folder / "comparison.json").read_text())["kd"]:
-            gains = ", ".join(f"{gain:+.2f}" for gain in entry["improvement"]["by_seed"])
-            assert f"{gains} points" in text or f"{gains} at alpha {entry['alpha']}" in text
+    for folder in (RECORD, *EARLIER.values()):
+        for entry in comparison(folder)["kd"]:
+            gains, pair = by_seed(entry["improvement"]["by_seed"]), f"T = {entry['temperature']:g} and alpha"
+            endings = (" points", f" at alpha {entry['alpha']:g}", f" at {pair} {entry['alpha']:g}")
+            assert any(gains + ending in NOTES for ending in endings), gains
+    fixed = json.loads((RECORD / "fixed.json").read_text())
+    pairs = zip(fixed["shared"]["accuracies"], fixed["fixed"]["accuracies"], strict=True)
+    assert f"{by_seed(100 * (a - b) for a, b in pairs)} over the logits of the clean pictures" in NOTES
 
 
-def test_another_seed_is_inside_the_spread():
-    text = " ".join((ROOT / "results" / "README.md").read_text().split())
-    record, another = (json.loads((SHORT / name / "comparison.json").read_text()) for name in ("", "seed-5"))
+@pytest.mark.parametrize("folder", [RECORD, EARLIER[8]], ids=lambda folder: folder.name)
+def test_another_seed_is_inside_the_spread(folder):
+    record, another = comparison(folder), comparison(folder / "seed-5")
     kd, baseline, sixth = another["kd"][0], another["baseline"], another["kd"][0]["improvement"]["mean"]
     assert not set(kd["seeds"]) & set(record["kd"][0]["seeds"]) and kd["alpha"] == record["kd"][0]["alpha"]
-    assert f"{kd['mean']:.4f} with KD at alpha 0.9, {baseline['mean']:.4f} without, a gain of {sixth:+.2f}" in text
+    assert f"{kd['mean']:.4f} with KD at alpha 0.9, {baseline['mean']:.4f} without, a gain of {sixth:+.2f}" in NOTES
     five = record["kd"][0]["improvement"]["by_seed"]
     reach = scipy.stats.t.ppf(0.975, 4) * statistics.stdev(five) * (1 + 1 / 5) ** 0.5
     low, high = statistics.mean(five) - reach, statistics.mean(five) + reach
-    assert low < sixth < high and f"between {low:+.2f} and {high:+.2f} (95% prediction" in text
+    assert low < sixth < high and f"between {low:+.2f} and {high:+.2f} (95% prediction" in NOTES
 
 
 def test_the_longer_records_teacher_is_that_recorded():
-    folder = LONGER / "teacher-s0"
+    folder = EARLIER[24] / "teacher-s0"
     accuracy = json.loads((folder / "run.json").read_text())["accuracy"]
     with open(folder / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     words = f"{accuracy:.4f} on the test pictures, {float(rows[-1]['train_accuracy']):.3f} on its augmented"
-    assert len(rows) == 20 and words in " ".join((ROOT / "results" / "README.md").read_text().split())
+    assert len(rows) == 20 and words in NOTES
 
 
 def test_the_sizes_of_the_networks_are_those_of_the_readme():
