@@ -230,6 +230,17 @@ def test_the_recipes_tried_are_those_measured():
     assert re.findall(r"^\| `(.*?)` \| ([\d.]+) \|", text, re.MULTILINE) == rows
 
 
+def test_the_learning_rate_is_as_good_for_the_baseline_as_the_readme_says():
+    with open(ROOT / "results" / "recipes.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["precision"], row["epochs"]) == ("bf16", "16")]
+    accuracy = {row["recipe"]: row["val_accuracy"] for row in rows}
+    kd = "teacher=TEACHER temperature=4 alpha=0.9"
+    told = f"{accuracy['lr=0.1']} instead of {accuracy['']} for the baseline, {accuracy[f'lr=0.1 {kd}']} instead of "
+    assert told + f"{accuracy[kd]} with KD" in " ".join(README.split())
+    gains = [float(accuracy[f"{rate}{kd}"]) - float(accuracy[rate.strip()]) for rate in ("", "lr=0.1 ")]
+    assert f"the gain would be {100 * (gains[0] - gains[1]):.1f} points smaller" in " ".join(README.split())
+
+
 def test_the_speeds_are_those_measured():
     measured = json.loads((ROOT / "results" / "throughput-cpu.json").read_text())
     table = README.split("## How fast")[1].split("\n## ")[0]
