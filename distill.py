@@ -81,6 +81,27 @@ def rounded(logits):
     return (logits - logits.amax(1, keepdim=True)).clamp_min(torch.finfo(torch.float16).min).half()
 
 
+class Ensemble:
+    """The soft targets of one teacher or of several that answer together: the mean of their logits.
+
+    At every temperature its softmax is the geometric mean of the teachers' distributions, which arXiv 1503.02531,
+    section 1, names for ensembles. Each teacher is asked, and its logits kept, as if it were alone.
+    """
+
+    def __init__(self, members):
+        """`members` are SoftTargets of the same views; their order decides last bits."""
+        self.members = members
+
+    @property
+    def bytes_per_epoch(self):
+        return sum(member.bytes_per_epoch for member in self.members)
+
+    def epoch(self, epoch, description="soft targets"):
+        """float16 (N, classes) on the views' device: the targets of all pictures of the full training set."""
+        logits = [member.epoch(epoch, description).float() for member in self.members]
+        return rounded(torch.stack(logits).mean(0))
+
+
 class SoftTargets:
     """A teacher's logits for every view of an epoch, asked for once and kept below `folder`.
 

@@ -45,6 +45,8 @@ examples:
   python main.py --train-teacher --epochs 200               train the teacher
   python main.py --epochs 200 --temperature 4 --alpha 0.1   train the student with and without it, and compare
   python main.py --seeds 5                                  five pairs of students: is the gain real?
+  python main.py --train-teacher --seeds 3                  three teachers: teacher-s0, teacher-s1, teacher-s2
+  python main.py --teacher outputs/teacher-s*               students of all of them together, as an ensemble
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
   python main.py --dataset folder --data-dir pets --train-teacher    pictures in pets/train/CLASS and pets/test/CLASS
 """
@@ -144,9 +146,9 @@ def parser():
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
-    option("--teacher", "a finished teacher's folder or model.pt [output folder's teacher-s<seed>, or its only one]",
-           type=path, metavar="PATH")
-    option("--seeds", "pairs of students to train, from --seed up: more give a narrower interval", 1,
+    option("--teacher", "a finished teacher's folder or model.pt; several answer together, by their mean logits "
+           "[output folder's teacher-s<seed>, or its only one]", type=path, nargs="+", metavar="PATH")
+    option("--seeds", "pairs of students (or teachers) to train, from --seed up: more give a narrower interval", 1,
            type=whole(1, 1000), metavar="N")
     option("--val-fraction", "part of the training set on which a sweep is judged [0.1]",
            type=number(0, 0.5, above=True), metavar="F")
@@ -199,7 +201,6 @@ def parse(argv):
         for name, given in (
             ("--report", arguments.report),
             ("--teacher", arguments.teacher),
-            ("--seeds", arguments.seeds > 1),
         ):
             if given:
                 raise Usage(f"{name} is for students and does not go with --train-teacher")
@@ -235,11 +236,15 @@ def teacher_command(arguments, **begun):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def find_teacher(arguments):
-    """The path of the finished teacher's model.pt; raises Failure where there is none. Needs no PyTorch."""
+def find_teachers(arguments):
+    """The paths of the finished teachers' model.pt; raises Failure where one is missing. Needs no PyTorch."""
+    return [_find_teacher(arguments, named) for named in arguments.teacher or [None]]
+
+
+def _find_teacher(arguments, named):
     output = Path(arguments.output_dir)
-    if arguments.teacher:
-        place = Path(arguments.teacher)
+    if named:
+        place = Path(named)
         if place.is_file():
             return place
         if not place.is_dir():
@@ -250,7 +255,8 @@ def find_teacher(arguments):
             others = sorted(each for each in output.glob("teacher-s*") if each.is_dir())
             if len(others) > 1:
                 raise Failure(
-                    f"{output} holds several teachers. Name one with --teacher: {', '.join(map(str, others))}"
+                    f"{output} holds several teachers. Name one with --teacher, or several as an ensemble: "
+                    f"{', '.join(map(str, others))}"
                 )
             place = others[0] if others else place
     if (place / "model.pt").is_file():
@@ -271,7 +277,7 @@ def find_teacher(arguments):
             f"The teacher in {place} is unfinished ({progress}). Finish it with its own command:\n"
             f"{teacher_command(arguments, **begun)}"
         )
-    where = arguments.teacher or output
+    where = named or output
     raise Failure(f"There is no teacher in {where} yet. Train one first:\n{teacher_command(arguments)}")
 
 
@@ -424,20 +430,39 @@ class Session:
             print(f"{folder}: {kind} accuracy {result:.4f}{before}", flush=True)
 
 
-def train_teacher(session):
-    settings = session.settings("teacher", session.arguments.seed)
-    students = 0 if session.arguments.train_teacher else 2 * session.arguments.seeds
-    runs = [(session.output / settings.name, settings)]
+def train_teachers(session):
+    given = session.arguments
+    students = 0 if given.train_teacher else 2 * given.seeds
+    runs = [session.settings("teacher", given.seed + number) for number in range(1 if students else given.seeds)]
+    runs = [(session.output / settings.name, settings) for settings in runs]
     session.prepare(runs)
-    if students and session.arguments.overwrite:  # --demo: now, so that they never stop whoever continues without it
+    if students and given.overwrite:  # --demo: now, so that they never stop whoever continues without it
         session.prepare(session.selection(None) + session.students(None))
     session.train(runs, afterwards=students)
 
 
-def train_students(session, teacher_path, content):
+def verify_teacher(session, path, content):
+    """Raises Failure where a teacher, the `content` of the model.pt at `path`, does not fit the session's data."""
+    data = session.data
+    for what, found, wanted in (
+        ("holds a network of architecture", content["architecture"], "teacher"),
+        ("was trained for the classes", ", ".join(content["classes"]), ", ".join(data.classes)),
+        ("was trained for the image size", content["image_size"], data.image_size),
+    ):
+        if found != wanted:
+            raise Failure(f"The teacher {path} {what} {found}, but {wanted} is needed.")
+    if content["settings"].get("data") != data.digest:
+        raise Failure(
+            f"The teacher {path} was trained on other pictures than these. Train one on these, and students beside "
+            "it, in another output folder, such as:\n"
+            f"{teacher_command(session.arguments, output_dir=f'{session.output}-2')}"
+        )
+
+
+def train_students(session, contents):
     """The sweep where there is one, then the students with and without distillation. Returns what the report needs.
 
-    `content` is that of the teacher's model.pt, verified."""
+    `contents` are pairs of the teachers' model.pt and its verified content."""
     import torch
 
     import distill
@@ -447,27 +472,23 @@ def train_students(session, teacher_path, content):
     from data import split
 
     given, data = session.arguments, session.data
-    for what, found, wanted in (
-        ("holds a network of architecture", content["architecture"], "teacher"),
-        ("was trained for the classes", ", ".join(content["classes"]), ", ".join(data.classes)),
-        ("was trained for the image size", content["image_size"], data.image_size),
-    ):
-        if found != wanted:
-            raise Failure(f"The teacher {teacher_path} {what} {found}, but {wanted} is needed.")
-    if content["settings"].get("data") != data.digest:
-        raise Failure(
-            f"The teacher {teacher_path} was trained on other pictures than these. Train one on these, and students "
-            f"beside it, in another output folder, such as:\n{teacher_command(given, output_dir=f'{session.output}-2')}"
-        )
-    teacher_digest = models.digest(content["state_dict"])
-    teacher = models.restore(content).to(session.device, memory_format=torch.channels_last)
-    print(f"{teacher_path}: test accuracy {content['accuracy']:.4f} (teacher)")
-    targets = distill.SoftTargets(
-        teacher, teacher_digest, data.digest, session.trainer.views(), session.output / "targets", session.precision
-    )
+    teachers = {}
+    for path, content in contents:
+        verify_teacher(session, path, content)
+        digest = models.digest(content["state_dict"])
+        if digest in teachers:
+            raise Failure(f"The teacher {path} is named twice: in an ensemble every network has one vote.")
+        teachers[digest] = models.restore(content).to(session.device, memory_format=torch.channels_last)
+        print(f"{path}: test accuracy {content['accuracy']:.4f} (teacher)")
+    teachers = dict(sorted(teachers.items()))  # whatever the order in which they are named, they answer the same
+    teacher_digest, views, kept = "+".join(teachers), session.trainer.views(), session.output / "targets"
+    targets = distill.Ensemble(
+        [distill.SoftTargets(each, digest, data.digest, views, kept, session.precision)
+         for digest, each in teachers.items()]
+    )  # fmt: skip
     if any(given.alpha):
-        print(f"Soft targets: {given.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {targets.folder}", flush=True)
-    report.keep_test_set(session.output, data, teacher, teacher_digest)
+        print(f"Soft targets: {given.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {kept}", flush=True)
+    report.keep_test_set(session.output, data, teachers)
 
     seeds = range(given.seed, given.seed + given.seeds)
     pairs = list(itertools.product(given.temperature, given.alpha))
@@ -505,20 +526,18 @@ def run(arguments, stop):
             report.report(arguments.output_dir)
         return
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
-    teacher_path = None if arguments.train_teacher or demo else find_teacher(arguments)
+    paths = [] if arguments.train_teacher or demo else find_teachers(arguments)
     with lock(arguments.output_dir):
         import models
         import report
 
-        content = models.read(teacher_path) if teacher_path else None
+        contents = [(path, models.read(path)) for path in paths]
         session = Session(arguments, stop)
-        if teacher_path is None:
-            train_teacher(session)
+        if not paths:
+            train_teachers(session)
         if not arguments.train_teacher:
-            if content is None:
-                teacher_path = find_teacher(arguments)
-                content = models.read(teacher_path)
-            asked = train_students(session, teacher_path, content)
+            contents = contents or [(path, models.read(path)) for path in find_teachers(arguments)]
+            asked = train_students(session, contents)
             report.report(arguments.output_dir, asked)
 
 

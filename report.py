@@ -42,13 +42,14 @@ from measures import (
 # What a folder holds -------------------------------------------------------------------------------------------------
 
 
-def keep_test_set(output, data, teacher, teacher_digest):
-    """Keeps what a report needs besides the runs: the test pictures and labels, and the teacher's test logits."""
+def keep_test_set(output, data, teachers):
+    """Keeps what a report needs besides the runs: the test pictures and labels, and the test logits of `teachers`, a
+    dict of digests and networks."""
     from train import evaluate
 
     folder = Path(output) / "data"
     make_folder(folder)
-    test, logits = _test_path(output, data.digest), _teacher_path(output, teacher_digest, data.digest)
+    test = _test_path(output, data.digest)
     if not _whole(test):
         save_arrays(
             test,
@@ -56,9 +57,11 @@ def keep_test_set(output, data, teacher, teacher_digest):
             labels=data.test_labels.cpu().numpy(),
             classes=np.array(data.classes),
         )
-    if not _whole(logits):
-        found = evaluate(teacher, data.test_pictures, data.mean, data.std)
-        save_arrays(logits, logits=found.cpu().numpy())
+    for digest, teacher in teachers.items():
+        path = _teacher_path(output, digest, data.digest)
+        if not _whole(path):
+            logits = evaluate(teacher, data.test_pictures, data.mean, data.std)
+            save_arrays(path, logits=logits.cpu().numpy())
 
 
 def _whole(path):
@@ -205,8 +208,7 @@ class Comparison:
         self._read_test_set()
         baselines = {key[3]: run for key, run in fitting.items() if key[0] == "baseline"}
         students = {key: run for key, run in fitting.items() if key[0] == "kd"}
-        self.teacher_run = self._teacher_run(runs)
-        self.runs = [self.teacher_run] if self.teacher_run else []
+        self.runs = self._teacher_runs(runs)
         self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds])
         self.kd, self.kd_logits = [], []
         self._add(*pair, seeds, students, baselines)
@@ -216,16 +218,17 @@ class Comparison:
                 self._add(temperature, alpha, shared, students, baselines)
         self.teacher = {
             "accuracy": float((self.teacher_logits.argmax(1) == self.labels).mean()),
-            **self.first["costs"]["teacher"],
+            "members": [float((each.argmax(1) == self.labels).mean()) for each in self.member_logits],
+            **{name: len(self.member_logits) * count for name, count in self.first["costs"]["teacher"].items()},
             **_measures(self.teacher_logits, self.labels, len(self.classes)),
         }
         self.student = dict(self.first["costs"]["student"])
         self.selection = self._selection()
 
-    def _teacher_run(self, runs):
-        """The teacher's run, where it is in this output folder."""
+    def _teacher_runs(self, runs):
+        """The teachers' runs, those that are in this output folder."""
         found = (r for r in runs.values() if r["settings"]["role"] == "teacher")
-        return next((r for r in found if r.get("weights_sha256") == self.settings["teacher"]), None)
+        return [r for r in found if r.get("weights_sha256") in self.settings["teacher"].split("+")]
 
     def _asked_before(self, runs):
         path = self.output / "comparison.json"
@@ -250,19 +253,24 @@ class Comparison:
         return {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
 
     def _read_test_set(self):
-        data, teacher = self.settings["data"], self.settings["teacher"]
-        paths = _test_path(self.output, data), _teacher_path(self.output, teacher, data)
-        for path in paths:
+        data, teachers = self.settings["data"], self.settings["teacher"].split("+")
+        place, *places = _test_path(self.output, data), *(_teacher_path(self.output, each, data) for each in teachers)
+        for path in (place, *places):
             if not path.is_file():
                 raise Failure(
                     f"{path} is not there. Run the command that trained the students again; it writes it anew."
                 )
-        test, teacher = (load_arrays(path) for path in paths)
+        path = place
         try:
+            test = load_arrays(path)
             self.pictures, self.labels, self.classes = test["pictures"], test["labels"], test["classes"].tolist()
-            self.teacher_logits = _checked(paths[1], teacher["logits"], (len(self.labels), len(self.classes)))
+            self.member_logits = []
+            for path in places:
+                logits = load_arrays(path)["logits"]
+                self.member_logits.append(_checked(path, logits, (len(self.labels), len(self.classes))))
         except (LookupError, TypeError) as error:
-            raise Damaged(f"{paths[0]} or {paths[1].name} is damaged: {error} is missing.") from None
+            raise Damaged(f"{path} is damaged: {error} is missing.") from None
+        self.teacher_logits = np.mean(self.member_logits, axis=0)  # as distill.Ensemble has them for views
 
     def _several(self, records):
         self.runs += records
@@ -407,8 +415,9 @@ def details(comparison):
         )
 
     text = _row("", "accuracy", "std", "n", "agreement", "ECE", "NLL")
+    several = len(teacher["members"]) > 1
     text += _row(
-        "Teacher",
+        f"Teacher, {len(teacher['members'])} networks" if several else "Teacher",
         f"{teacher['accuracy']:.4f}",
         "",
         1,
@@ -416,6 +425,9 @@ def details(comparison):
         f"{teacher['calibration_error']:.4f}",
         f"{teacher['negative_log_likelihood']:.4f}",
     )
+    if several:
+        alone = teacher["members"]
+        text += _row("  each alone", f"{np.mean(alone):.4f}", f"{spread(alone):.4f}", len(alone))
     for each in comparison.kd:
         text += students(f"KD, {pair_name(each)}", each)
     text += students("Baseline", baseline)

@@ -54,7 +54,8 @@ HISTORY = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What identifies a run: with all of it equal, a run's weights are equal. `data` and `teacher` are digests."""
+    """What identifies a run: with all of it equal, a run's weights are equal. `data` and `teacher` are digests, those
+    of several teachers sorted and joined by "+"."""
 
     role: str  # "teacher", "kd" or "baseline"
     data: str

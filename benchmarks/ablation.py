@@ -21,7 +21,7 @@ import data
 import main as command_line
 import models
 import train
-from distill import INFERENCE_BATCH, describe, predict, rounded
+from distill import INFERENCE_BATCH, Ensemble, describe, predict, rounded
 from files import Failure, Stop, lock, write_json
 from measures import paired_test, spread
 from report import agree, finished_runs
@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--temperature", type=float, required=True)
     parser.add_argument("--alpha", type=float, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", help="[all that OUTPUT_DIR holds]")
-    parser.add_argument("--teacher", help="its folder or model.pt [that in OUTPUT_DIR]")
+    parser.add_argument("--teacher", nargs="+", help="its folder or model.pt, or theirs [that in OUTPUT_DIR]")
     parser.add_argument("--device", default="auto", help="must be what the runs were trained on")
     arguments = parser.parse_args()
     temperature, alpha, output = arguments.temperature, arguments.alpha, arguments.output
@@ -72,16 +72,17 @@ def main():
         sys.exit(f"error: the runs were trained on {made_with['device']}, and this is {describe(device)}.")
     loaded = data.folder(arguments.pictures, pairs[seeds[0]]["settings"]["image_size"], cache=output / "data")
     loaded = loaded.to(device)
-    place = ["--teacher", arguments.teacher] if arguments.teacher else []
-    teacher = models.load(command_line.find_teacher(command_line.parse(["--output-dir", str(output), *place])))
+    places = ["--teacher", *arguments.teacher] if arguments.teacher else []
+    paths = command_line.find_teachers(command_line.parse(["--output-dir", str(output), *places]))
+    teachers = {models.digest(teacher.state_dict()): teacher for teacher in map(models.load, paths)}
     settings = [pairs[seed]["settings"] for seed in seeds]
     if any(each["data"] != loaded.digest for each in settings):
         sys.exit(f"error: the runs in {output} were trained on other pictures than those in {arguments.pictures}.")
-    teacher_digest = models.digest(teacher.state_dict())
-    if any(each["teacher"] != teacher_digest for each in settings):
+    if any(each["teacher"] != "+".join(sorted(teachers)) for each in settings):
         sys.exit(f"error: the runs in {output} were not distilled from the teacher that is there.")
     trainer = train.Trainer(loaded, device, precision, stop=Stop(), compiled=made_with.get("compiled", False))
-    targets = FixedTargets(teacher.to(device, memory_format=torch.channels_last), loaded, precision)
+    teachers = [teachers[digest].to(device, memory_format=torch.channels_last) for digest in sorted(teachers)]
+    targets = Ensemble([FixedTargets(teacher, loaded, precision) for teacher in teachers])
     fixed = []
     for seed in seeds:
         settings = train.Settings(**{k: v for k, v in pairs[seed]["settings"].items() if k != "architecture"})

@@ -48,7 +48,6 @@ USAGE = {
     "stray word": ("200",),
     "report and teacher": ("--report", "--train-teacher"),
     "teacher and teacher": ("--train-teacher", "--teacher", "x"),
-    "teacher with seeds": ("--train-teacher", "--seeds", "3"),
     "teacher with a sweep": ("--train-teacher", "--temperature", "1", "2"),
     "validation without a sweep": ("--val-fraction", "0.1"),
     "mirror of a folder": ("--dataset", "folder", "--data-url", "http://127.0.0.1/x"),
