@@ -45,8 +45,8 @@ examples:
   python main.py --train-teacher --epochs 200               train the teacher
   python main.py --epochs 200 --temperature 4 --alpha 0.1   train the student with and without it, and compare
   python main.py --seeds 5                                  five pairs of students: is the gain real?
-  python main.py --train-teacher --seeds 3                  three teachers: teacher-s0, teacher-s1, teacher-s2
-  python main.py --teacher outputs/teacher-s*               students of all of them together, as an ensemble
+  python main.py --train-teacher --seeds 2                  two teachers: teacher-s0 and teacher-s1
+  python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1      students of both together
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
   python main.py --dataset folder --data-dir pets --train-teacher    pictures in pets/train/CLASS and pets/test/CLASS
 """
@@ -137,7 +137,8 @@ def parser():
 
     option = group("what to do")
     # fmt: off
-    option("--train-teacher", "train the teacher; without it, the student with and without distillation", **SWITCH)
+    option("--train-teacher", "train the teacher (or --seeds N of them); without it, the student with and without "
+           "distillation", **SWITCH)
     option("--report", "print and draw the comparison again from a folder's finished runs", **SWITCH)
     option("--demo", "both steps on small drawn shapes, offline; other options overrule its settings", **SWITCH)
 
@@ -147,9 +148,10 @@ def parser():
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
     option("--teacher", "a finished teacher's folder or model.pt; several answer together, by their mean logits "
-           "[output folder's teacher-s<seed>, or its only one]", type=path, nargs="+", metavar="PATH")
-    option("--seeds", "pairs of students (or teachers) to train, from --seed up: more give a narrower interval", 1,
-           type=whole(1, 1000), metavar="N")
+           "[output folder's teacher-s<seed>, or its only one]",
+           type=path, nargs="+", action="extend", metavar="PATH")
+    option("--seeds", "pairs of students, or teachers, to train, from --seed up; more pairs give a narrower interval",
+           1, type=whole(1, 1000), metavar="N")
     option("--val-fraction", "part of the training set on which a sweep is judged [0.1]",
            type=number(0, 0.5, above=True), metavar="F")
 
@@ -256,7 +258,7 @@ def _find_teacher(arguments, named):
             if len(others) > 1:
                 raise Failure(
                     f"{output} holds several teachers. Name one with --teacher, or several as an ensemble: "
-                    f"{', '.join(map(str, others))}"
+                    f"{' '.join(map(str, others))}"
                 )
             place = others[0] if others else place
     if (place / "model.pt").is_file():
@@ -277,8 +279,13 @@ def _find_teacher(arguments, named):
             f"The teacher in {place} is unfinished ({progress}). Finish it with its own command:\n"
             f"{teacher_command(arguments, **begun)}"
         )
-    where = named or output
-    raise Failure(f"There is no teacher in {where} yet. Train one first:\n{teacher_command(arguments)}")
+    if named and (inside := sorted(place.glob("teacher-s*/model.pt"))):
+        raise Failure(f"--teacher {named} is not a teacher, but holds: {' '.join(str(each.parent) for each in inside)}")
+    own = re.fullmatch(r"teacher-s(\d+)", place.name)  # the program's own name for it
+    begun = {"output_dir": str(place.parent), "seed": int(own[1])} if named and own else {}
+    raise Failure(
+        f"There is no teacher in {named or output} yet. Train one first:\n{teacher_command(arguments, **begun)}"
+    )
 
 
 def choose_device(name):
@@ -472,12 +479,13 @@ def train_students(session, contents):
     from data import split
 
     given, data = session.arguments, session.data
-    teachers = {}
+    teachers, named = {}, {}
     for path, content in contents:
         verify_teacher(session, path, content)
         digest = models.digest(content["state_dict"])
-        if digest in teachers:
-            raise Failure(f"The teacher {path} is named twice: in an ensemble every network has one vote.")
+        if digest in named:
+            raise Failure(f"{path} and {named[digest]} are the same teacher, which has one vote: name it once.")
+        named[digest] = path
         teachers[digest] = models.restore(content).to(session.device, memory_format=torch.channels_last)
         print(f"{path}: test accuracy {content['accuracy']:.4f} (teacher)")
     teachers = dict(sorted(teachers.items()))  # whatever the order in which they are named, they answer the same

@@ -113,6 +113,8 @@ def _record(path):
         "teacher": (str, type(None)),
     }.items():  # fmt: skip
         need(settings, name, *kinds)
+    if settings["role"] == "kd":
+        need(settings, "teacher", str)
     if need(record, "finished", bool):
         need(record, "environment", dict)
         need(record, "seconds", float)
@@ -264,10 +266,9 @@ class Comparison:
         try:
             test = load_arrays(path)
             self.pictures, self.labels, self.classes = test["pictures"], test["labels"], test["classes"].tolist()
-            self.member_logits = []
+            shape, self.member_logits = (len(self.labels), len(self.classes)), []
             for path in places:
-                logits = load_arrays(path)["logits"]
-                self.member_logits.append(_checked(path, logits, (len(self.labels), len(self.classes))))
+                self.member_logits.append(_checked(path, load_arrays(path)["logits"], shape))
         except (LookupError, TypeError) as error:
             raise Damaged(f"{path} is damaged: {error} is missing.") from None
         self.teacher_logits = np.mean(self.member_logits, axis=0)  # as distill.Ensemble has them for views
@@ -346,7 +347,8 @@ class Comparison:
         return entries
 
     def as_dict(self):
-        """What comparison.json holds."""
+        """What comparison.json holds; the teacher's `members` are the accuracies of each of several teachers alone, in
+        the order of their digests in the settings."""
         return {
             "settings": self.settings,
             "environment": self.environment,

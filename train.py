@@ -229,9 +229,9 @@ class Trainer:
         """Trains the run `settings` in `folder`, or continues or reuses what is there; returns its accuracy (on the
         test set, or on the validation part where there is one).
 
-        `targets` are the teacher's SoftTargets, for a distilled student with alpha above 0. Raises Failure where the
-        folder holds a run with other settings (see `reset`) or where the training diverges, and Interrupted, with the
-        state kept, on a signal.
+        `targets` are the teachers' distill.Ensemble, for a distilled student with alpha above 0. Raises Failure where
+        the folder holds a run with other settings (see `reset`) or where the training diverges, and Interrupted, with
+        the state kept, on a signal.
         """
         return _Run(self, Path(folder), settings, targets, title or settings.name).train()
 

@@ -48,7 +48,11 @@ def main():
     parser.add_argument("--temperature", type=float, required=True)
     parser.add_argument("--alpha", type=float, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", help="[all that OUTPUT_DIR holds]")
-    parser.add_argument("--teacher", nargs="+", help="its folder or model.pt, or theirs [that in OUTPUT_DIR]")
+    parser.add_argument(
+        "--teacher",
+        nargs="+",
+        help="its folder or model.pt, or those of several [the only one, or that of seed 0, in OUTPUT_DIR]",
+    )
     parser.add_argument("--device", default="auto", help="must be what the runs were trained on")
     arguments = parser.parse_args()
     temperature, alpha, output = arguments.temperature, arguments.alpha, arguments.output
@@ -79,7 +83,7 @@ def main():
     if any(each["data"] != loaded.digest for each in settings):
         sys.exit(f"error: the runs in {output} were trained on other pictures than those in {arguments.pictures}.")
     if any(each["teacher"] != "+".join(sorted(teachers)) for each in settings):
-        sys.exit(f"error: the runs in {output} were not distilled from the teacher that is there.")
+        sys.exit(f"error: the runs in {output} were not distilled from this teacher. Name theirs with --teacher.")
     trainer = train.Trainer(loaded, device, precision, stop=Stop(), compiled=made_with.get("compiled", False))
     teachers = [teachers[digest].to(device, memory_format=torch.channels_last) for digest in sorted(teachers)]
     targets = Ensemble([FixedTargets(teacher, loaded, precision) for teacher in teachers])

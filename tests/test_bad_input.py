@@ -204,6 +204,10 @@ def teacher_is_an_empty_folder(out):
     return ("--teacher", out / "empty"), ["empty", "--train-teacher"]
 
 
+def teacher_is_the_folder_of_one(out):
+    return ("--teacher", out), ["teacher-s0", "not a teacher"]
+
+
 def teacher_is_a_student(out):
     return ("--teacher", out / "baseline-s0"), ["architecture student"]
 
@@ -333,7 +337,8 @@ def baseline_is_another(out):
 
 
 TEACHERS = (
-    teacher_is_absent, teacher_is_an_empty_folder, teacher_is_a_student, teacher_is_text, teacher_is_cut_short,
+    teacher_is_absent, teacher_is_an_empty_folder, teacher_is_the_folder_of_one, teacher_is_a_student,
+    teacher_is_text, teacher_is_cut_short,
     teacher_of_other_image_size, teacher_of_other_classes, teacher_of_other_pictures,
     unfinished_teacher_with_a_damaged_note, other_epochs, other_batch_size, damaged_student, damaged_run_json,
     report_of_nothing, report_of_an_absent_folder, report_of_a_damaged_comparison,
