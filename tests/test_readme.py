@@ -72,6 +72,7 @@ def test_the_requirements_are_what_the_modules_import():
 
 
 RECORD = ROOT / "results" / "jpeg-cpu"
+THREE = ROOT / "results" / "jpeg-cpu-ensemble"
 EARLIER = {epochs: ROOT / "results" / "earlier" / f"{epochs}-epochs" for epochs in (8, 24, 20)}
 NOTES = " ".join((ROOT / "results" / "README.md").read_text().split())
 
@@ -96,15 +97,21 @@ def spread(entry):
 def results_rows(record):
     """The rows of the README's table of a record's results and its row beside others', from what the program wrote."""
     teacher, baseline, epochs = record["teacher"]["accuracy"], record["baseline"], record["settings"]["epochs"]
-    results = [f"| teacher | 1 | {teacher:.4f} | | |"]
+    alone = sorted(record["teacher"].get("members", [teacher]))
+    several = len(alone) > 1
+    who = "teacher"
+    if several:
+        who = f"three teachers together (each alone {', '.join(f'{each:.4f}' for each in alone)})"
+    results = [f"| {who} | 1 | {teacher:.4f} | | |"]
     for kd in record["kd"]:
         test = kd["improvement"]
         pair = f"T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
         results.append(f"| student with KD, {pair} | {spread(kd)} | {gain(test)} | {test['p_value']:.2g} |")
     results.append(f"| baseline | {spread(baseline)} | | |")
     kd = record["kd"][0]
+    three = "three teachers, " if several else ""
     this = (
-        f"| this program, JPEG copy, T = {kd['temperature']:g}, alpha = {kd['alpha']:g} | {epochs} | "
+        f"| this program, JPEG copy, {three}T = {kd['temperature']:g}, alpha = {kd['alpha']:g} | {epochs} | "
         f"{len(kd['seeds'])} | {teacher:.4f} | {kd['mean']:.4f} | {baseline['mean']:.4f} | {gain(kd['improvement'])} |"
     )
     return results, this
@@ -130,7 +137,10 @@ def test_the_results_are_those_recorded():
     ]
     record, fixed = comparison(RECORD), json.loads((RECORD / "fixed.json").read_text())
     results, this = results_rows(record)
-    assert tables[0] == results and tables[1] == ablation_rows(record, fixed) and tables[2][-1] == this
+    three = comparison(THREE)
+    results_of_three, this_of_three = results_rows(three)
+    assert tables[0] == results and tables[1] == ablation_rows(record, fixed) and tables[2] == results_of_three
+    assert tables[3][-2:] == [this, this_of_three]
 
     words = " ".join(section.split())
     for epochs, folder in EARLIER.items():
@@ -148,6 +158,30 @@ def test_the_results_are_those_recorded():
         assert ", ".join(f"{mean:.3f}" for mean in means) in words
 
 
+def test_three_teachers_are_ahead_of_one_as_the_readme_says():
+    one, three = (comparison(folder) for folder in (RECORD, THREE))
+    assert three["baseline"]["accuracies"] == one["baseline"]["accuracies"]
+    for kd in three["kd"]:
+        (other,) = (e for e in one["kd"] if (e["temperature"], e["alpha"]) == (kd["temperature"], kd["alpha"]))
+        seeds = [seed for seed in kd["seeds"] if seed in other["seeds"]]
+        pairs = [[e["accuracies"][e["seeds"].index(seed)] for seed in seeds] for e in (kd, other)]
+        test = scipy.stats.ttest_rel(*pairs)
+        low, high = (100 * limit for limit in test.confidence_interval(0.95))
+        mean = 100 * (statistics.mean(pairs[0]) - statistics.mean(pairs[1]))
+        words = f"{mean:+.2f} points ({low:+.2f} to {high:+.2f}; p = {test.pvalue:.2g}, n = {len(seeds)}) at alpha "
+        assert f"{words}{kd['alpha']:g}" in " ".join(README.split()), words
+
+
+def test_the_record_of_three_teachers_is_the_one_planned_before_it():
+    one, three = (comparison(folder) for folder in (RECORD, THREE))
+    seeds = {(kd["temperature"], kd["alpha"]): kd["seeds"] for kd in three["kd"]}
+    assert seeds[4, 0.9] == [0, 1, 2, 3, 4] and seeds[4, 0.1][:3] == [0, 1, 2] and len(seeds) == 2
+    teachers = three["settings"]["teacher"].split("+")
+    assert len(teachers) == len(three["teacher"]["members"]) == 3 and one["settings"]["teacher"] in teachers
+    assert three["settings"] == one["settings"] | {"teacher": "+".join(sorted(teachers))}
+    assert comparison(THREE / "seed-5")["kd"][0]["seeds"] == [5]
+
+
 def test_the_record_is_the_one_planned_before_it():
     record, fixed = comparison(RECORD), json.loads((RECORD / "fixed.json").read_text())
     pairs = {(kd["temperature"], kd["alpha"]): kd["seeds"] for kd in record["kd"]}
@@ -158,7 +192,7 @@ def test_the_record_is_the_one_planned_before_it():
     assert record["environment"]["precision"] == "bf16"
 
 
-@pytest.mark.parametrize("folder", [RECORD, *EARLIER.values()], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [RECORD, THREE, *EARLIER.values()], ids=lambda folder: folder.name)
 def test_the_histories_are_of_the_epochs_named(folder):
     def epochs(run):
         return len((folder / run / "history.csv").read_text().splitlines()) - 1
@@ -169,12 +203,13 @@ def test_the_histories_are_of_the_epochs_named(folder):
     assert all(len(entry["seeds"]) >= 3 for entry in runs.values())
     lengths = {epochs(f"{role}-s{seed}") for role, entry in runs.items() for seed in entry["seeds"]}
     assert lengths == {record["settings"]["epochs"]}
+    assert len({epochs(each.name) for each in folder.glob("teacher-s*")}) == 1
     words = f"teacher {epochs('teacher-s0')} epochs, students {record['settings']['epochs']}"
     assert words in " ".join((README + NOTES).lower().split())
 
 
 def test_the_notes_on_the_records_are_those_recorded():
-    for folder in (RECORD, *EARLIER.values()):
+    for folder in (RECORD, THREE, *EARLIER.values()):
         for entry in comparison(folder)["kd"]:
             gains, pair = by_seed(entry["improvement"]["by_seed"]), f"T = {entry['temperature']:g} and alpha"
             endings = (" points", f" at alpha {entry['alpha']:g}", f" at {pair} {entry['alpha']:g}")
@@ -184,7 +219,7 @@ def test_the_notes_on_the_records_are_those_recorded():
     assert f"{by_seed(100 * (a - b) for a, b in pairs)} over the logits of the clean pictures" in NOTES
 
 
-@pytest.mark.parametrize("folder", [RECORD, EARLIER[8]], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [RECORD, THREE, EARLIER[8]], ids=lambda folder: folder.name)
 def test_another_seed_is_inside_the_spread(folder):
     record, another = comparison(folder), comparison(folder / "seed-5")
     kd, baseline, sixth = another["kd"][0], another["baseline"], another["kd"][0]["improvement"]["mean"]
