@@ -170,6 +170,12 @@ def test_three_teachers_are_ahead_of_one_as_the_readme_says():
         mean = 100 * (statistics.mean(pairs[0]) - statistics.mean(pairs[1]))
         words = f"{mean:+.2f} points ({low:+.2f} to {high:+.2f}; p = {test.pvalue:.2g}, n = {len(seeds)}) at alpha "
         assert f"{words}{kd['alpha']:g}" in " ".join(README.split()), words
+    for measure, words in (("calibration_error", "error is"), ("negative_log_likelihood", "log-likelihood")):
+        with_one, with_three = (statistics.mean(record["kd"][0][measure]) for record in (one, three))
+        assert with_three < with_one and f"{words} {with_three:.3f}" in " ".join(README.split())
+    first, second = (record["kd"][0]["improvement"]["mean"] for record in (one, three))
+    claim = f"gains {first:.2f} points of test accuracy, with three that answer together {second:.2f}, five paired"
+    assert claim in " ".join(README.split())
 
 
 def test_the_record_of_three_teachers_is_the_one_planned_before_it():
