@@ -418,7 +418,7 @@ class Session:
                 self.arguments.begun_anew = True
                 train.reset(folder)
             else:
-                train.look(folder, settings)
+                self.trainer.look(folder, settings)
 
     def train(self, runs, targets=None, afterwards=0):
         """Trains what is not yet finished of `runs`, pairs of (folder, Settings), and prints each one's accuracy.
@@ -475,7 +475,6 @@ def train_students(session, contents):
     import distill
     import models
     import report
-    import train
     from data import split
 
     given, data = session.arguments, session.data
@@ -510,7 +509,11 @@ def train_students(session, contents):
         # those of the others only where they would stop whoever continues without --overwrite.
         session.prepare(
             selection
-            + [run for run in asked if not given.overwrite or run[1].role == "baseline" or not train.fits(*run)]
+            + [
+                run
+                for run in asked
+                if not given.overwrite or run[1].role == "baseline" or not session.trainer.fits(*run)
+            ]
         )
         session.train(selection, targets, afterwards=2 * len(seeds))
         best = report.best_pair(session.output, pairs, seeds)

@@ -84,13 +84,16 @@ def mcnemar_test(mended, broken):
 
 def seeds_needed(deviation, gain=SMALL_GAIN, power=POWER):
     """The fewest pairs with which a paired t-test shows a mean difference of `gain` with `power`, given the standard
-    deviation of the differences (Cohen 1988: the power from the noncentral t distribution). None above 2^19."""
+    deviation of the differences (Cohen 1988). None above 2^19.
+
+    The power is that of the noncentral F distribution of t squared: SciPy's noncentral t is NaN, here and there, where
+    the deviation is small."""
     from scipy import stats
 
     def reached(pairs):
         critical = stats.t.ppf(1 - SIGNIFICANCE / 2, pairs - 1)
         shift = gain / deviation * math.sqrt(pairs)
-        return stats.nct.sf(critical, pairs - 1, shift) + stats.nct.cdf(-critical, pairs - 1, shift) >= power
+        return stats.ncf.sf(critical**2, 1, pairs - 1, shift**2) >= power
 
     low, high = 1, 2
     while not reached(high):

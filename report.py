@@ -452,9 +452,10 @@ def details(comparison):
                 f"{pair_name(entry)} over {pair_name(each)}: {mean} points, 95% confidence interval {low} to {high}, "
                 f"{_p(over['p_value'])} (n = {len(over['seeds'])} seeds).\n"
             )
-    ways = trained_ways(comparison.runs)
-    if len(ways) > 1:
-        text += "Mind that these students were not all trained in the same way: " + "; ".join(ways) + ".\n"
+    for who, sweep in (("these students", False), ("the students of the sweep", True)):
+        ways = trained_ways([run for run in comparison.runs if bool(run["settings"]["val_fraction"]) == sweep])
+        if len(ways) > 1:
+            text += f"Mind that {who} were not all trained in the same way: " + "; ".join(ways) + ".\n"
     return text
 
 
@@ -462,7 +463,7 @@ def trained_ways(runs):
     """The ways in which the students among `runs` were trained (device, precision, compiled or not), in words."""
     ways = {}
     for run in runs:
-        if run["settings"]["role"] != "teacher" and not run["settings"]["val_fraction"]:
+        if run["settings"]["role"] != "teacher":
             made = run["environment"]
             words = f"{made.get('device')} in {made.get('precision')}" + (", compiled" if made.get("compiled") else "")
             ways.setdefault(words, []).append(run["folder"].name)

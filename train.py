@@ -43,6 +43,7 @@ from muon import Muon
 VERSION = "1.0.0"  # of the program
 RECIPE = 3  # of the networks, schedule, optimiser and initial weights: a run of another recipe is another run
 STATE_FORMAT = 2
+STATES = ("state.pt", "state-before.pt")  # of an unfinished run, the newest first
 MOMENTUM = 0.9
 WARMUP = 0.2  # of all steps; the rest is a linear decay to zero
 REFRESH = 0.25  # seconds between progress figures
@@ -121,6 +122,17 @@ def refuse_other_settings(folder, found, wanted):
         )
 
 
+def refuse_other_way(folder, found, here):
+    """Raises Failure where an unfinished run was begun in another way than `here` (see Trainer.way)."""
+    words = differences(found, here)
+    if words:
+        raise Failure(
+            f"{folder} was begun elsewhere: {', '.join(words)}. Continue it there "
+            f"(--device {found['device']} --precision {found['precision']} "
+            f"--{'' if found['compiled'] else 'no-'}compile), or remove that folder to train it anew."
+        )
+
+
 def environment(device, precision, compiled=False):
     """What a run was made with; recorded, not compared."""
     versions = {name: importlib.metadata.version(name) for name in ("torchvision", "scipy", "matplotlib", "pillow")}
@@ -132,6 +144,7 @@ def environment(device, precision, compiled=False):
         **versions,
         "system": platform.platform(),
         "device": describe(device),
+        "device_type": device.type,
         "precision": precision,
         "compiled": compiled,
         "threads": torch.get_num_threads(),
@@ -179,28 +192,9 @@ def finished(folder, wanted=None):
     return content
 
 
-def look(folder, settings):
-    """Raises Failure where `folder` holds a run that `Trainer.train` would refuse to reuse or continue as `settings`,
-    or a finished one that is damaged."""
-    if is_finished(folder):
-        finished(folder, settings)
-    elif (folder / "state.pt").is_file() and (folder / "run.json").is_file():
-        found = read_json(folder / "run.json").get("settings")
-        refuse_other_settings(folder, found if isinstance(found, dict) else {}, settings.as_dict())
-
-
-def fits(folder, settings):
-    """Whether `look` finds nothing against `folder`."""
-    try:
-        look(folder, settings)
-    except Failure:
-        return False
-    return True
-
-
 def reset(folder):
     """Takes a run's files away, so that it is trained anew; model.pt first, without which a run is not finished."""
-    names = ("model.pt", "state.pt", "state-before.pt", "run.json", "history.csv", "test_logits.npy")
+    names = ("model.pt", *STATES, "run.json", "history.csv", "test_logits.npy")
     remove(*(Path(folder) / name for name in names))
 
 
@@ -217,6 +211,33 @@ class Trainer:
         if device.type == "cuda":  # the same bits again, and full float32 where that is asked for
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    @property
+    def way(self):
+        """How a run is trained, which does not identify it; but one that is begun in one way ends in it."""
+        return {"device": self.device.type, "precision": self.precision, "compiled": self.compiled}
+
+    def look(self, folder, settings):
+        """Raises Failure where `folder` holds a run that `train` would refuse to reuse or continue as `settings`, or a
+        finished one that is damaged."""
+        record = folder / "run.json"
+        if is_finished(folder):
+            finished(folder, settings)
+        elif record.is_file() and any((folder / name).is_file() for name in STATES):
+            content = read_json(record)
+            found, made = (content.get(name) for name in ("settings", "environment"))
+            refuse_other_settings(folder, found if isinstance(found, dict) else {}, settings.as_dict())
+            if isinstance(made, dict) and made.keys() >= {"device_type", "precision", "compiled"}:
+                refuse_other_way(folder, made | {"device": made["device_type"]}, self.way)
+
+    def fits(self, folder, settings):
+        """Whether `look` finds nothing against `folder`."""
+        try:
+            self.look(folder, settings)
+        except Failure:
+            return False
+        return True
 
     def views(self, purpose="views"):
         """The training set's views: one stream for students, one for the teacher."""
@@ -243,7 +264,8 @@ class _Run:
         self.trainer, self.folder, self.settings, self.targets = trainer, folder, settings, targets
         self.title = title
         self.data, self.device = trainer.data, trainer.device
-        self.state_path, self.previous_path = folder / "state.pt", folder / "state-before.pt"
+        self.state_path, self.previous_path = (folder / name for name in STATES)
+        self.machines = [describe(self.device)]
 
     def train(self):
         settings = self.settings
@@ -302,9 +324,8 @@ class _Run:
         return {
             "format": STATE_FORMAT,
             "settings": self.settings.as_dict(),
-            "device": self.device.type,
-            "precision": self.trainer.precision,
-            "compiled": self.trainer.compiled,
+            **self.trainer.way,
+            "machines": self.machines,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "epoch": self.epoch,
@@ -338,7 +359,8 @@ class _Run:
         return {
             "epochs_done": self.epoch,
             "settings": self.settings.as_dict(),
-            "environment": environment(self.device, self.trainer.precision, self.trainer.compiled),
+            "environment": environment(self.device, self.trainer.precision, self.trainer.compiled)
+            | {"device": ", then ".join(self.machines)},
             "recorded": self.trainer.recorded,
         }
 
@@ -377,25 +399,28 @@ class _Run:
                 raise Damaged(f"{path} is damaged: its '{name}' is missing or not a {kind.__name__}.")
         refuse_other_settings(self.folder, state["settings"], self.settings.as_dict())
         epoch, history = state["epoch"], state["history"]
+        machines = state.get("machines", self.machines)  # which earlier versions did not keep
         if not (
             0 <= epoch <= self.settings.epochs
             and 0 <= state["step"] < self.steps
             and [row.get("epoch") if isinstance(row, dict) else None for row in history] == [*range(1, epoch + 1)]
             and all(set(row) == set(HISTORY) for row in history)
             and 1 <= state["threads"] <= 4096
+            and isinstance(machines, list)
+            and machines
+            and all(isinstance(machine, str) for machine in machines)
         ):
-            raise Damaged(f"{path} is damaged: its epoch, step, history or threads cannot be.")
+            raise Damaged(f"{path} is damaged: its epoch, step, history, threads or machines cannot be.")
         models.verify_weights(state["network"], self.network.state_dict(), path)
 
     def _restore(self, state):
-        here = {"device": self.device.type, "precision": self.trainer.precision, "compiled": self.trainer.compiled}
-        words = differences(state, here)
-        if words:
-            raise Failure(
-                f"{self.folder} was begun elsewhere: {', '.join(words)}. Continue it there "
-                f"(--device {state['device']} --precision {state['precision']} "
-                f"--{'' if state['compiled'] else 'no-'}compile), or remove that folder to train it anew."
-            )
+        refuse_other_way(self.folder, state, self.trainer.way)
+        (here,), before = self.machines, state.get("machines", self.machines)
+        if before[-1] != here:
+            tqdm.write(f"{self.folder} was begun on {before[-1]}; on {here} last bits may differ.", file=sys.stderr)
+            self.machines = [*before, here]
+        else:
+            self.machines = before
         if state["torch"] != torch.__version__:
             tqdm.write(
                 f"{self.folder} was begun with torch {state['torch']}; with {torch.__version__} last bits may differ.",

@@ -70,6 +70,18 @@ def test_seeds_needed_against_cohens_tables(effect, pairs):
     assert seeds_needed(deviation=1 / effect, gain=1.0) == pairs
 
 
+@pytest.mark.parametrize(("deviation", "pairs"), [(0.005, 2), (0.0328, 3), (0.0505, 3), (0.11, 4), (0.5, 34)])
+def test_seeds_needed_by_drawing_them(deviation, pairs):
+    """For a gain of 0.25: of many drawn comparisons of so many pairs four in five are significant, of one pair fewer
+    they are not."""
+    assert seeds_needed(deviation) == pairs
+    draw = np.random.default_rng(0).normal(0.25, deviation, (40_000, pairs))
+    for drawn in (draw, draw[:, 1:]):
+        if drawn.shape[1] > 1:
+            shown = (scipy.stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05).mean()
+            assert (shown > 0.8) == (drawn is draw), shown
+
+
 def test_spread_is_the_sample_standard_deviation():
     assert spread([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3))
     assert spread([1.0]) is None
@@ -413,6 +425,19 @@ def test_pairs_of_unlike_halves_are_said_so(cli, copy):
     got = cli("--output-dir", copy, "--report")
     told = "not all trained in the same way: baseline-s0 on Abacus in bf16, compiled; kd-T4-a0.1-s0 on "
     assert got.status == 0 and told in got.out
+
+
+def test_a_sweep_of_unlike_halves_is_said_so(cli, swept, tmp_path):
+    copy = shutil.copytree(swept, tmp_path / "copy")
+    path = next((copy / "selection").glob("kd-*/run.json"))
+    record = json.loads(path.read_text())
+    record["environment"]["device"] = "Abacus"
+    path.write_text(json.dumps(record))
+    got = cli("--output-dir", copy, "--report")
+    assert (
+        "the students of the sweep were not all trained in the same way" in got.out and "these students" not in got.out
+    )
+    assert f"{path.parent.name} on Abacus in" in got.out
 
 
 def test_damaged_logits_are_named(cli, copy):

@@ -264,8 +264,39 @@ def test_state_is_kept_within_epochs_as_often_as_asked(loaded, tmp_path, monkeyp
 def test_a_run_begun_on_another_device_or_precision_is_not_continued(loaded, tmp_path, stop_at):
     with pytest.raises(Interrupted):
         trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
-    with pytest.raises(Failure, match="precision fp32 instead of bf16"):
-        trainer(loaded, precision="bf16").train(tmp_path, settings(loaded))
+    other = trainer(loaded, precision="bf16")
+    for refuses in (other.look, other.train):  # before any other run is trained, and then
+        with pytest.raises(Failure, match=r"precision fp32 instead of bf16\. Continue it there \(--device cpu --pre"):
+            refuses(tmp_path, settings(loaded))
+    assert not other.fits(tmp_path, settings(loaded)) and trainer(loaded).fits(tmp_path, settings(loaded))
+    (tmp_path / "state.pt").rename(tmp_path / "state-before.pt")  # killed between the two renames
+    assert not other.fits(tmp_path, settings(loaded))
+
+
+def test_a_run_continued_on_another_machine_says_so(loaded, tmp_path, stop_at, monkeypatch, capsys):
+    describe, here = train.describe, train.describe(torch.device("cpu"))
+    monkeypatch.setattr(train, "describe", lambda device: "Abacus")
+    with pytest.raises(Interrupted):
+        trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
+    monkeypatch.setattr(train, "describe", describe)
+    trainer(loaded).train(tmp_path, settings(loaded))
+    assert f"was begun on Abacus; on {here} last bits may differ" in capsys.readouterr().err
+    assert files.read_json(tmp_path / "run.json")["environment"]["device"] == f"Abacus, then {here}"
+
+
+def test_float32_on_cuda_is_full_float32(loaded):
+    """Whatever the environment asks of matrix products (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
+    flags = [(torch.backends.cuda.matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False),
+             (torch.backends.cudnn, "deterministic", True)]  # fmt: skip
+    before = [getattr(backend, name) for backend, name, _ in flags]
+    try:
+        for backend, name, wanted in flags:
+            setattr(backend, name, not wanted)
+        train.Trainer(loaded, torch.device("cuda"))
+        assert [getattr(backend, name) for backend, name, _ in flags] == [wanted for *_, wanted in flags]
+    finally:
+        for (backend, name, _), value in zip(flags, before, strict=True):
+            setattr(backend, name, value)
 
 
 def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(loaded, tmp_path):
@@ -336,7 +367,7 @@ def tampered(entries):
     [
         {"format": 99}, {"settings": None}, {"optimiser": None}, {"epoch": "3"}, {"epoch": 7}, {"epoch": -1},
         {"step": 10**9}, {"history": [1, 2]}, {"history": [{}]}, {"threads": 0}, {"threads": 10**9}, {"torch": None},
-        {"device": None}, {"loss_sum": 0.5}, {"network": {}}, {"seconds": "long"},
+        {"device": None}, {"loss_sum": 0.5}, {"network": {}}, {"seconds": "long"}, {"machines": []},
     ],
     ids=str,
 )  # fmt: skip
