@@ -507,14 +507,8 @@ def train_students(session, contents):
         print(f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training pictures")
         # Which pair will be trained on everything is not known yet: with --overwrite its run is taken away once it is,
         # those of the others only where they would stop whoever continues without --overwrite.
-        session.prepare(
-            selection
-            + [
-                run
-                for run in asked
-                if not given.overwrite or run[1].role == "baseline" or not session.trainer.fits(*run)
-            ]
-        )
+        fits, anew = session.trainer.fits, given.overwrite
+        session.prepare(selection + [run for run in asked if not anew or run[1].role == "baseline" or not fits(*run)])
         session.train(selection, targets, afterwards=2 * len(seeds))
         best = report.best_pair(session.output, pairs, seeds)
         print(f"Best on the validation part: temperature {best[0]}, alpha {best[1]}")

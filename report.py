@@ -480,7 +480,7 @@ def claim(improvement, seeds, pictures):
             "One pair says nothing about distillation itself: add --seeds 5 for an interval."
         )
     covers = (
-        "(The interval covers other initial weights and orders of pictures, for this one teacher and test set and\n"
+        "(The interval covers other initial weights and orders of pictures, for the same teacher and test set and\n"
         "the same crops and flips.)"
     )
     if interval is None:

@@ -186,6 +186,11 @@ def test_the_record_of_three_teachers_is_the_one_planned_before_it():
     assert len(teachers) == len(three["teacher"]["members"]) == 3 and one["settings"]["teacher"] in teachers
     assert three["settings"] == one["settings"] | {"teacher": "+".join(sorted(teachers))}
     assert comparison(THREE / "seed-5")["kd"][0]["seeds"] == [5]
+    ends = []
+    for seed in range(3):
+        with open(THREE / f"teacher-s{seed}" / "history.csv", newline="") as file:
+            ends.append(f"{float(list(csv.DictReader(file))[-1]['train_accuracy']):.3f}")
+    assert f"on their augmented training pictures they end at {ends[0]}, {ends[1]} and {ends[2]}." in NOTES
 
 
 def test_the_record_is_the_one_planned_before_it():

@@ -273,6 +273,13 @@ def test_a_run_begun_on_another_device_or_precision_is_not_continued(loaded, tmp
     assert not other.fits(tmp_path, settings(loaded))
 
 
+def test_an_unfinished_run_with_other_settings_is_refused_before_any_other_is_trained(loaded, tmp_path, stop_at):
+    with pytest.raises(Interrupted):
+        trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
+    with pytest.raises(Failure, match="epochs 2 instead of 3"):
+        trainer(loaded).look(tmp_path, settings(loaded, epochs=3))
+
+
 def test_a_run_continued_on_another_machine_says_so(loaded, tmp_path, stop_at, monkeypatch, capsys):
     describe, here = train.describe, train.describe(torch.device("cpu"))
     monkeypatch.setattr(train, "describe", lambda device: "Abacus")
