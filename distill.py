@@ -3,12 +3,9 @@
 Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import platform
 import shutil
 import sys
 from pathlib import Path
@@ -17,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
-from files import Damaged, Failure, load_arrays, make_folder, save_arrays
+from models import INFERENCE_BATCH, predict
+from runs.files import Damaged, Failure, load_arrays, make_folder, save_arrays
+from runs.machine import describe
+from runs.settings import VIEWS_VERSION
 
-# One fixed size a device, so that a view's logits are the same bits whoever asks for them. On a CPU the activations of
-# 128 pictures stay in its caches: a teacher answers half as many questions again as with 1,000. On a GPU those of 2,000
-# pictures of 64x64 would fill a card of 8 GB.
-INFERENCE_BATCH = {"cpu": 128, "mps": 500, "cuda": 500}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPARE_DISK = 256 << 20  # bytes that soft targets leave free
 
 
@@ -34,7 +28,7 @@ def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha
     `student_logits` and `teacher_logits` are (B, classes), `labels` (B,). The KL is summed over classes and averaged
     over the batch; the factor T^2 keeps its gradients at one size for all temperatures (arXiv 1503.02531, section 2.1).
     Computed in float32 whatever the logits' type; no gradient flows to the teacher. At `alpha` 0 this is the
-    cross-entropy alone, and `teacher_logits` may be None; at 1 the labels are not looked at. Returns a scalar.
+    cross-entropy alone, and `teacher_logits` may be None; at 1 the labels are not used. Returns a scalar.
     """
     student_logits = student_logits.float()
     if alpha == 0:
@@ -47,45 +41,17 @@ def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
 
 
-def describe(device):
-    """The device in words: the GPU's name, or the processor's and its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores" + (" (MPS)" if device.type == "mps" else "")
-
-
-def precision_context(device, precision):
-    """The autocast that `precision` ("fp32" or "bf16") asks for on a device."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-@torch.inference_mode()
-def predict(network, batches, precision):
-    """The float32 logits (N, classes) of `batches`, an iterable of network inputs (B, 3, S, S)."""
-    logits = []
-    with precision_context(network.head.weight.device, precision):
-        for batch in batches:
-            logits.append(network(batch).float())
-    return torch.cat(logits)
-
-
-def rounded(logits):
-    """Logits (N, classes) as soft targets are kept: each row's maximum subtracted, which no softmax sees, as float16,
-    which resolves best near 0."""
+def compress(logits):
+    """Logits (N, classes) as soft targets are kept: each row's maximum subtracted, which no softmax notices, as
+    float16, whose resolution is best near 0."""
     return (logits - logits.amax(1, keepdim=True)).clamp_min(torch.finfo(torch.float16).min).half()
 
 
 class Ensemble:
-    """The soft targets of one teacher or of several that answer together: the mean of their logits.
+    """The soft targets of one teacher or of several together: the mean of their logits.
 
     At every temperature its softmax is the geometric mean of the teachers' distributions, which arXiv 1503.02531,
-    section 1, names for ensembles. Each teacher is asked, and its logits kept, as if it were alone.
+    section 1, names for ensembles. The logits of each teacher are computed and kept as if it were the only one.
     """
 
     def __init__(self, members):
@@ -97,34 +63,34 @@ class Ensemble:
         return sum(member.bytes_per_epoch for member in self.members)
 
     def epoch(self, epoch, description="soft targets"):
-        """float16 (N, classes) on the views' device: the targets of all pictures of the full training set."""
+        """float16 (N, classes) on the views' device: the targets of all images of the full training set."""
         logits = [member.epoch(epoch, description).float() for member in self.members]
-        return rounded(torch.stack(logits).mean(0))
+        return compress(torch.stack(logits).mean(0))
 
 
 class SoftTargets:
-    """A teacher's logits for every view of an epoch, asked for once and kept below `folder`.
+    """A teacher's logits for every view of an epoch, computed once and kept below `folder`.
 
-    Fresh, recomputed and kept targets pass through the same rounding (`rounded`), so they are the same bits. What they
-    depend on makes the name of their folder: a stale file cannot be met.
+    Fresh and kept targets pass through the same compression, so they are the same bits. Everything that they depend on
+    makes the name of their folder: targets of another teacher, data set or recipe are never read.
     """
 
-    def __init__(self, teacher, teacher_digest, data_digest, views, folder, precision):
-        """`teacher` is on the views' device, in evaluation mode; `folder` None keeps nothing."""
-        self.teacher, self.views, self.precision = teacher, views, precision
+    def __init__(self, teacher, teacher_digest, data_digest, views, folder, machine):
+        """`teacher` is on the views' device, in evaluation mode; with `folder` None nothing is kept."""
+        self.teacher, self.views, self.machine = teacher, views, machine
         self.key = json.dumps(
             {
                 "teacher": teacher_digest,
                 "data": data_digest,
-                "views": [views.purpose, data.VIEWS_VERSION, views.size, views.padding, views.mean, views.std],
-                "precision": precision,
-                "device": describe(views.device),
+                "views": [views.stream, VIEWS_VERSION, views.size, views.padding, views.mean, views.std],
+                "precision": machine.precision,
+                "device": describe(machine.device),
                 "torch": str(torch.__version__),
-                "batch": INFERENCE_BATCH[views.device.type],
+                "batch": INFERENCE_BATCH[machine.device.type],
             }
         )
         self.folder = folder and Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]
-        self.said_full = False
+        self.warned = False
 
     @property
     def shape(self):
@@ -135,7 +101,7 @@ class SoftTargets:
         return 2 * math.prod(self.shape)
 
     def epoch(self, epoch, description="soft targets"):
-        """float16 (N, classes) on the views' device: the targets of all pictures of the full training set."""
+        """float16 (N, classes) on the views' device: the targets of all images of the full training set."""
         path = self.folder and self.folder / f"epoch-{epoch + 1:04d}.npz"
         if path and path.is_file():
             try:
@@ -143,34 +109,35 @@ class SoftTargets:
                 logits = kept.get("logits")
                 if kept.get("key") == self.key and logits is not None and logits.shape == self.shape:
                     return torch.from_numpy(logits).to(self.views.device)
-                raise Damaged(f"{path} is damaged: it is not what its name says.")
+                raise Damaged(f"{path} is damaged: its content does not match its name.")
             except Failure as error:
-                tqdm.write(f"{error} The teacher is asked again.", file=sys.stderr)
-        logits = self._ask(epoch, description)
-        if path and self._fits():
+                tqdm.write(f"{error} These soft targets are computed again.", file=sys.stderr)
+        logits = self._compute(epoch, description)
+        if path and self._enough_disk():
             try:
                 make_folder(self.folder)
                 save_arrays(path, key=self.key, logits=logits.cpu().numpy())
             except Failure as error:
-                self._say_full(str(error))
+                self._warn(str(error))
         return logits
 
-    def _ask(self, epoch, description):
-        self.views.start(epoch)
-        rows = torch.arange(self.views.count, device=self.views.device).split(INFERENCE_BATCH[self.views.device.type])
-        with tqdm(rows, desc=description, unit="batch", leave=False, disable=None) as bar:
-            logits = predict(self.teacher, (self.views.batch(part) for part in bar), self.precision)
-        return rounded(logits)
+    def _compute(self, epoch, description):
+        size = INFERENCE_BATCH[self.machine.device.type]
+        batches = torch.arange(self.views.count, device=self.views.device).split(size)
+        with tqdm(batches, desc=description, unit="batch", leave=False, disable=None) as bar:
+            views = (self.views.batch(epoch, indices) for indices in bar)
+            return compress(predict(self.teacher, views, self.machine.autocast()))
 
-    def _fits(self):
-        top = next(parent for parent in [self.folder, *self.folder.parents] if parent.exists())
-        free = shutil.disk_usage(top).free
+    def _enough_disk(self):
+        parent = next(parent for parent in [self.folder, *self.folder.parents] if parent.exists())
+        free = shutil.disk_usage(parent).free
         if free > self.bytes_per_epoch + SPARE_DISK:
             return True
-        self._say_full(f"the disk of {self.folder} has {free / 1e6:.0f} MB left.")
+        self._warn(f"the disk of {self.folder} has {free / 1e6:.0f} MB left.")
         return False
 
-    def _say_full(self, why):
-        if not self.said_full:
-            tqdm.write(f"The soft targets are not kept: {why}\nThe teacher is asked anew each time.", file=sys.stderr)
-            self.said_full = True
+    def _warn(self, why):
+        if not self.warned:
+            text = f"The soft targets are not kept: {why}\nEach student computes them again, which takes longer."
+            tqdm.write(text, file=sys.stderr)
+            self.warned = True

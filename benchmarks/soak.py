@@ -2,17 +2,22 @@
 
     python benchmarks/soak.py --kills 60 --flips 600
 
-A kill is a SIGKILL to the real program: half of them at a random moment of training (the state is kept after every step
-here), half of them inside a file write, at a random call of fsync or rename. The same command then goes on. At the end
+A kill is a SIGKILL to the program: half of them at a random moment of training (the state is saved after every step
+here), half of them inside a file write, at a random call of fsync or rename. The same command then resumes. At the end
 weights, test logits, history (its timing columns aside) and the printed block must be those of the untouched run, byte
 for byte. A flip is one changed bit in model.pt or state.pt: it must be refused, or harmless. Ends with exit status 1 at
 any difference.
+
+The untouched run is `python main.py` itself. What is killed is the same program in a child of this process, which has
+imported PyTorch already: that saves seconds for every kill. Not for Windows, which has no fork.
 """
 
 import argparse
 import contextlib
 import csv
 import json
+import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -29,19 +34,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TIMING = {"seconds", "teacher_seconds", "images_per_second"}
 
 
-def commands(pictures, output, epochs=5):
-    """The user's two commands, on small pictures and with a state after every step."""
+def commands(images, output, epochs=5):
+    """The words of the user's two commands, on small images and with a state saved after every step."""
     words = [
-        sys.executable, str(ROOT / "main.py"), "--dataset", "folder", "--data-dir", str(pictures), "--image-size", "16",
-        "--epochs", str(epochs), "--batch-size", "16", "--alpha", "0.5", "--device", "cpu", "--save-every", "0",
-        "--output-dir", str(output),
+        "--dataset", "folder", "--data-dir", str(images), "--image-size", "16", "--epochs", str(epochs),
+        "--batch-size", "16", "--alpha", "0.5", "--device", "cpu", "--save-every", "0", "--output-dir", str(output),
     ]  # fmt: skip
     return [[*words, "--train-teacher"], words]
 
 
 def run(words):
-    """Standard output of a command that must succeed."""
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    """Standard output of main.py, as a process of its own that must succeed."""
+    done = subprocess.run([sys.executable, ROOT / "main.py", *words], capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0 or "Traceback" in done.stderr:
         raise AssertionError(f"exit status {done.returncode} after: {done.stderr}")
     return done.stdout
@@ -60,69 +64,83 @@ def outcome(output, printed):
     return found
 
 
-# Runs main.py and is killed at its n-th call of fsync or rename: with a file half made, or between two renames.
-KILLED_IN_A_WRITE = """
-import os, signal, sys
+def child(words, log, kill_at_call=None):
+    """The program in a forked child of this process: a multiprocessing.Process. Its standard output and error go to the
+    files `log`.out and `log`.err. It kills itself at its n-th call of fsync or rename, if `kill_at_call` is n: with a
+    file half made, or between two renames."""
 
-left = int(sys.argv.pop(1))
+    def work():
+        for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+            with open(f"{log}.{name}", "w") as file:
+                os.dup2(file.fileno(), stream.fileno())
+        if kill_at_call:
+            kill_in_a_write(kill_at_call)
+        sys.exit(exit_status(main.main, words))
 
-def count(name):
-    original = getattr(os, name)
+    import main
+    import models
+    from runs.command import exit_status
 
-    def call(*arguments):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments)
-
-    setattr(os, name, call)
-
-count("fsync"), count("replace")
-import main
-sys.exit(main.main(sys.argv[1:]))
-"""
+    main.import_modules()
+    models.costs("student", 2, 16)  # imports more of PyTorch, which no child has to do again
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
-def survive(pictures, output, moments):
+def kill_in_a_write(calls):
+    """Kills this process at its n-th call of fsync or rename."""
+    left = calls
+
+    def counting(original):
+        def call(*arguments):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments)
+
+        return call
+
+    os.fsync, os.replace = counting(os.fsync), counting(os.replace)
+
+
+def survive(images, output, moments, epochs=5):
     """Runs both commands to their ends, each time killed at the next of `moments`, until none is left.
 
-    A float is a time: so many seconds after the process began to train. A whole number n is the n-th call of fsync or
-    rename. Returns the outcome, the kills, and those of them inside a file write."""
+    A float is a time: so many seconds after the first state that the process saves. A whole number n is the n-th call
+    of fsync or rename. Returns the outcome, the kills, and those of them inside a file write.
+    """
     kills = inside = 0
-    printed = ""
-    for words in commands(pictures, output):
-        while moments:
-            moment = moments[0]
-            before = newest(output)
+    moments, log = list(moments), Path(output).with_suffix(".log")
+    for words in commands(images, output, epochs):
+        while True:
+            moment = moments[0] if moments else None
             in_a_write = isinstance(moment, int)
-            started = [sys.executable, "-c", KILLED_IN_A_WRITE, str(moment), *words[2:]] if in_a_write else words
-            process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-            if not in_a_write:
-                while newest(output) == before and process.poll() is None:
+            before = newest(output)
+            process = child(words, log, moment if in_a_write else None)
+            if isinstance(moment, float):
+                while newest(output) == before and process.is_alive():
                     time.sleep(0.01)
-            try:
-                printed, errors = process.communicate(timeout=None if in_a_write else moment)
-            except subprocess.TimeoutExpired:
+                process.join(moment)
                 process.kill()
-                process.communicate()
-            if process.returncode == -signal.SIGKILL:
+            process.join()
+            if process.exitcode == -signal.SIGKILL:
                 moments.pop(0)
                 kills += 1
                 inside += in_a_write
                 continue
-            if process.returncode != 0 or "Traceback" in errors:
-                raise AssertionError(f"exit status {process.returncode} after {kills} kills: {errors}")
+            errors = Path(f"{log}.err").read_text()
+            if process.exitcode != 0 or "Traceback" in errors:
+                raise AssertionError(f"exit status {process.exitcode} after {kills} kills: {errors}")
             break
-        else:
-            printed = run(words)
-    return outcome(output, printed), kills, inside
+    return outcome(output, Path(f"{log}.out").read_text()), kills, inside
 
 
 def newest(output):
     """The time of the newest state in an output folder."""
     times = []
-    for path in Path(output).glob("*/state*.pt"):
+    for path in Path(output).glob("*/state.pt"):
         with contextlib.suppress(FileNotFoundError):
             times.append(path.stat().st_mtime_ns)
     return max(times, default=0)
@@ -148,7 +166,8 @@ def same(one, other):
 def flip_bits(path, count, seed=0):
     """Flips `count` bits of a file, one at a time: half of them anywhere, half in the archive's pickle and directories,
     where a flip changes more than a weight. Returns (refused, harmless, wrong), the last a list of positions."""
-    from files import Damaged, load_checkpoint
+    from runs.checkpoints import load_checkpoint
+    from runs.files import Damaged
 
     draws = random.Random(seed)
     whole = Path(path).read_bytes()
@@ -173,45 +192,45 @@ def flip_bits(path, count, seed=0):
     return refused, harmless, wrong
 
 
-def unfinished_state(pictures, output):
+def unfinished_state(images, output):
     """Stops a command in its middle and returns the path of its state.pt."""
-    words = commands(pictures, output, epochs=50)[0]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    state = Path(output) / "teacher-s0" / "state-before.pt"  # there from the second state on
-    while not state.exists() and process.poll() is None:
+    process = child(commands(images, output, epochs=50)[0], Path(output).with_suffix(".log"))
+    folder = Path(output) / "teacher-s0"
+    while not (folder / "history.csv").exists() and process.is_alive():  # there after the first epoch
         time.sleep(0.05)
     process.terminate()
-    process.wait()
-    return state.with_name("state.pt")
+    process.join()
+    return folder / "state.pt"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--flips", type=int, default=500)
+    parser.add_argument("--epochs", type=int, default=5, help="of each run that is killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=1.0, help="seconds of training before a kill, at most")
     arguments = parser.parse_args()
-    from conftest import make_pictures
+    from conftest import make_images
 
-    draws = random.Random(arguments.seed)
+    draws, epochs = random.Random(arguments.seed), arguments.epochs
     top = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
-        pictures = make_pictures(top / "pictures")
-        printed = [run(words) for words in commands(pictures, top / "untouched")][-1]
+        images = make_images(top / "images")
+        printed = [run(words) for words in commands(images, top / "untouched", epochs)][-1]
         expected = outcome(top / "untouched", printed)
         kills = inside = bad = rounds = 0
         while kills < arguments.kills:
             count = min(20, arguments.kills - kills)
             moments = [m for _ in range(count) for m in (draws.uniform(0, arguments.longest), draws.randint(1, 40))]
-            found, hits, writes = survive(pictures, top / "killed", moments[:count])
+            found, hits, writes = survive(images, top / "killed", moments[:count], epochs)
             odd = differences(found, expected)
             kills, inside, bad, rounds = kills + hits, inside + writes, bad + len(odd), rounds + 1
             print(
                 f"round {rounds}: {kills} kills, {inside} inside a file write, differences: {odd or 'none'}", flush=True
             )
             shutil.rmtree(top / "killed")
-        state = unfinished_state(pictures, top / "stopped")
+        state = unfinished_state(images, top / "stopped")
         for path in (top / "untouched" / "teacher-s0" / "model.pt", state):
             refused, harmless, wrong = flip_bits(path, arguments.flips // 2, arguments.seed)
             bad += len(wrong)

@@ -1,12 +1,12 @@
 """Ours against the textbook loop, interleaved in one process: what does an experiment cost?
 
-    python benchmarks/throughput.py            about ten minutes on 2 cores; --pictures 1536 in six
+    python benchmarks/throughput.py            about ten minutes on 2 cores; --images 1536 in six
     python benchmarks/throughput.py --quick    two minutes
 
 The textbook loop is what people use instead: torchvision transforms on PIL images in DataLoader workers, contiguous
 float32 (on a GPU with PyTorch's default, TF32 in convolutions), the teacher run again in every step of every student,
-`.item()` in every step. Networks, batch size and loss are the same; its optimiser is SGD, ours the program's, which
-takes longer and learns faster. Pictures are noise of CIFAR-10's size: accuracy is not measured here. Every figure is
+`.item()` in every step. Networks, batch size and loss are the same; its optimizer is SGD, ours the program's, which
+takes longer and learns faster. Images are noise of CIFAR-10's size: accuracy is not measured here. Every figure is
 the median over the repeats, with the smallest and largest. Writes results/throughput-<device>.json, but for --quick.
 """
 
@@ -32,34 +32,37 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
-import main as command_line
 import models
-import train
-from distill import DTYPES, SoftTargets, distillation_loss, precision_context
-from files import Failure
+from distill import SoftTargets, distillation_loss
+from runs.files import Failure
+from runs.machine import DTYPES, Machine, choose_device, choose_precision, make_deterministic
+from runs.progress import Options
+from runs.run import Run
+from runs.settings import RECIPE, Settings
+from train import compile_network, train
 
 BATCH, CLASSES, SIZE, TEMPERATURE, ALPHA, WORKERS = 128, 10, 32, 4.0, 0.5, 2
 MEAN = STD = (0.5, 0.25, 0.3)
 
 
-def noise(pictures, device):
-    """A Data of random pictures."""
+def noise(images, device):
+    """A Data of random images."""
     draws = torch.Generator().manual_seed(0)
-    train_pictures = torch.randint(0, 256, (pictures, SIZE, SIZE, 3), dtype=torch.uint8, generator=draws)
-    labels = torch.randint(0, CLASSES, (pictures,), generator=draws)
+    train_images = torch.randint(0, 256, (images, SIZE, SIZE, 3), dtype=torch.uint8, generator=draws)
+    labels = torch.randint(0, CLASSES, (images,), generator=draws)
     names = tuple(f"class {k}" for k in range(CLASSES))
-    some = train_pictures[:200], labels[:200]
-    return data.Data(names, train_pictures, labels, *some, MEAN, STD, f"noise-{pictures}").to(device)
+    some = train_images[:200], labels[:200]
+    return data.Data(names, train_images, labels, *some, MEAN, STD, f"noise-{images}").to(device)
 
 
 # The textbook loop ---------------------------------------------------------------------------------------------------
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """As torchvision.datasets.CIFAR10: a PIL image is made, cropped, flipped and normalised for every access."""
 
     def __init__(self, loaded):
-        self.pictures, self.labels = loaded.train_pictures.cpu().numpy(), loaded.train_labels.tolist()
+        self.images, self.labels = loaded.train_images.cpu().numpy(), loaded.train_labels.tolist()
         self.transform = transforms.Compose(
             [
                 transforms.RandomCrop(SIZE, padding=4),
@@ -73,23 +76,23 @@ class Pictures(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.pictures[index])), self.labels[index]
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 def textbook_loader(loaded):
     return DataLoader(
-        Pictures(loaded),
+        Images(loaded),
         BATCH,
         shuffle=True,
         num_workers=WORKERS,
         drop_last=True,
-        pin_memory=loaded.train_pictures.is_cuda,
+        pin_memory=loaded.train_images.is_cuda,
     )
 
 
 @contextlib.contextmanager
 def default_convolutions():
-    """cuDNN as PyTorch sets it, which our Trainer changes for the whole process to have the same bits again."""
+    """cuDNN as PyTorch sets it, which our program changes for the whole process to have the same bits again."""
     cudnn = torch.backends.cudnn
     ours = cudnn.deterministic, cudnn.allow_tf32
     cudnn.deterministic, cudnn.allow_tf32 = False, True
@@ -102,20 +105,20 @@ def default_convolutions():
 @default_convolutions()
 def textbook_epoch(loaded, device, network, teacher=None):
     network = network.to(device).train()
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     total = 0.0
-    for pictures, labels in textbook_loader(loaded):
-        pictures, labels = pictures.to(device), labels.to(device)
-        logits = network(pictures)
+    for images, labels in textbook_loader(loaded):
+        images, labels = images.to(device), labels.to(device)
+        logits = network(images)
         if teacher is None:
             loss = F.cross_entropy(logits, labels)
         else:
             with torch.no_grad():
-                soft = teacher(pictures)
+                soft = teacher(images)
             loss = distillation_loss(logits, labels, soft, TEMPERATURE, ALPHA)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         total += loss.item()
     return total
 
@@ -126,22 +129,24 @@ def textbook_epoch(loaded, device, network, teacher=None):
 class Ours:
     """Whole runs of one epoch as the program trains them: set-up, states and files included."""
 
-    def __init__(self, loaded, device, precision, teacher):
+    def __init__(self, loaded, machine, teacher):
         self.folder = tempfile.TemporaryDirectory()
-        self.trainer = train.Trainer(loaded, device, precision)
-        self.teacher, self.loaded, self.runs = teacher, loaded, 0
+        self.machine, self.teacher, self.loaded, self.runs = machine, teacher, loaded, 0
 
     def targets(self, fresh=False):
         self.runs += fresh
         name = f"teacher {self.runs}"
         folder = Path(self.folder.name) / "targets"
-        return SoftTargets(self.teacher, name, self.loaded.digest, self.trainer.views(), folder, self.trainer.precision)
+        return SoftTargets(self.teacher, name, self.loaded.digest, self.views(), folder, self.machine)
+
+    def views(self):
+        return data.Views(self.loaded.train_images, self.loaded.mean, self.loaded.std)
 
     def epoch(self, role, seed=0, targets=None):
         self.runs += 1
         extra = {"temperature": TEMPERATURE, "alpha": ALPHA, "teacher": "t"} if role == "kd" else {}
-        settings = train.Settings(role, self.loaded.digest, 1, BATCH, 0.05, 5e-4, seed, SIZE, **extra)
-        self.trainer.train(Path(self.folder.name) / str(self.runs), settings, targets)
+        settings = Settings(role, self.loaded.digest, 1, BATCH, 0.05, 5e-4, seed, SIZE, **extra)
+        train(Run(Path(self.folder.name) / str(self.runs), settings), self.loaded, self.machine, Options(), targets)
 
     def comparison(self):
         targets = self.targets(fresh=True)
@@ -150,11 +155,10 @@ class Ours:
             self.epoch("baseline", seed)
 
     def input_pipeline(self):
-        views = self.trainer.views()
-        views.start(self.runs)
+        views = self.views()
         order = torch.randperm(views.count, device=views.device)
         for batch in order.split(BATCH):
-            views.batch(batch)
+            views.batch(self.runs, batch)
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -179,21 +183,22 @@ def seconds(function, device):
     return time.perf_counter() - started
 
 
-def student_step(device, precision, compiled):
+def student_step(machine, compiled):
     """Milliseconds of a student's forward and backward pass for one batch, the median of 20; None where it cannot be
     compiled."""
+    device = machine.device
     network = models.create("student", CLASSES, 0).to(device, memory_format=torch.channels_last).train()
-    pictures = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
     labels = torch.arange(BATCH, device=device) % CLASSES
 
     def step():
-        with precision_context(device, precision):
-            logits = forward(pictures)
+        with machine.autocast():
+            logits = forward(images)
         network.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), labels).backward()
 
     try:
-        forward = train.compile_network(network) if compiled else network
+        forward = compile_network(network) if compiled else network
         return 1000 * statistics.median([seconds(step, device) for _ in range(25)][5:])
     except Exception as error:  # a missing C++ compiler, say, must not cost the other measurements
         if not compiled:
@@ -202,21 +207,21 @@ def student_step(device, precision, compiled):
         return None
 
 
-def start_up(pictures, repeats, device):
-    """Seconds of the imports, and from the command to the first training step, of a teacher on `pictures` decoded
+def start_up(images, repeats, device):
+    """Seconds of the imports, and from the command to the first training step, of a teacher on `images` decoded
     before: two lists. The first step follows the first saved state."""
     imports, command = [], []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         draws = np.random.default_rng(0)
-        for number in range(pictures + 2):
-            split = "train" if number < pictures else "test"
-            folder = place / "pictures" / split / str(number % 2)
+        for number in range(images + 2):
+            split = "train" if number < images else "test"
+            folder = place / "images" / split / str(number % 2)
             folder.mkdir(parents=True, exist_ok=True)
             pixels = draws.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.jpg")
         words = [sys.executable, ROOT / "main.py", "--train-teacher", "--device", str(device), "--dataset", "folder"]
-        words += ["--data-dir", place / "pictures", "--output-dir", place / "outputs"]
+        words += ["--data-dir", place / "images", "--output-dir", place / "outputs"]
         state = place / "outputs" / "teacher-s0" / "state.pt"
         for _ in range(repeats + 1):
             started = time.perf_counter()
@@ -229,55 +234,55 @@ def start_up(pictures, repeats, device):
                 process.kill()
             state.unlink()
             started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", "import main, report, train"], check=True, cwd=ROOT)
+            subprocess.run([sys.executable, "-c", "import main; main.import_modules()"], check=True, cwd=ROOT)
             imports.append(time.perf_counter() - started)
-    return imports[1:], command[1:]  # the first of them decoded the pictures
+    return imports[1:], command[1:]  # the first of them decoded the images
 
 
-def peak_memory(device, precision):
-    """GB, of a process that trains nothing else: on a GPU, of its memory in a KD epoch of 50,000 pictures; else of a
-    process that holds so many, asks the teacher about some and trains the student on some."""
-    loaded = noise(50_000, device)
-    teacher = models.create("teacher", CLASSES, 0).eval().to(device, memory_format=torch.channels_last)
-    ours = Ours(loaded, device, precision, teacher)
-    if device.type == "cuda":
+def peak_memory(machine):
+    """GB at the peak of a process that distils a student on 50,000 images: of a GPU's memory, in a whole epoch; else of
+    the process, in a few steps."""
+    loaded = noise(50_000, machine.device)
+    teacher = models.create("teacher", CLASSES, 0).eval().to(machine.device, memory_format=torch.channels_last)
+    ours = Ours(loaded, machine, teacher)
+    if machine.device.type == "cuda":
         ours.epoch("kd", targets=ours.targets(fresh=True))
         print(torch.cuda.max_memory_allocated() / 1e9)
         return
-    views = ours.trainer.views()
-    views.start(0)
+    views = ours.views()
     network = models.create("student", CLASSES, 0).to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        ours.teacher(views.batch(torch.arange(1000)))
-    for start in range(0, 5 * BATCH, BATCH):
-        F.cross_entropy(
-            network(views.batch(torch.arange(start, start + BATCH))), loaded.train_labels[:BATCH]
-        ).backward()
+    for indices in torch.arange(5 * BATCH).split(BATCH):
+        images = views.batch(0, indices)
+        with torch.inference_mode():
+            soft = teacher(images)
+        distillation_loss(network(images), loaded.train_labels[indices], soft, TEMPERATURE, ALPHA).backward()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="512 pictures and 1 repeat, start-up with 2,000 pictures; writes no file"
+        "--quick", action="store_true", help="512 images and 1 repeat, start-up with 2,000 images; writes no file"
     )
-    parser.add_argument("--pictures", type=int, default=None, help="an epoch's pictures [3,072; on a GPU 50,000]")
+    parser.add_argument("--images", type=int, default=None, help="an epoch's images [3,072; on a GPU 50,000]")
     parser.add_argument("--repeats", type=int, default=None, help="[3]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--peak-memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device = command_line.choose_device(arguments.device)
-    precision = command_line.choose_precision(arguments.precision, device)
+    device = choose_device(arguments.device)
+    precision = choose_precision(arguments.precision, device)
+    machine = Machine(device, precision)
+    make_deterministic()
     if arguments.peak_memory:
-        peak_memory(device, precision)
+        peak_memory(machine)
         return
-    pictures = arguments.pictures or (512 if arguments.quick else 3_072 if device.type == "cpu" else 50_000)
+    images = arguments.images or (512 if arguments.quick else 3_072 if device.type == "cpu" else 50_000)
     repeats = arguments.repeats or (1 if arguments.quick else 3)
-    loaded = noise(pictures, device)
+    loaded = noise(images, device)
     teacher = models.create("teacher", CLASSES, 0).eval().to(device, memory_format=torch.channels_last)
     plain_teacher = models.create("teacher", CLASSES, 0).eval().to(device)
-    ours = Ours(loaded, device, precision, teacher)
+    ours = Ours(loaded, machine, teacher)
 
     def student():
         return models.create("student", CLASSES, 0)
@@ -320,37 +325,33 @@ def main():
 
     median = {name: {loop: statistics.median(taken) for loop, taken in each.items()} for name, each in times.items()}
     peak = statistics.median(peaks)
-    steps = pictures // BATCH * BATCH
+    steps = images // BATCH * BATCH
     shares = {
-        name: 3 * models.costs(name, CLASSES, SIZE)[1] * steps / median[f"{role} epoch"]["ours"] / peak
+        name: 3 * models.costs(name, CLASSES, SIZE).macs * steps / median[f"{role} epoch"]["ours"] / peak
         for name, role in (("teacher", "teacher"), ("student", "baseline"))
     }
     decoded = 2_000 if arguments.quick else 50_000
     imports, first_step = start_up(decoded, repeats, device)
     result = {
-        "command": f"python benchmarks/throughput.py --pictures {pictures} --repeats {repeats}",
-        "environment": train.environment(device, precision),
-        "recipe": train.RECIPE,
-        "student_step_ms": {
-            name: student_step(device, precision, name == "compiled") for name in ("eager", "compiled")
-        },
-        "pictures": pictures,
+        "command": f"python benchmarks/throughput.py --images {images} --repeats {repeats}",
+        "environment": machine.environment(),
+        "recipe": RECIPE,
+        "student_step_ms": {name: student_step(machine, name == "compiled") for name in ("eager", "compiled")},
+        "images": images,
         "batch_size": BATCH,
         "seconds": times,
         "ratios": {name: each["textbook"] / each["ours"] for name, each in median.items()},
         "kd_kept_over_baseline": median["KD epoch, targets kept"]["ours"] / median["baseline epoch"]["ours"],
-        "start_up": {"pictures": decoded, "imports": imports, "command_to_first_step": first_step},
+        "start_up": {"images": decoded, "imports": imports, "command_to_first_step": first_step},
         "matmul_gflops": 2 * peak / 1e9,
         "share_of_matmul_peak": shares,
     }
     words = [sys.executable, __file__, "--peak-memory", "--device", str(device), "--precision", precision]
     kind = "peak_gpu_memory_gb" if device.type == "cuda" else "peak_memory_gb"
-    result[f"{kind}_at_50000_pictures"] = float(
-        subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    )
+    result[f"{kind}_at_50000_images"] = float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
     made_with = f"{result['environment']['device']}, {precision}, torch {torch.__version__}"
-    print(f"\n{made_with}, {pictures:,} pictures an epoch, {repeats} repeat{'s' * (repeats > 1)}")
+    print(f"\n{made_with}, {images:,} images an epoch, {repeats} repeat{'s' * (repeats > 1)}")
     print(f"{'seconds: median (smallest to largest)':<40}{'textbook':>24}{'ours':>24}{'ratio':>8}")
     for name, each in times.items():
         cells = (f"{statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in (each["textbook"], each["ours"]))
@@ -361,7 +362,7 @@ def main():
         + ", ".join(f"{k} training {v:.0%}" for k, v in shares.items())
     )
     print(
-        f"Start-up with {decoded:,} pictures decoded before: {statistics.median(first_step):.1f} s from the command to "
+        f"Start-up with {decoded:,} images decoded before: {statistics.median(first_step):.1f} s from the command to "
         f"the first step, {statistics.median(imports):.1f} s of them imports"
     )
     step = result["student_step_ms"]

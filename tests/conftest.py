@@ -1,4 +1,4 @@
-"""What the tests share: small pictures in folders, a finished output folder, and the command line in this process."""
+"""What the tests share: small images in folders, a finished output folder, and the command line in this process."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 CLASSES = ("blue", "green", "red")
 
 
-def make_pictures(directory, train=16, test=8, size=16):
+def make_images(directory, train=16, test=8, size=16):
     """`directory`/{train,test}/CLASS/NN.png: noise whose class is its colour, faintly."""
     random = np.random.default_rng(5)
     for split, count in (("train", train), ("test", test)):
@@ -31,9 +31,9 @@ def make_pictures(directory, train=16, test=8, size=16):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A picture folder of three classes; not to be changed."""
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    """A image folder of three classes; not to be changed."""
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 class Result:
@@ -46,13 +46,14 @@ class Result:
 
 @pytest.fixture
 def cli(capfd):
-    """Runs main.main(argv) in this process, as a person types it; returns status, stdout and stderr."""
+    """Runs main.py's command line in this process, as a person types it; returns status, stdout and stderr."""
     import main
+    from runs.command import exit_status
 
     def run(*words):
         capfd.readouterr()
         try:
-            status = main.main([str(word) for word in words])
+            status = exit_status(main.main, [str(word) for word in words])
         except SystemExit as end:
             status = end.code
         return Result(status, *capfd.readouterr())
@@ -61,9 +62,9 @@ def cli(capfd):
 
 
 @pytest.fixture(scope="session")
-def flags(pictures):
-    """What makes a command small: 48 pictures of 16x16, 2 epochs of 3 steps; the same bits on any machine's CPU."""
-    return ("--dataset", "folder", "--data-dir", pictures, "--image-size", 16, "--epochs", 2, "--batch-size", 16,
+def flags(images):
+    """What makes a command small: 48 images of 16x16, 2 epochs of 3 steps; the same bits on any machine's CPU."""
+    return ("--dataset", "folder", "--data-dir", images, "--image-size", 16, "--epochs", 2, "--batch-size", 16,
             "--device", "cpu", "--precision", "fp32")  # fmt: skip
 
 
@@ -71,10 +72,11 @@ def flags(pictures):
 def finished(tmp_path_factory, flags):
     """An output folder with teacher, distilled student and baseline; not to be changed (see `copy`)."""
     import main
+    from runs.command import exit_status
 
     output = tmp_path_factory.mktemp("finished") / "out"
     for more in (["--train-teacher"], []):
-        assert main.main([str(word) for word in (*flags, "--output-dir", output, *more)]) == 0
+        assert exit_status(main.main, [str(word) for word in (*flags, "--output-dir", output, *more)]) == 0
     return output
 
 
@@ -91,12 +93,6 @@ def process(*words, **rest):
     return subprocess.Popen(command, **rest)
 
 
-def real_pictures():
-    """The unpacked JPEG copy of CIFAR-10, or None."""
-    place = os.environ.get("CIFAR10_FOLDER")
-    return Path(place) if place else None
+CIFAR10_DIR = os.environ.get("CIFAR10_DIR")  # the folder that holds cifar-10-batches-py
 
-
-needs_real_pictures = pytest.mark.skipif(
-    real_pictures() is None, reason="CIFAR10_FOLDER does not name a folder with CIFAR-10 pictures"
-)
+needs_cifar10 = pytest.mark.skipif(CIFAR10_DIR is None, reason="CIFAR10_DIR does not name a folder with CIFAR-10")

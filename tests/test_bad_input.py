@@ -1,18 +1,30 @@
 """A table of bad input: each row a command that must end with the right status and one to three lines that say what,
 where and what to do; never a traceback, and nothing lost."""
 
+import hashlib
 import json
 import os
 import shutil
+import zipfile
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_pictures
+from conftest import make_images
 from PIL import Image
 
-import main
 import models
-from files import Failure
+import train
+from runs.files import Damaged, Failure
+from runs.machine import choose_device, choose_precision
+
+
+def explained(got):
+    """Whether standard error has, apart from the log of training, one to three lines and no traceback."""
+    lines = [line for line in got.err.splitlines() if ", training accuracy " not in line]
+    return 1 <= len(lines) <= 3 and "Traceback" not in got.err
+
 
 NUMBERS = {
     "--epochs": ("0", "-1", "1.5", "many", "nan", "inf", ""),
@@ -92,13 +104,13 @@ def one_class(top):
     for name in ("green", "red"):
         for split in ("train", "test"):
             shutil.rmtree(top / "p" / split / name)
-    return (), ["class"]
+    return (), ["has 1 class folder, but at least two classes are needed"]
 
 
 def empty_class(top):
     (top / "p" / "train" / "empty").mkdir()
     (top / "p" / "test" / "empty").mkdir()
-    return (), ["train/empty", "no picture"]
+    return (), [os.path.join("train", "empty"), "holds no image"]
 
 
 def class_in_train_only(top):
@@ -126,7 +138,7 @@ def cut_short(top):
 
 def text_as_png(top):
     path = top / "p" / "train" / "blue" / "text.png"
-    path.write_text("I am not a picture")
+    path.write_text("I am not an image")
     return (), [str(path)]
 
 
@@ -183,13 +195,13 @@ FAILURES = (
 def test_failures_name_what_and_where(cli, tmp_path, prepare):
     if prepare is absent_cuda and torch.cuda.device_count() > 123:
         pytest.skip("this machine has more than 123 GPUs")
-    make_pictures(tmp_path / "p", train=8, test=2)
+    make_images(tmp_path / "p", train=8, test=2)
     words, names = prepare(tmp_path)
     first = ("--train-teacher", "--dataset", "folder", "--data-dir", tmp_path / "p", "--output-dir", tmp_path / "o")
     got = cli(*first, "--image-size", 16, "--epochs", 1, "--device", "cpu", *words)
     assert got.status == 1, got
     assert not [name for name in names if name not in got.err], got
-    assert 1 <= len(got.err.splitlines()) <= 3 and "Traceback" not in got.err
+    assert explained(got), got
 
 
 # Teachers that do not fit, and damaged folders: words and names as above, on a copy of a finished output folder.
@@ -205,11 +217,11 @@ def teacher_is_an_empty_folder(out):
 
 
 def teacher_is_the_folder_of_one(out):
-    return ("--teacher", out), ["teacher-s0", "not a teacher"]
+    return ("--teacher", out), ["teacher-s0", "not a teacher's folder"]
 
 
 def teacher_is_a_student(out):
-    return ("--teacher", out / "baseline-s0"), ["architecture student"]
+    return ("--teacher", out / "baseline-s0"), ["architecture student instead of teacher"]
 
 
 def teacher_is_text(out):
@@ -220,26 +232,26 @@ def teacher_is_text(out):
 def teacher_is_cut_short(out):
     path = out / "teacher-s0" / "model.pt"
     path.write_bytes(path.read_bytes()[:-1000])
-    return (), ["teacher-s0", "damaged"]
+    return (), ["teacher-s0", "damaged: it is not a complete archive"]
 
 
 def teacher_of_other_image_size(out):
-    return ("--image-size", 20), ["image size"]
+    return ("--image-size", 20), ["image size 16 instead of 20"]
 
 
 def teacher_of_other_classes(out):
-    top = make_pictures(out / "other", train=4, test=2)
+    top = make_images(out / "other", train=4, test=2)
     for split in ("train", "test"):
         (top / split / "red").rename(top / split / "pink")
-    return ("--data-dir", top), ["classes", "pink"]
+    return ("--data-dir", top), ["classes blue, green, red instead of blue, green, pink"]
 
 
-def teacher_of_other_pictures(out):
-    top = make_pictures(out / "other", train=4, test=2)
-    return ("--data-dir", top), ["other pictures", "--train-teacher", f"--output-dir {out}-2"]
+def teacher_of_other_images(out):
+    top = make_images(out / "other", train=4, test=2)
+    return ("--data-dir", top), ["other images", "--train-teacher", f"--output-dir {out}-2"]
 
 
-def unfinished_teacher_with_a_damaged_note(out):
+def unfinished_teacher_with_a_damaged_record(out):
     (out / "teacher-s0" / "model.pt").unlink()
     (out / "teacher-s0" / "run.json").write_text("{}")
     return (), ["unfinished", "damaged"]
@@ -256,7 +268,7 @@ def other_batch_size(out):
 def damaged_student(out):
     path = out / "kd-T4-a0.1-s0" / "model.pt"
     path.write_bytes(b"\0" * 100)
-    return (), ["kd-T4-a0.1-s0 to train it anew", "damaged"]
+    return (), ["kd-T4-a0.1-s0 to train it again", "damaged"]
 
 
 def damaged_run_json(out):
@@ -275,7 +287,7 @@ def report_of_an_absent_folder(out):
 
 def report_of_a_damaged_comparison(out):
     (out / "comparison.json").write_text("[1]")
-    return ("--report",), ["comparison.json"]
+    return ("--report",), ["comparison.json is damaged. Remove it"]
 
 
 def change(path, **entries):
@@ -286,39 +298,35 @@ def change(path, **entries):
 
 def run_json_without_costs(out):
     change(out / "kd-T4-a0.1-s0" / "run.json", costs=None)
-    return ("--report",), ["kd-T4-a0.1-s0", "costs"]
+    return ("--report",), ["kd-T4-a0.1-s0", "it has no costs"]
 
 
 def run_json_with_odd_settings(out):
     change(out / "kd-T4-a0.1-s0" / "run.json", settings=[1])
-    return ("--report",), ["kd-T4-a0.1-s0", "settings"]
+    return ("--report",), ["kd-T4-a0.1-s0", "expected object, got array - at $.settings"]
 
 
 def run_json_with_nan(out):
     change(out / "baseline-s0" / "run.json", accuracy=float("nan"))
-    return ("--report",), ["baseline-s0", "NaN"]
+    return ("--report",), ["baseline-s0", "NaN is not a JSON number"]
 
 
 def run_json_with_an_odd_accuracy(out):
     change(out / "baseline-s0" / "run.json", accuracy=7.5)
-    return ("--report",), ["baseline-s0", "accuracy"]
+    return ("--report",), ["baseline-s0", "expected float <= 1.0 - at $.accuracy"]
 
 
 def logits_are_pickled(out):
-    import hashlib
-
-    import numpy as np
-
     path = out / "baseline-s0" / "test_logits.npy"
     np.save(path, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
     change(path.with_name("run.json"), test_logits_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     return ("--report",), ["test_logits.npy", "damaged"]
 
 
-def pictures_are_gone(out):
+def images_are_gone(out):
     for path in (out / "data").glob("test-*.npz"):
         path.unlink()
-    return ("--report",), ["test-", "not there"]
+    return ("--report",), ["test-", "is missing"]
 
 
 def history_is_damaged(out):
@@ -326,9 +334,14 @@ def history_is_damaged(out):
     return ("--report",), ["history.csv", "damaged"]
 
 
+def history_of_other_columns(out):
+    (out / "baseline-s0" / "history.csv").write_text("epoch,train_accuracy\n1,0.5\n")
+    return ("--report",), ["history.csv", "it has no column 'train_loss'"]
+
+
 def comparison_of_nothing(out):
     (out / "comparison.json").write_text('{"kd": [{}]}')
-    return ("--report",), ["comparison.json", "damaged"]
+    return ("--report",), ["comparison.json is damaged. Remove it"]
 
 
 def baseline_is_another(out):
@@ -339,11 +352,12 @@ def baseline_is_another(out):
 TEACHERS = (
     teacher_is_absent, teacher_is_an_empty_folder, teacher_is_the_folder_of_one, teacher_is_a_student,
     teacher_is_text, teacher_is_cut_short,
-    teacher_of_other_image_size, teacher_of_other_classes, teacher_of_other_pictures,
-    unfinished_teacher_with_a_damaged_note, other_epochs, other_batch_size, damaged_student, damaged_run_json,
+    teacher_of_other_image_size, teacher_of_other_classes, teacher_of_other_images,
+    unfinished_teacher_with_a_damaged_record, other_epochs, other_batch_size, damaged_student, damaged_run_json,
     report_of_nothing, report_of_an_absent_folder, report_of_a_damaged_comparison,
     run_json_without_costs, run_json_with_odd_settings, run_json_with_nan, run_json_with_an_odd_accuracy,
-    logits_are_pickled, pictures_are_gone, history_is_damaged, comparison_of_nothing, baseline_is_another,
+    logits_are_pickled, images_are_gone, history_is_damaged, history_of_other_columns, comparison_of_nothing,
+    baseline_is_another,
 )  # fmt: skip
 
 
@@ -354,7 +368,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_lost(cli, flags, copy, prepar
     got = cli(*(() if "--report" in words else flags), "--output-dir", copy, *words)
     assert got.status == 1, got
     assert not [name for name in names if name not in got.err], got
-    assert 1 <= len(got.err.splitlines()) <= 3 and "Traceback" not in got.err
+    assert explained(got), got
     assert {path: path.read_bytes() for path in copy.glob("*-s0/*")} == before
 
 
@@ -384,45 +398,45 @@ def gpu(monkeypatch):
     return prepare
 
 
-def test_a_gpu_is_taken_and_made_current_where_it_is_numbered(gpu, capsys):
+def test_a_gpu_is_used_and_made_current_where_it_is_numbered(gpu, capsys):
     current = gpu(None)
-    assert [str(main.choose_device(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    assert [str(choose_device(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
     assert current == ["cuda:1"] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_bfloat16_is_taken_where_the_machine_has_it_built_in(monkeypatch, supported):
+def test_bfloat16_is_chosen_where_the_machine_has_instructions_for_it(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": supported}, False)
     for kind in ("cuda", "cpu"):
-        assert main.choose_precision("auto", torch.device(kind)) == ("bf16" if supported else "fp32")
-        assert main.choose_precision("fp32", torch.device(kind)) == "fp32"
-        assert main.choose_precision("bf16", torch.device(kind)) == "bf16"
-    assert main.choose_precision("auto", torch.device("mps")) == "fp32"
+        assert choose_precision("auto", torch.device(kind)) == ("bf16" if supported else "fp32")
+        assert choose_precision("fp32", torch.device(kind)) == "fp32"
+        assert choose_precision("bf16", torch.device(kind)) == "bf16"
+    assert choose_precision("auto", torch.device("mps")) == "fp32"
 
 
-def test_a_pytorch_that_cannot_tell_what_the_cpu_has_trains_in_float32(monkeypatch):
+def test_float32_is_chosen_where_pytorch_cannot_tell_what_the_cpu_has(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert main.choose_precision("auto", torch.device("cpu")) == "fp32"
+    assert choose_precision("auto", torch.device("cpu")) == "fp32"
 
 
 def test_a_gpu_that_this_pytorch_has_no_kernels_for(gpu, capsys):
     gpu("CUDA error: no kernel image is available\nCUDA kernel errors might be reported later")
-    assert main.choose_device("auto").type == "cpu"
-    told = "The device cuda is there, but cannot be used: CUDA error: no kernel image is available."
-    assert capsys.readouterr().err == f"{told} The next best device is taken.\n"
-    with pytest.raises(Failure, match=r"^The device cuda:0 is there, but cannot be used: CUDA error: no kernel"):
-        main.choose_device("cuda:0")
+    assert choose_device("auto").type == "cpu"
+    told = "The device cuda cannot be used: CUDA error: no kernel image is available."
+    assert capsys.readouterr().err == f"{told} The next device is used instead.\n"
+    with pytest.raises(Failure, match=r"^The device cuda:0 cannot be used: CUDA error: no kernel"):
+        choose_device("cuda:0")
 
 
 @pytest.mark.parametrize("error", ["CUDA out of memory. Tried to allocate", ""])
 def test_a_gpu_that_is_busy_is_no_reason_to_train_on_the_cpu(gpu, error):
     gpu(error)
     with pytest.raises(Failure, match=f"cannot be used: {error or 'RuntimeError'}"):
-        main.choose_device("auto")
+        choose_device("auto")
 
 
-def test_a_checkpoint_that_carries_a_call_is_refused_and_the_call_does_not_happen(cli, flags, copy):
+def test_a_checkpoint_that_holds_a_call_is_refused_and_the_call_is_not_made(cli, flags, copy):
     class Call:
         def __reduce__(self):
             return os.mkdir, (str(copy / "owned"),)
@@ -436,16 +450,34 @@ def test_a_checkpoint_that_carries_a_call_is_refused_and_the_call_does_not_happe
 
 
 def test_a_compressed_archive_is_refused(copy):
-    import zipfile
-
     path = copy / "teacher-s0" / "model.pt"
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
-    with pytest.raises(models.Damaged, match="compressed"):
+    with pytest.raises(Damaged, match="it is a compressed archive"):
         models.load(path)
+
+
+UNEXPECTED = {
+    "memory": (MemoryError(), "there is not enough memory. Try a smaller --batch-size or --image-size."),
+    "GPU memory": (torch.OutOfMemoryError("CUDA"), "there is not enough memory. Try a smaller --batch-size"),
+    "file": (OSError(13, "Permission denied", "here/it"), "here/it: Permission denied."),
+    "disk": (OSError(28, "No space left on device"), "the disk is full."),
+    "other": (RuntimeError("the first line\nthe second"), "RuntimeError: the first line\n(--debug shows where)"),
+}
+
+
+@pytest.mark.parametrize(("error", "told"), UNEXPECTED.values(), ids=UNEXPECTED)
+def test_an_unexpected_error_becomes_a_sentence(cli, flags, tmp_path, monkeypatch, error, told):
+    monkeypatch.setattr(train, "train", Mock(side_effect=error))
+    words = (*flags, "--train-teacher", "--output-dir", tmp_path)
+    got = cli(*words)
+    assert got.status == 1 and got.err.startswith(f"error: {told}") and explained(got), got
+    got = cli(*words, "--compile")
+    assert got.status == 1 and explained(got), got
+    assert ("train without --compile" in got.err) == told.startswith("RuntimeError")
 
 
 def test_debug_shows_the_traceback(cli, tmp_path):
@@ -453,8 +485,8 @@ def test_debug_shows_the_traceback(cli, tmp_path):
     assert got.status == 1 and "Traceback" in got.err
 
 
-def test_41_pictures_at_batch_128(cli, flags, tmp_path):
-    top = make_pictures(tmp_path / "p", train=14, test=3)
+def test_41_images_at_batch_128(cli, flags, tmp_path):
+    top = make_images(tmp_path / "p", train=14, test=3)
     (top / "train" / "red" / "00.png").unlink()
     words = (*flags, "--data-dir", top, "--batch-size", 128, "--output-dir", tmp_path / "o")
     assert cli(*words, "--train-teacher").status == 0

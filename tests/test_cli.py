@@ -1,22 +1,31 @@
-"""The command line as a person types it."""
+"""The command line as a person types it, and the layout of the program behind it."""
 
+import ast
+import contextlib
 import json
+import pickle
 import re
 import shlex
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, needs_real_pictures, process, real_pictures
+from conftest import CIFAR10_DIR, ROOT, needs_cifar10, process
+from PIL import Image
 
-import data
-import files
-import main
 import models
-import muon
 import train
+from arguments import parse
+from reports import figures
+from runs.files import Failure
+from runs.progress import Progress
+from runs.signals import Interrupted
+from runs.teachers import teacher_command
+from sources import folders, shapes
 
 BLOCK = re.compile(
     r"""^Training Parameters:
@@ -35,20 +44,56 @@ $""",
     re.MULTILINE,
 )
 
+EPOCH = re.compile(
+    r"(?P<title>.+): epoch (?P<epoch>\d+) of (?P<epochs>\d+), loss \d+\.\d{4}"
+    r"(?P<parts> \(soft \d+\.\d{4}, hard \d+\.\d{4}\))?, training accuracy [01]\.\d{4}"
+    r"(?P<validation>, validation accuracy [01]\.\d{4})?, \d+\.\d s, [\d:]+ left(?P<later> for all runs)?"
+)
+
 
 def accuracy(folder):
     return json.loads((folder / "run.json").read_text())["accuracy"]
 
 
+def written(folder):
+    """When each model.pt in `folder` was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/model.pt")}
+
+
+def logged(err):
+    """The epochs that standard error tells of, which must tell of nothing else."""
+    lines = [EPOCH.fullmatch(line) for line in err.splitlines()]
+    assert all(lines), err
+    return [f"{each['title']}: {each['epoch']} of {each['epochs']}{each['later'] or ''}" for each in lines]
+
+
+@pytest.fixture
+def quick(cli, monkeypatch):
+    """The command line without its figures, which take most of a small command's time."""
+    monkeypatch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
+    return cli
+
+
+@contextlib.contextmanager
+def failing_at_the_end(monkeypatch, error):
+    """Within this context a run raises `error` when its last epoch is trained and saved, but the run not finished."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "finish", Mock(side_effect=error))
+        yield
+
+
+# Training and comparing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_two_commands_train_and_compare(cli, flags, tmp_path):
     output = tmp_path / "out"
     taught = cli(*flags, "--train-teacher", "--output-dir", output)
     assert taught.status == 0, taught
     assert f"teacher-s0: test accuracy {accuracy(output / 'teacher-s0'):.4f}" in taught.out
-    assert re.search(r"Teacher: [\d,]+ parameters, [\d.]+ million multiply-adds", taught.out)
+    assert re.search(r"Teacher: [\d,]+ parameters, [\d.]+ million multiply-adds per image", taught.out)
     compared = cli(*flags, "--temperature", "4", "--alpha", "0.1", "--output-dir", output)
     assert compared.status == 0, compared
-    assert not compared.err and not taught.err  # no progress bars where nobody watches
     found = BLOCK.search(compared.out)
     assert found, compared.out
     assert found.groups()[:4] == ("4.0", "0.1", "2", "16")
@@ -59,22 +104,30 @@ def test_two_commands_train_and_compare(cli, flags, tmp_path):
     assert names == {
         "teacher-s0", "kd-T4-a0.1-s0", "baseline-s0", "targets", "data", "comparison.json", "comparison.csv", "figures",
     }  # fmt: skip
+    # No progress bar where there is no terminal, but one line an epoch for the log.
+    assert logged(taught.err) == ["teacher-s0: 1 of 2", "teacher-s0: 2 of 2"]
+    kd, baseline = "[1/2] kd-T4-a0.1-s0", "[2/2] baseline-s0"
+    assert logged(compared.err) == [
+        f"{kd}: 1 of 2 for all runs", f"{kd}: 2 of 2 for all runs", f"{baseline}: 1 of 2", f"{baseline}: 2 of 2",
+    ]  # fmt: skip
+    parts = [EPOCH.fullmatch(line)["parts"] for line in compared.err.splitlines()]
+    assert all(parts[:2]) and not any(parts[2:])
 
 
-def test_a_command_can_be_repeated(cli, flags, copy):
-    times = {p: p.stat().st_mtime_ns for p in copy.glob("*/model.pt")}
-    assert len(times) == 3
+def test_a_command_can_be_repeated(quick, flags, copy):
+    before = written(copy)
+    assert len(before) == 3
     for more in ([], ["--train-teacher"]):
-        repeated = cli(*flags, "--output-dir", copy, *more)
-        assert repeated.status == 0 and "(finished before)" in repeated.out
-    assert {p: p.stat().st_mtime_ns for p in copy.glob("*/model.pt")} == times
+        repeated = quick(*flags, "--output-dir", copy, *more)
+        assert repeated.status == 0 and "(finished before)" in repeated.out and not repeated.err, repeated
+    assert written(copy) == before
 
 
-def test_another_alpha_does_not_train_the_baseline_again(cli, flags, copy):
-    before = (copy / "baseline-s0" / "model.pt").stat().st_mtime_ns
-    got = cli(*flags, "--output-dir", copy, "--alpha", "0.9", "--temperature", "2")
+def test_another_alpha_does_not_train_the_baseline_again(quick, flags, copy):
+    before = written(copy)["baseline-s0"]
+    got = quick(*flags, "--output-dir", copy, "--alpha", "0.9", "--temperature", "2")
     assert got.status == 0 and BLOCK.search(got.out)[1] == "2.0"
-    assert (copy / "baseline-s0" / "model.pt").stat().st_mtime_ns == before
+    assert written(copy)["baseline-s0"] == before
     comparison = json.loads((copy / "comparison.json").read_text())
     assert [(e["temperature"], e["alpha"]) for e in comparison["kd"]] == [(2.0, 0.9), (4.0, 0.1)]
 
@@ -83,158 +136,214 @@ def test_another_alpha_does_not_train_the_baseline_again(cli, flags, copy):
 def test_compile_reaches_the_training_and_is_recorded(cli, flags, tmp_path, monkeypatch, words, compiled):
     networks = []
     monkeypatch.setattr(torch, "compile", lambda network, **_: networks.append(network) or network)
-    assert cli(*flags, "--train-teacher", "--output-dir", tmp_path, *words).status == 0
+    assert cli(*flags, "--train-teacher", "--epochs", 1, "--output-dir", tmp_path, *words).status == 0
     assert len(networks) == compiled
     assert json.loads((tmp_path / "teacher-s0/run.json").read_text())["environment"]["compiled"] is compiled
 
 
-def test_alpha_0_is_the_baseline_bit_for_bit(cli, flags, copy):
-    assert cli(*flags, "--output-dir", copy, "--alpha", "0").status == 0
-    kd, baseline = (models.read(copy / name / "model.pt") for name in ("kd-T4-a0-s0", "baseline-s0"))
-    assert models.digest(kd["state_dict"]) == models.digest(baseline["state_dict"])
+def test_alpha_0_is_the_baseline_bit_for_bit(quick, flags, copy):
+    assert quick(*flags, "--output-dir", copy, "--alpha", "0").status == 0
+    kd, baseline = (models.load(copy / name / "model.pt").state_dict() for name in ("kd-T4-a0-s0", "baseline-s0"))
+    assert models.digest(kd) == models.digest(baseline)
     assert (copy / "kd-T4-a0-s0/test_logits.npy").read_bytes() == (copy / "baseline-s0/test_logits.npy").read_bytes()
     comparison = json.loads((copy / "comparison.json").read_text())
     assert comparison["kd"][0]["improvement"]["p_value"] == 1.0
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_weights_and_alpha_0_is_the_baseline_there_too(
-    cli, flags, finished, tmp_path, monkeypatch
+    quick, flags, finished, tmp_path, monkeypatch
 ):
-    plain, stepped_in = muon.orthogonalise, set()
-    monkeypatch.setattr(muon, "orthogonalise", lambda matrix: stepped_in.add(matrix.dtype) or plain(matrix))
+    plain, stepped_in = train.orthogonalize, set()
+    monkeypatch.setattr(train, "orthogonalize", lambda matrix: stepped_in.add(matrix.dtype) or plain(matrix))
     for words in (["--train-teacher"], ["--alpha", "0.9"], ["--alpha", "0"]):
-        assert cli(*flags, "--precision", "bf16", "--output-dir", tmp_path, *words).status == 0
+        assert quick(*flags, "--precision", "bf16", "--output-dir", tmp_path, *words).status == 0
     assert stepped_in == {torch.bfloat16}
     names = ("teacher-s0", "kd-T4-a0.9-s0", "kd-T4-a0-s0", "baseline-s0")
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in names]
     assert {record["environment"]["precision"] for record in records} == {"bf16"}
-    weights = [models.read(tmp_path / name / "model.pt")["state_dict"] for name in names]
+    weights = [models.load(tmp_path / name / "model.pt").state_dict() for name in names]
     assert all(tensor.dtype is not torch.bfloat16 for each in weights for tensor in each.values())
     assert models.digest(weights[1]) != models.digest(weights[2]) == models.digest(weights[3])
-    in_float32 = models.read(finished / "baseline-s0" / "model.pt")["state_dict"]
+    in_float32 = models.load(finished / "baseline-s0" / "model.pt").state_dict()
     assert models.digest(weights[3]) != models.digest(in_float32)
     for name in names:  # the test set is evaluated in float32
         logits = torch.from_numpy(np.load(tmp_path / name / "test_logits.npy"))
         assert logits.dtype == torch.float32 and (logits != logits.bfloat16()).any()
 
 
-def test_both_students_start_alike_and_meet_the_same_batches(cli, flags, copy, monkeypatch):
-    import train
+def test_both_students_start_alike_and_see_the_same_batches(quick, flags, copy, monkeypatch):
+    seen, starts, train_one_epoch = {}, {}, train.train_one_epoch
 
-    met, starts = [], []
-    original = train._Run._step
+    class Recorded:
+        def __init__(self, views, batches):
+            self.views, self.batches = views, batches
 
-    def step(run, batch, soft):
-        if run.epoch == run.step == 0:
-            met.append([])
-            starts.append(models.digest(run.network.state_dict()))
-        met[-1].append(run.views.batch(batch).numpy().tobytes())
-        return original(run, batch, soft)
+        def batch(self, epoch, indices):
+            images = self.views.batch(epoch, indices)
+            self.batches.append((epoch, indices.tolist(), images.numpy().tobytes()))
+            return images
 
-    monkeypatch.setattr(train._Run, "_step", step)
-    assert cli(*flags, "--output-dir", copy, "--overwrite").status == 0
-    assert len(met) == 2 and len(met[0]) == 6 and met[0] == met[1] and starts[0] == starts[1]
+    def record(model, optimizer, views, labels, order, soft_targets, progress):
+        name = progress.run.name
+        starts.setdefault(name, models.digest(model.state_dict()))
+        recorded = Recorded(views, seen.setdefault(name, []))
+        train_one_epoch(model, optimizer, recorded, labels, order, soft_targets, progress)
 
-
-def test_overwrite_replaces_only_what_the_command_trains(cli, flags, copy):
-    teacher = (copy / "teacher-s0" / "model.pt").stat().st_mtime_ns
-    refused = cli(*flags, "--output-dir", copy, "--epochs", "1")
-    assert refused.status == 1 and "epochs 2 instead of 1" in refused.err and "--overwrite" in refused.err
-    assert cli(*flags, "--output-dir", copy, "--epochs", "1", "--overwrite").status == 0
-    assert (copy / "teacher-s0" / "model.pt").stat().st_mtime_ns == teacher
-    assert "Epochs: 1" in cli("--report", "--output-dir", copy).out
+    monkeypatch.setattr(train, "train_one_epoch", record)
+    assert quick(*flags, "--output-dir", copy, "--overwrite").status == 0
+    kd, baseline = "kd-T4-a0.1-s0", "baseline-s0"
+    assert seen.keys() == {kd, baseline} and starts[kd] == starts[baseline]
+    assert len(seen[kd]) == 6 and seen[kd] == seen[baseline]
 
 
-def test_a_sweep_looks_at_all_runs_before_it_trains_any(cli, flags, copy):
-    """The baseline of 2 epochs would stop the comparison after the sweep, with 1 epoch."""
-    got = cli(*flags, "--output-dir", copy, "--epochs", 1, "--alpha", 0.1, 0.9)
-    assert got.status == 1 and "epochs 2 instead of 1" in got.err
-    assert not list((copy / "selection").glob("*/model.pt"))
-    before = (copy / "kd-T4-a0.1-s0" / "model.pt").stat().st_mtime_ns
-    got = cli(*flags, "--output-dir", copy, "--epochs", 1, "--alpha", 0.5, 0.9, "--overwrite")
-    assert got.status == 0, got
-    assert (copy / "kd-T4-a0.1-s0" / "model.pt").stat().st_mtime_ns == before  # not of this command
-
-
-@pytest.mark.parametrize("more", [("--alpha", 0.1, 0.9, "--val-fraction", 0.25), ("--demo", "--alpha", 0.1)])
-def test_an_interrupted_overwrite_is_continued_without_it(cli, flags, copy, monkeypatch, more):
-    """`copy` holds kd-T4-a0.1-s0 and a baseline of 2 epochs, which must not stop the command that continues."""
-    command = (*flags, "--output-dir", copy, "--epochs", 1, *more)
-    with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "_finish", lambda run: (_ for _ in ()).throw(files.Interrupted(2)))
-        got = cli(*command, "--overwrite")
-    assert got.status == 130 and "without --overwrite continues it" in got.err
-    assert cli(*command).status == 0
-
-
-def test_a_failure_after_overwrite_began_says_how_to_continue(cli, flags, copy, monkeypatch):
-    monkeypatch.setattr(train._Run, "_finish", lambda run: (_ for _ in ()).throw(files.Failure("the disk is full")))
-    got = cli(*flags, "--output-dir", copy, "--overwrite")
-    assert got.status == 1 and "The same command without --overwrite continues" in got.err
-    monkeypatch.undo()
-    spoil = lambda optimiser: optimiser.param_groups[1]["params"][0].data.fill_(float("nan"))  # noqa: E731
-    monkeypatch.setattr(train.Muon, "step", spoil)
-    got = cli(*flags, "--output-dir", copy, "--overwrite")
-    assert got.status == 1 and "diverged" in got.err and "without --overwrite" not in got.err
-
-
-def test_options_reach_what_they_are_about(cli, flags, tmp_path, monkeypatch):
-    workers, decode = [], data.folder
-    monkeypatch.setattr(data, "folder", lambda *given: workers.append(given[2]) or decode(*given))
-    monkeypatch.setattr(train._Run, "train", lambda run: runs.append(run) or 0.0)
-    runs = []
-    words = ("--weight-decay", 0.001, "--num-workers", 1, "--save-every", 7, "--output-dir", tmp_path)
-    assert cli(*flags, *words, "--train-teacher").status == 0
-    (run,) = runs
-    assert workers == [1] and run.trainer.save_every == 7 and run.settings.weight_decay == 0.001
-    assert run.settings.learning_rate == pytest.approx(0.2 * (16 / 128) ** 0.5)
-
-
-def test_a_sweep_is_judged_on_a_tenth_unless_asked_otherwise(cli, flags, copy):
-    got = cli(*flags, "--output-dir", copy, "--epochs", 1, "--alpha", 0.1, 0.9, "--overwrite")
-    assert "judged on 10% of the training pictures" in got.out
-    record = json.loads((copy / "selection" / "kd-T4-a0.9-s0" / "run.json").read_text())
-    assert record["settings"]["val_fraction"] == 0.1
-
-
-def test_a_teacher_from_elsewhere(cli, flags, finished, tmp_path):
-    for number, place in enumerate((finished / "teacher-s0", finished / "teacher-s0" / "model.pt")):
-        got = cli(*flags, "--output-dir", tmp_path / str(number), "--teacher", place, "--epochs", 1)
+def test_a_teacher_from_elsewhere(quick, flags, finished, tmp_path):
+    for named in (finished / "teacher-s0", finished / "teacher-s0" / "model.pt"):
+        got = quick(*flags, "--output-dir", tmp_path, "--teacher", named, "--epochs", 1)
         assert got.status == 0, got
         assert f"Teacher Network: {accuracy(finished / 'teacher-s0'):.4f}" in got.out
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_the_folders_only_teacher_serves_every_seed(cli, flags, copy, seed):
-    assert cli(*flags, "--output-dir", copy, "--seed", seed).status == 0
+def test_the_only_teacher_of_a_folder_serves_every_seed(quick, flags, copy, seed):
+    assert quick(*flags, "--output-dir", copy, "--seed", seed).status == 0
     assert (copy / f"kd-T4-a0.1-s{seed}" / "model.pt").exists()
 
 
-def test_several_teachers_are_asked_about(cli, flags, copy):
+def test_of_several_teachers_one_must_be_named(cli, flags, copy):
     assert cli(*flags, "--train-teacher", "--output-dir", copy, "--seed", 1, "--epochs", 1).status == 0
     got = cli(*flags, "--output-dir", copy, "--seed", 2)
-    assert got.status == 1 and "--teacher" in got.err and "teacher-s1" in got.err
+    assert got.status == 1 and "holds several teachers. Name one with --teacher" in got.err
+    assert "teacher-s0" in got.err and "teacher-s1" in got.err
 
 
-# Speed and quietness of the command line itself ----------------------------------------------------------------------
+def test_batch_sizes_and_a_single_step(quick, images, tmp_path):
+    small = ("--dataset", "folder", "--data-dir", images, "--image-size", 16, "--device", "cpu", "--epochs", 1)
+    small = (*small, "--batch-size", 5000, "--output-dir", tmp_path)
+    assert quick(*small, "--train-teacher").status == 0
+    got = quick(*small)
+    assert got.status == 0 and "- Batch Size: 5000" in got.out
 
 
-@pytest.mark.parametrize(
-    ("words", "status"), [(["--help"], 0), (["--epochs", "many"], 2), ([], 1)], ids=["help", "wrong", "no teacher"]
-)
-def test_answers_before_pytorch_is_imported(tmp_path, words, status):
-    if not words:
-        words = ["--output-dir", str(tmp_path)]
-    script = f"""
+def test_options_reach_what_they_are_about(cli, flags, tmp_path, monkeypatch):
+    workers, runs, load = [], [], folders.load
+
+    def load_folder(directory, image_size, count, cache):
+        workers.append(count)
+        return load(directory, image_size, count, cache)
+
+    monkeypatch.setattr(folders, "load", load_folder)
+    monkeypatch.setattr(train, "train", lambda run, data, machine, options, **_: runs.append((run, options)) or 0.0)
+    words = ("--weight-decay", 0.001, "--num-workers", 1, "--save-every", 7, "--output-dir", tmp_path)
+    assert cli(*flags, *words, "--train-teacher").status == 0
+    ((run, options),) = runs
+    assert workers == [1] and options.save_every == 7 and run.settings.weight_decay == 0.001
+    assert run.settings.learning_rate == pytest.approx(0.2 * (16 / 128) ** 0.5)
+
+
+# Overwriting, and sweeps ---------------------------------------------------------------------------------------------
+
+
+def test_overwrite_replaces_only_what_the_command_trains(quick, flags, copy):
+    before = written(copy)
+    refused = quick(*flags, "--output-dir", copy, "--epochs", "1")
+    assert refused.status == 1 and "epochs 2 instead of 1" in refused.err and "Add --overwrite" in refused.err
+    assert written(copy) == before
+    assert quick(*flags, "--output-dir", copy, "--epochs", "1", "--overwrite").status == 0
+    after = written(copy)
+    assert after["teacher-s0"] == before["teacher-s0"] and after["baseline-s0"] != before["baseline-s0"]
+    assert "Epochs: 1" in quick("--report", "--output-dir", copy).out
+
+
+def test_a_sweep_checks_all_runs_before_it_trains_any(quick, flags, copy):
+    """The baseline of 2 epochs would stop the comparison after the sweep, with 1 epoch."""
+    words = (*flags, "--output-dir", copy, "--epochs", 1)
+    got = quick(*words, "--alpha", 0.1, 0.9)
+    assert got.status == 1 and "epochs 2 instead of 1" in got.err
+    assert not list((copy / "selection").glob("*/model.pt"))
+    before = written(copy)["kd-T4-a0.1-s0"]
+    got = quick(*words, "--alpha", 0.5, 0.9, "--overwrite")
+    assert got.status == 0, got
+    assert written(copy)["kd-T4-a0.1-s0"] == before  # this command does not train it
+    # A tenth of the training images, unless another part is asked for, is what a sweep is judged on.
+    assert "judged on 10% of the training images" in got.out
+    record = json.loads((copy / "selection" / "kd-T4-a0.9-s0" / "run.json").read_text())
+    assert record["settings"]["val_fraction"] == 0.1
+    assert "[2/3] kd-T4-a0.9-s0: 1 of 1 for all runs" in logged(got.err)
+    judged = [bool(EPOCH.fullmatch(line)["validation"]) for line in got.err.splitlines()]
+    assert judged == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("more", [("--alpha", 0.1, 0.9, "--val-fraction", 0.25), ("--demo", "--alpha", 0.1)])
+def test_an_interrupted_overwrite_is_resumed_without_it(quick, flags, copy, monkeypatch, more):
+    """`copy` holds kd-T4-a0.1-s0 and a baseline of 2 epochs, which must not stop the command that resumes."""
+    command = (*flags, "--output-dir", copy, "--epochs", 1, *more)
+    with failing_at_the_end(monkeypatch, Interrupted(2)):
+        got = quick(*command, "--overwrite")
+    assert got.status == 130 and got.err.endswith("is saved. The same command without --overwrite resumes it.\n")
+    assert quick(*command).status == 0
+
+
+def test_an_interruption_after_the_training_is_resumed_without_overwrite(cli, flags, copy, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "draw", Mock(side_effect=Interrupted(15)))
+        got = cli(*flags, "--epochs", 1, "--output-dir", copy, "--overwrite")
+    assert got.status == 143 and got.err.endswith("\nStopped. The same command without --overwrite resumes it.\n")
+
+
+def test_a_failure_after_overwrite_began_says_how_to_resume(cli, flags, copy, monkeypatch):
+    advice = "repeat it without --overwrite to go on from there."
+    words = (*flags, "--output-dir", copy, "--overwrite")
+    with failing_at_the_end(monkeypatch, Failure("the disk is full")):
+        got = cli(*words)
+    assert got.status == 1 and got.err.endswith(f"What this command has trained is kept: {advice}\n"), got
+
+    def spoil(optimizer):
+        optimizer.param_groups[1]["params"][0].data.fill_(float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Muon, "step", spoil)
+        got = cli(*words)
+    assert got.status == 1 and "diverged" in got.err and "without --overwrite" not in got.err
+
+
+@pytest.mark.parametrize("error", [Failure("The disk is full."), Interrupted(2)], ids=["failure", "interruption"])
+def test_what_ends_before_anything_is_removed_does_not_speak_of_overwrite(cli, flags, copy, monkeypatch, error):
+    """Without --overwrite the command would reuse the runs that were to be replaced."""
+    before = written(copy)
+    monkeypatch.setattr(folders, "load", Mock(side_effect=error))
+    got = cli(*flags, "--output-dir", copy, "--overwrite")
+    assert got.status in (1, 130) and "--overwrite" not in got.err and written(copy) == before
+
+
+# What is answered without PyTorch ------------------------------------------------------------------------------------
+
+ANSWERS = {
+    "help": (["--help"], 0, "usage: python main.py [options]"),
+    "wrong": (["--epochs", "many"], 2, "'many' is not an integer"),
+    "typo": (["--epoch", "3"], 2, "unrecognized arguments: --epoch 3"),
+    "no teacher": ([], 1, "There is no teacher in"),
+    "absent teacher": (["--teacher", "nobody"], 1, "--teacher nobody does not exist."),
+    "no report": (["--report"], 1, "does not exist: --report needs a folder with finished runs."),
+}
+
+
+@pytest.mark.parametrize(("words", "status", "told"), ANSWERS.values(), ids=ANSWERS)
+def test_it_answers_before_pytorch_is_imported(tmp_path, words, status, told):
+    script = """
 import sys, main
+from runs.command import exit_status
 try:
-    status = main.main({words!r})
+    status = exit_status(main.main)
 except SystemExit as end:
     status = end.code or 0
-assert status == {status}, status
-assert not {{"torch", "numpy", "torchvision"}} & set(sys.modules)
+slow = {"torch", "torchvision", "scipy", "matplotlib", "PIL"} & set(sys.modules)
+sys.exit(f"imported: {slow}" if slow else status)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)
+    words = [*words, "--output-dir", str(tmp_path / "absent")] if "--help" not in words else words
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and told in done.stdout + done.stderr, done
+    assert "imported:" not in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_help_names_every_option_with_its_default(cli):
@@ -246,36 +355,19 @@ def test_help_names_every_option_with_its_default(cli):
         part = " ".join(text.split(f"  {name} ")[1].split("\n  --")[0].split())
         assert f"[{default}]" in part, name
     for name in (
-        "--train-teacher",
-        "--data-url",
-        "--teacher",
-        "--device",
-        "--lr",
-        "--weight-decay",
-        "--overwrite",
-        "--demo",
-        "--debug",
-    ):
-        assert name in text
+        "--train-teacher", "--report", "--demo", "--teacher", "--seeds", "--val-fraction", "--lr", "--weight-decay",
+        "--data-url", "--device", "--precision", "--compile", "--save-every", "--overwrite", "--debug",
+    ):  # fmt: skip
+        assert f"\n  {name}" in text, name
     assert "examples:" in text
 
 
 def test_defaults_are_the_users():
-    given = main.parse([])
-    assert (given.batch_size, given.epochs, given.num_workers, given.temperature, given.alpha) == (
-        128,
-        200,
-        2,
-        [4.0],
-        [0.1],
-    )
-    assert (given.dataset, given.output_dir, given.image_size, given.seed, given.device) == (
-        "cifar10",
-        "outputs",
-        32,
-        0,
-        "auto",
-    )
+    given = parse([])
+    assert (given.batch_size, given.epochs, given.num_workers) == (128, 200, 2)
+    assert (given.temperature, given.alpha) == ([4.0], [0.1])
+    assert (given.dataset, given.output_dir, given.image_size, given.seed) == ("cifar10", "outputs", 32, 0)
+    assert given.device == "auto"
 
 
 def test_no_teacher_names_the_first_command(cli, tmp_path):
@@ -284,73 +376,105 @@ def test_no_teacher_names_the_first_command(cli, tmp_path):
     assert f"python main.py --train-teacher --dataset shapes --epochs 7 --output-dir {tmp_path}" in got.err
 
 
-def test_the_command_named_for_an_unfinished_teacher_continues_it(cli, flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(train._Run, "_finish", lambda run: (_ for _ in ()).throw(files.Interrupted(2, "Stopped.")))
+def test_the_command_named_for_an_unfinished_teacher_resumes_it(cli, flags, tmp_path, monkeypatch):
     own = ("--lr", 0.03, "--seed", 3, "--precision", "fp32", "--output-dir", tmp_path)
-    assert cli(*flags, *own, "--train-teacher").status == 130
-    monkeypatch.undo()
+    with failing_at_the_end(monkeypatch, Interrupted(2)):
+        assert cli(*flags, *own, "--train-teacher").status == 130
     got = cli("--epochs", 1, "--seed", 3, "--output-dir", tmp_path)
-    assert "epoch 2 of 2" in got.err, got
+    assert "is unfinished (epoch 2 of 2). Finish it with its own command:" in got.err, got
     words = shlex.split(got.err.splitlines()[-1])
     assert words[:2] == ["python", "main.py"]
     assert {"--data-dir", "--device", "--precision"} <= set(words) and "--compile" not in words
     got = cli(*words[2:])
-    assert got.status == 0 and "teacher-s3: test accuracy" in got.out, got
-    words = main.teacher_command(main.parse([]), compile=True, precision="bf16").split()
-    assert main.parse(words[2:]).compile is True and main.parse(words[2:]).precision == "bf16"
+    assert got.status == 0 and "teacher-s3: test accuracy" in got.out and not got.err, got  # both epochs were trained
+    words = teacher_command(parse([]), compile=True, precision="bf16").split()
+    assert parse(words[2:]).compile is True and parse(words[2:]).precision == "bf16"
 
 
-def test_the_demo_is_a_preset_that_flags_overrule():
-    given = main.parse(["--demo", "--epochs", "3", "--alpha", "0.2"])
+# The demo, and real images -------------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_a_preset_that_options_override():
+    given = parse(["--demo", "--epochs", "3", "--alpha", "0.2"])
     assert (given.dataset, given.output_dir, given.image_size) == ("shapes", "outputs/demo", 16)
     assert (given.epochs, given.alpha, given.temperature) == (3, [0.2], [4.0])
 
 
-def test_the_demo_trains_teacher_and_students(tmp_path):
-    """As a process, with the fewest epochs: teacher and comparison in one command, offline."""
-    done = process("--demo", "--epochs", 1, "--device", "cpu", "--output-dir", tmp_path / "out")
-    out, err = done.communicate(timeout=240)
-    assert done.returncode == 0, err
-    assert BLOCK.search(out) and out.index("teacher-s0: test accuracy") < out.index("Training Parameters:")
+def test_the_demo_trains_teacher_and_students(quick, tmp_path, monkeypatch):
+    """Teacher and comparison in one command, offline; with fewer shapes and epochs than a person gets."""
+    load = shapes.load
+    monkeypatch.setattr(shapes, "load", lambda image_size: load(image_size, train=64, test=32))
+    got = quick("--demo", "--epochs", 1, "--device", "cpu", "--output-dir", tmp_path / "out")
+    assert got.status == 0 and "shapes: 64 training and 32 test images of 16x16, 8 classes" in got.out, got
+    assert BLOCK.search(got.out) and got.out.index("teacher-s0: test accuracy") < got.out.index("Training Parameters:")
+    assert logged(got.err) == [
+        "teacher-s0: 1 of 1 for all runs", "[1/2] kd-T4-a0.9-s0: 1 of 1 for all runs", "[2/2] baseline-s0: 1 of 1",
+    ]  # fmt: skip
 
 
-def test_batch_sizes_and_a_single_step(cli, pictures, tmp_path):
-    small = (
-        "--dataset",
-        "folder",
-        "--data-dir",
-        pictures,
-        "--image-size",
-        16,
-        "--device",
-        "cpu",
-        "--output-dir",
-        tmp_path,
-    )
-    assert cli(*small, "--train-teacher", "--epochs", 1, "--batch-size", 5000).status == 0
-    got = cli(*small, "--epochs", 1, "--batch-size", 5000)
-    assert got.status == 0 and "- Batch Size: 5000" in got.out
+def test_it_runs_as_a_process(copy):
+    done = process("--report", "--output-dir", copy)
+    out, err = done.communicate()
+    assert done.returncode == 0 and BLOCK.search(out) and not err, err
+    done = process("--epochs", "many")
+    out, err = done.communicate()
+    assert done.returncode == 2 and not out and "'many' is not an integer" in err
 
 
-@needs_real_pictures
-def test_on_real_pictures_students_learn(cli, tmp_path):
-    """A part of the real pictures, 300 + 100 a class and three classes, one epoch: far above chance, both commands."""
-    for split, count in (("train", 300), ("test", 100)):
-        for name in ("airplane", "frog", "truck"):
-            (tmp_path / "part" / split / name).mkdir(parents=True)
-            for path in sorted((real_pictures() / split / name).iterdir())[:count]:
-                (tmp_path / "part" / split / name / path.name).symlink_to(path)
-    small = (
-        "--dataset",
-        "folder",
-        "--data-dir",
-        tmp_path / "part",
-        "--output-dir",
-        tmp_path / "out",
-        "--image-size",
-        16,
-    )
-    assert cli(*small, "--train-teacher", "--epochs", 3, "--batch-size", 32).status == 0
-    got = cli(*small, "--epochs", 4, "--batch-size", 32, "--alpha", "0.5")
+@needs_cifar10
+@pytest.mark.slow
+def test_students_learn_from_real_images(quick, tmp_path):
+    """A part of CIFAR-10 as PNG and JPEG files, 150 + 60 images of three classes, in a few epochs: far above chance
+    with both commands."""
+    names = {0: "airplane", 6: "frog", 9: "truck"}
+    for split, batch, count in (("train", "data_batch_1", 150), ("test", "test_batch", 60)):
+        with open(f"{CIFAR10_DIR}/cifar-10-batches-py/{batch}", "rb") as file:
+            content = pickle.load(file, encoding="bytes")
+        labels = np.array(content[b"labels"])
+        for number, name in names.items():
+            folder = tmp_path / "part" / split / name
+            folder.mkdir(parents=True)
+            for index in np.flatnonzero(labels == number)[:count]:
+                pixels = content[b"data"][index].reshape(3, 32, 32).transpose(1, 2, 0)
+                suffix, quality = ("jpg", {"quality": 95}) if index % 2 else ("png", {"compress_level": 1})
+                Image.fromarray(pixels).save(folder / f"{index:04d}.{suffix}", **quality)
+    words = ("--dataset", "folder", "--data-dir", tmp_path / "part", "--output-dir", tmp_path / "out")
+    words = (*words, "--image-size", 16, "--batch-size", 25)
+    assert quick(*words, "--train-teacher", "--epochs", 2).status == 0
+    got = quick(*words, "--epochs", 4, "--alpha", "0.5")
+    assert "folder: 450 training and 180 test images of 16x16, 3 classes" in got.out
     values = [float(value) for value in BLOCK.search(got.out).groups()[4:7]]
     assert np.min(values) > 0.55, got.out
+
+
+# The layout ----------------------------------------------------------------------------------------------------------
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in (".", "runs", "reports", "sources")
+    for path in sorted((ROOT / folder).glob("*.py"))
+}
+
+
+def imported(path):
+    """The modules of the program that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & MODULES.keys()
+
+
+def test_imports_have_no_cycles():
+    graph = {name: imported(path) for name, path in MODULES.items()}
+    assert {"main", "data", "runs.files", "reports.report", "sources.cifar10"} <= graph.keys()
+    assert {"data", "train", "runs.teachers", "reports.report"} <= graph["main"] and "sources.shapes" in graph["data"]
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_no_file_of_the_program_is_longer_than_350_lines():
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert not {name: count for name, count in lines.items() if count > 350}

@@ -1,4 +1,4 @@
-"""Pictures from folders, archives and the program's own pen; the views of an epoch."""
+"""Images from folders and archives, or drawn by the program; the augmented views of an epoch."""
 
 import hashlib
 import http.server
@@ -6,37 +6,44 @@ import os
 import pickle
 import tarfile
 import threading
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, make_pictures, needs_real_pictures, real_pictures
+from conftest import CIFAR10_DIR, CLASSES, make_images, needs_cifar10
 from PIL import Image
 
 import data
-import files
-from files import Damaged, Failure
+import train
+from runs.files import Damaged, Failure
+from runs.lock import lock
+from runs.signals import Interrupted
+from sources import cifar10, folders
 
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
-def test_folder_ends_as_uint8_tensors_with_statistics(pictures):
-    got = data.folder(pictures, 16)
+def load_folder(directory, image_size=16, **rest):
+    return data.load("folder", data_dir=directory, image_size=image_size, **rest)
+
+
+def test_a_folder_becomes_uint8_tensors_with_statistics(images):
+    got = load_folder(images)
     assert got.classes == CLASSES
-    assert got.train_pictures.shape == (48, 16, 16, 3) and got.train_pictures.dtype == torch.uint8
+    assert got.train_images.shape == (48, 16, 16, 3) and got.train_images.dtype == torch.uint8
     assert got.test_labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
-    first = np.asarray(Image.open(pictures / "train" / "blue" / "00.png"))
-    assert (got.train_pictures[0].numpy() == first).all()
-    scaled = got.train_pictures.numpy() / 255
+    first = np.asarray(Image.open(images / "train" / "blue" / "00.png"))
+    assert (got.train_images[0].numpy() == first).all()
+    scaled = got.train_images.numpy() / 255
     np.testing.assert_allclose(got.mean, scaled.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(got.std, scaled.std((0, 1, 2)), rtol=1e-4)
 
 
 def half(left, right, mode="RGB", size=(40, 40)):
-    picture = Image.new(mode, size, left)
-    picture.paste(right, (size[0] // 2, 0, *size))
-    return picture
+    image = Image.new(mode, size, left)
+    image.paste(right, (size[0] // 2, 0, *size))
+    return image
 
 
 GREY16 = Image.fromarray(np.repeat(np.array([[50, 200]], np.uint16) * 257, 40, 0).repeat(20, 1))
@@ -44,7 +51,7 @@ PALETTE = half((10, 200, 30), (200, 10, 30)).convert("P", palette=Image.Palette.
 
 
 @pytest.mark.parametrize(
-    ("name", "picture", "left", "right"),
+    ("name", "image", "left", "right"),
     [
         ("grey.png", half(50, 200, "L"), (50,) * 3, (200,) * 3),
         ("grey16.png", GREY16, (50,) * 3, (200,) * 3),
@@ -58,87 +65,61 @@ PALETTE = half((10, 200, 30), (200, 10, 30)).convert("P", palette=Image.Palette.
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_every_mode_becomes_rgb(tmp_path, name, picture, left, right):
+def test_every_mode_becomes_rgb(tmp_path, name, image, left, right):
     path = tmp_path / name
-    (picture or half((10, 20, 30), (200, 100, 0))).save(path, **({"lossless": True} if name.endswith("webp") else {}))
-    got = data.read_picture(path, 20)
+    (image or half((10, 20, 30), (200, 100, 0))).save(path, **({"lossless": True} if name.endswith("webp") else {}))
+    got = folders.read_image(path, 20)
     assert got.shape == (20, 20, 3) and got.dtype == np.uint8
     np.testing.assert_allclose(got[10, 3], left, atol=2)
     np.testing.assert_allclose(got[10, 16], right, atol=2)
 
 
-def test_exif_orientation_is_obeyed(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter: the left becomes the top
+    exif[0x0112] = 6  # a quarter turn: the left side becomes the top
     half((250, 0, 0), (0, 0, 250)).save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
-    got = data.read_picture(tmp_path / "turned.jpg", 20).astype(int)
+    got = folders.read_image(tmp_path / "turned.jpg", 20).astype(int)
     assert got[2, 10, 0] > 200 > 50 > got[2, 10, 2] and got[17, 10, 2] > 200
 
 
-def test_pictures_are_resized_and_centre_cropped(tmp_path):
+def test_images_are_resized_and_centre_cropped(tmp_path):
     wide = Image.new("RGB", (90, 30), "red")
     wide.paste("blue", (30, 0, 60, 30))
     wide.save(tmp_path / "wide.png")
-    assert (data.read_picture(tmp_path / "wide.png", 30) == (0, 0, 255)).all()
+    assert (folders.read_image(tmp_path / "wide.png", 30) == (0, 0, 255)).all()
     Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "dot.png")
-    assert (data.read_picture(tmp_path / "dot.png", 16) == (7, 8, 9)).all()
+    assert (folders.read_image(tmp_path / "dot.png", 16) == (7, 8, 9)).all()
 
 
-def test_a_picture_of_a_hundred_million_pixels_is_legal(tmp_path):
+def test_an_image_of_a_hundred_million_pixels_is_read(tmp_path):
     Image.new("L", (10_000, 10_000), 77).save(tmp_path / "large.png", compress_level=1)
-    assert (data.read_picture(tmp_path / "large.png", 32) == 77).all()
+    assert (folders.read_image(tmp_path / "large.png", 32) == 77).all()
 
 
 def test_odd_names_nested_folders_hidden_files_and_other_suffixes(tmp_path):
-    top = make_pictures(tmp_path / "my pictures", train=2, test=1)
+    top = make_images(tmp_path / "my images", train=2, test=1)
     for split in ("train", "test"):
         (top / split / "red").rename(top / split / "rød grød")
     (top / "train" / "green" / "deeper").mkdir()
     Image.new("RGB", (8, 8)).save(top / "train" / "green" / "deeper" / "ein Bild ü.png")
-    (top / "train" / "green" / "notes.txt").write_text("not a picture")
-    (top / "train" / "green" / ".hidden.png").write_text("not a picture")
+    (top / "train" / "green" / "notes.txt").write_text("not an image")
+    (top / "train" / "green" / ".hidden.png").write_text("not an image")
     (top / "train" / ".DS_Store").write_text("")
     (top / "train" / ".cache").mkdir()
-    got = data.folder(top, 16, workers=0)
+    got = load_folder(top, workers=0)
     assert got.classes == ("blue", "green", "rød grød")
     assert got.train_labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
 
 
-def test_decoded_pictures_are_kept_until_a_picture_changes(tmp_path, monkeypatch):
-    top = make_pictures(tmp_path / "p", train=3, test=2)
-    first = data.folder(top, 16, cache=tmp_path / "kept")
-    assert not set(os.listdir(top)) - {"train", "test"}
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "read_picture", lambda *_: pytest.fail("decoded again"))
-        again = data.folder(top, 16, cache=tmp_path / "kept")
-    assert again.digest == first.digest and torch.equal(again.train_pictures, first.train_pictures)
-    assert again.mean == first.mean and again.std == first.std
-    changed = top / "train" / "red" / "00.png"
-    time.sleep(0.01)
-    Image.new("RGB", (16, 16), "white").save(changed)
-    assert data.folder(top, 16, cache=tmp_path / "kept").digest != first.digest
-    assert data.folder(top, 20, cache=tmp_path / "kept").image_size == 20
-
-
-def test_damaged_kept_pictures_are_decoded_again(tmp_path, capsys):
-    top = make_pictures(tmp_path / "p", train=2, test=2)
-    first = data.folder(top, 16, cache=tmp_path / "kept")
-    (kept,) = (tmp_path / "kept").iterdir()
-    content = bytearray(kept.read_bytes())
-    content[len(content) // 3] ^= 4
-    kept.write_bytes(content)
-    assert data.folder(top, 16, cache=tmp_path / "kept").digest == first.digest
-    assert "damaged" in capsys.readouterr().err
-
-
-def test_a_class_name_that_is_no_utf8_is_escaped(cli, flags, tmp_path):
-    """The report, its JSON and its figures take it."""
-    top = make_pictures(tmp_path / "p")
+@pytest.mark.slow
+def test_a_class_name_that_is_not_utf8_is_escaped(cli, flags, tmp_path):
+    """The report, its JSON and its figures accept it."""
+    top = make_images(tmp_path / "p")
     for split in ("train", "test"):
         try:
             (top / split / "red").rename(top / split / os.fsdecode(b"caf\xe9"))
-        except OSError:
-            pytest.skip("this file system takes UTF-8 alone")
+        except (OSError, ValueError):
+            pytest.skip("this file system takes only UTF-8 names")
     words = (*flags, "--data-dir", top, "--epochs", 1, "--output-dir", tmp_path / "o")
     assert cli(*words, "--train-teacher").status == 0
     got = cli(*words)
@@ -146,8 +127,171 @@ def test_a_class_name_that_is_no_utf8_is_escaped(cli, flags, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_workers_do_not_change_what_is_decoded(pictures, workers):
-    assert data.folder(pictures, 16, workers).digest == data.folder(pictures, 16, 2).digest
+def test_workers_do_not_change_what_is_decoded(images, workers):
+    assert load_folder(images, workers=workers).digest == load_folder(images, workers=2).digest
+
+
+def test_more_images_than_are_decoded_at_a_time(images, tmp_path, monkeypatch):
+    whole = load_folder(images)
+    monkeypatch.setattr(folders, "CHUNK", 5)
+    assert load_folder(images).digest == whole.digest
+    assert load_folder(images, cache=tmp_path).digest == whole.digest
+
+
+# Decoded images that are kept ----------------------------------------------------------------------------------------
+
+
+class Kept:
+    """An image folder of its own, and what is kept of its decoded images."""
+
+    def __init__(self, top):
+        self.images, self.cache = make_images(top / "images", train=3, test=2), top / "cache"
+
+    def load(self, image_size=16):
+        return load_folder(self.images, image_size, cache=self.cache)
+
+    def files(self):
+        return {path.name: path.read_bytes() for path in self.cache.iterdir()} if self.cache.exists() else {}
+
+    @property
+    def array(self):
+        (path,) = self.cache.glob("images-*.npy")
+        return path
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return Kept(tmp_path)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths of the images that are decoded, in any order."""
+    paths, read_image = [], folders.read_image
+    monkeypatch.setattr(folders, "read_image", lambda path, size: paths.append(path) or read_image(path, size))
+    return paths
+
+
+def test_decoded_images_are_kept_until_an_image_changes(kept, decoded):
+    first = kept.load()
+    assert len(decoded) == 15 and {path.name for path in kept.images.iterdir()} == {"train", "test"}
+    assert first.digest == load_folder(kept.images).digest
+    decoded.clear()
+    again = kept.load()
+    assert not decoded
+    assert again.digest == first.digest and torch.equal(again.train_images, first.train_images)
+    assert again.mean == first.mean and again.std == first.std
+    assert kept.load(20).image_size == 20 and kept.load().digest == first.digest  # both sizes are kept
+
+    changed = kept.images / "train" / "red" / "00.png"
+    content, status = changed.read_bytes(), changed.stat()
+    Image.new("RGB", (16, 16), "white").save(changed)
+    assert kept.load().digest != first.digest
+    changed.write_bytes(content)
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    decoded.clear()
+    assert kept.load().digest == first.digest and len(decoded) == 15  # another time, though the same size
+
+
+def test_kept_images_are_mapped_and_the_file_never_changes(kept):
+    kept.load()
+    before = kept.files()
+    got = kept.load()
+    if os.path.exists("/proc/self/maps"):
+        assert str(kept.array) in Path("/proc/self/maps").read_text()
+    got.train_images.zero_()
+    assert kept.files() == before
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped bit": flip_a_bit,
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "cut in the header": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "archive": lambda path: path.write_bytes(b"PK\3\4" + path.read_bytes()[4:]),
+    "broken header": lambda path: path.write_bytes(path.read_bytes()[:10] + b"('''" + path.read_bytes()[14:]),
+    "other array": lambda path: np.save(path, np.zeros((15, 16, 16, 3), np.uint8)),
+    "other shape": lambda path: np.save(path, np.zeros((2, 16, 16, 3), np.uint8)),
+    "other type": lambda path: np.save(path, np.load(path).view(np.int8)),
+    "pickle": lambda path: np.save(path, np.array([{"an": "object"}], dtype=object), allow_pickle=True),
+    "record is not JSON": lambda path: path.with_suffix(".json").write_text("{]"),
+    "record of another type": lambda path: path.with_suffix(".json").write_text('{"listed": 3}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_kept_images_are_decoded_again(kept, decoded, capsys, damage):
+    first, before = kept.load().digest, kept.files()
+    damage(kept.array)
+    assert kept.load().digest == first
+    told = capsys.readouterr().err
+    assert told.startswith(str(kept.array.with_suffix(""))) and "is damaged: " in told
+    assert told.endswith(". The images are decoded again.\n") and len(told.splitlines()) == 1
+    assert kept.files() == before  # repaired
+    decoded.clear()
+    assert kept.load().digest == first and not decoded and not capsys.readouterr().err
+
+
+def test_kept_images_without_their_record_are_decoded_again(kept, capsys):
+    first, before = kept.load().digest, kept.files()
+    kept.array.with_suffix(".json").unlink()
+    assert kept.load().digest == first and kept.files() == before
+    assert not capsys.readouterr().err  # nothing is damaged: the program ended between the two files
+
+
+@pytest.mark.parametrize("error", [Interrupted(2), KeyboardInterrupt(), Damaged("no image"), MemoryError()], ids=repr)
+@pytest.mark.parametrize("position", [0, 9])
+def test_an_interrupted_decoding_keeps_nothing(kept, monkeypatch, error, position):
+    read_image = folders.read_image
+    paths = sorted(str(path) for split in ("train", "test") for path in kept.images.glob(f"{split}/*/*"))
+
+    def interrupted(path, image_size):
+        if path == paths[position]:
+            raise error
+        return read_image(path, image_size)
+
+    monkeypatch.setattr(folders, "CHUNK", 4)  # so that some images were written before
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "read_image", interrupted)
+        with pytest.raises(type(error)):
+            kept.load()
+    assert not kept.files()
+    first, before = kept.load().digest, kept.files()
+
+    changed = kept.images / "test" / "red" / "00.png"  # what was kept before an interruption stays
+    Image.new("RGB", (16, 16), "white").save(changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "read_image", interrupted)
+        with pytest.raises(type(error)):
+            kept.load()
+    assert kept.files() == before and kept.load().digest != first
+
+
+# Arrays --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_stays_the_same_from_version_to_version():
+    """It is what runs and soft targets know their data by."""
+    images = np.arange(4 * 16 * 16 * 3, dtype=np.uint32).astype(np.uint8).reshape(4, 16, 16, 3)
+    arrays = [("a", "b"), images, np.array([0, 1, 0, 1]), images[:2] // 2, np.array([1, 0])]
+    known = "d6ebb84dec068c2da48b52770ed980babf8b3c5d33832372e7599fc065e38475"
+    assert data.from_arrays(*arrays).digest == known
+    others = [("a", "c"), images ^ 1, np.array([0, 1, 1, 1]), images[:2], np.array([1, 1])]
+    for position, other in enumerate(others):
+        changed = [*arrays[:position], other, *arrays[position + 1 :]]
+        assert data.from_arrays(*changed).digest != known
+
+
+def test_images_of_one_colour_can_be_normalized():
+    grey, labels = np.full((2, 16, 16, 3), 51, np.uint8), np.array([0, 1])
+    got = data.from_arrays(("a", "b"), grey, labels, grey, labels)
+    assert got.mean == pytest.approx((0.2,) * 3) and got.std == (1 / 255,) * 3
 
 
 # CIFAR-10 ------------------------------------------------------------------------------------------------------------
@@ -186,6 +330,16 @@ def archive(tmp_path_factory):
 
 
 @pytest.fixture
+def load_small(archive):
+    """cifar10.load for the small archive, as Data."""
+
+    def load(directory, url=None, dataset=archive[1]):
+        return data.from_arrays(*cifar10.load(directory, url, dataset=dataset))
+
+    return load
+
+
+@pytest.fixture
 def server(archive, monkeypatch):
     """The archive on the loopback address; `asked` lists the Range headers; `cut` breaks the connection early, and
     without `ranges` everything is sent however little was asked for."""
@@ -213,153 +367,174 @@ def server(archive, monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz", Handler
     server.shutdown()
     server.server_close()
 
 
-def test_cifar10_is_downloaded_once_and_read_by_torchvision(archive, server, tmp_path):
+def test_cifar10_is_downloaded_once_and_read_by_torchvision(load_small, server, tmp_path):
     url, handler = server
-    got = data.cifar10(tmp_path / "data", url, dataset=archive[1])
-    assert got.train_pictures.shape == (100, 32, 32, 3) and got.test_pictures.shape == (20, 32, 32, 3)
+    got = load_small(tmp_path / "data", url)
+    assert got.train_images.shape == (100, 32, 32, 3) and got.test_images.shape == (20, 32, 32, 3)
     assert got.classes[3] == "class 3" and got.train_labels[:10].tolist() == list(range(10))
     raw = pickle.loads((tmp_path / "data/cifar-10-batches-py/data_batch_1").read_bytes())["data"][0]
-    assert (got.train_pictures[0].numpy() == raw.reshape(3, 32, 32).transpose(1, 2, 0)).all()
-    assert data.cifar10(tmp_path / "data", url, dataset=archive[1]).digest == got.digest
+    assert (got.train_images[0].numpy() == raw.reshape(3, 32, 32).transpose(1, 2, 0)).all()
+    assert load_small(tmp_path / "data", url).digest == got.digest
     assert len(handler.asked) == 1
 
 
-def test_a_partial_download_is_continued_and_never_passes_for_a_whole_one(archive, server, tmp_path):
+def test_a_partial_download_is_continued_and_never_taken_for_a_whole_one(load_small, server, tmp_path):
     url, handler = server
     handler.cut = 1000
-    with pytest.raises(Failure, match="ended after 1,000 of"):
-        data.cifar10(tmp_path, url, dataset=archive[1])
+    with pytest.raises(Failure, match="the connection ended after 1,000 of"):
+        load_small(tmp_path, url)
     assert not (tmp_path / "cifar-10-python.tar.gz").exists()
     handler.cut = None
-    assert len(data.cifar10(tmp_path, url, dataset=archive[1]).train_labels) == 100
+    assert len(load_small(tmp_path, url).train_labels) == 100
     assert handler.asked == [None, "bytes=1000-"]
 
 
-def test_a_mirror_that_cannot_continue_sends_everything(archive, server, tmp_path):
+def test_a_mirror_that_cannot_continue_sends_everything(load_small, archive, server, tmp_path):
     url, handler = server
     (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(archive[0].read_bytes()[:1000])
     handler.ranges = False
-    assert len(data.cifar10(tmp_path, url, dataset=archive[1]).train_labels) == 100
+    assert len(load_small(tmp_path, url).train_labels) == 100
 
 
-def test_a_download_that_had_come_whole_is_taken(archive, server, tmp_path):
+def test_a_partial_file_that_holds_everything_is_used(load_small, archive, server, tmp_path):
     (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(archive[0].read_bytes())
-    assert len(data.cifar10(tmp_path, server[0], dataset=archive[1]).train_labels) == 100
+    assert len(load_small(tmp_path, server[0]).train_labels) == 100
 
 
 def test_the_default_data_set_from_the_command_line(cli, archive, server, tmp_path, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", archive[1])
+    load = cifar10.load
+    monkeypatch.setattr(cifar10, "load", lambda *given: load(*given, dataset=archive[1]))
     words = ("--train-teacher", "--epochs", 1, "--batch-size", 50, "--device", "cpu", "--image-size", 16)
     got = cli(*words, "--data-url", server[0], "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
-    assert got.status == 0 and "cifar10: 100 training and 20 test pictures of 16x16, 10 classes" in got.out, got
+    assert got.status == 0 and "cifar10: 100 training and 20 test images of 16x16, 10 classes" in got.out, got
 
 
-def test_pictures_are_resized_as_pillow_does():
+def test_images_are_resized_as_pillow_does():
     """At upright edges, where bicubic interpolation overshoots (where edges cross, Pillow clips once more than we)."""
-    pictures = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (3, 1, 4, 3)).repeat(32, 1).repeat(8, 2)
+    images = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (3, 1, 4, 3)).repeat(32, 1).repeat(8, 2)
     for size in (16, 24, 48):
-        wanted = [np.asarray(Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC)) for each in pictures]
-        assert np.abs(data.resize(pictures, size).astype(int) - np.array(wanted, dtype=int)).max() <= 1
+        wanted = [np.asarray(Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC)) for each in images]
+        assert np.abs(cifar10.resize(images, size).astype(int) - np.array(wanted, dtype=int)).max() <= 1
 
 
-def test_what_a_mirror_sends_must_have_the_official_md5(archive, server, tmp_path):
+def test_what_a_mirror_sends_must_have_the_official_md5(load_small, archive, server, tmp_path):
     class Other(archive[1]):
         tgz_md5 = "0" * 32
 
-    with pytest.raises(Failure, match="MD5"):
-        data.cifar10(tmp_path, server[0], dataset=Other)
+    with pytest.raises(Failure, match="what it sent does not have the MD5 0000"):
+        load_small(tmp_path, server[0], Other)
     assert [path.name for path in tmp_path.iterdir()] == [".unpacking"]
 
 
-def test_the_output_folder_may_be_the_data_folder(archive, server, tmp_path):
-    with files.lock(tmp_path):
-        assert len(data.cifar10(tmp_path, server[0], dataset=archive[1]).train_labels) == 100
+def test_the_output_folder_may_be_the_data_folder(load_small, server, tmp_path):
+    with lock(tmp_path):
+        assert len(load_small(tmp_path, server[0]).train_labels) == 100
 
 
-def test_two_processes_do_not_unpack_at_once(archive, tmp_path):
+def test_two_processes_do_not_unpack_at_once(load_small, archive, tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0].read_bytes())
-    with files.lock(tmp_path, ".unpacking"), pytest.raises(Failure, match="in use by process"):
-        data.cifar10(tmp_path, dataset=archive[1])
+    with lock(tmp_path, ".unpacking"), pytest.raises(Failure, match="in use by process"):
+        load_small(tmp_path)
     assert not (tmp_path / "cifar-10-batches-py").exists()
 
 
-def test_an_archive_is_unpacked_by_a_python_without_filters(archive, tmp_path, monkeypatch):
+def test_an_archive_is_unpacked_by_a_python_without_filters(load_small, archive, tmp_path, monkeypatch):
     """Python 3.11.0 to 3.11.3: no data_filter, and extractall takes no filter."""
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0].read_bytes())
     extract = tarfile.TarFile.extractall
     monkeypatch.delattr(tarfile, "data_filter")
     monkeypatch.setattr(tarfile.TarFile, "extractall", lambda content, path: extract(content, path))
-    assert len(data.cifar10(tmp_path, dataset=archive[1]).test_labels) == 20
+    assert len(load_small(tmp_path).test_labels) == 20
 
 
-def test_an_archive_placed_by_hand_needs_no_network(archive, tmp_path):
+def test_an_archive_placed_by_hand_needs_no_network(load_small, archive, tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0].read_bytes())
-    assert len(data.cifar10(tmp_path, dataset=archive[1]).test_labels) == 20
+    assert len(load_small(tmp_path).test_labels) == 20
 
 
-def test_nothing_reachable_says_what_to_do(archive, tmp_path):
-    with pytest.raises(Failure) as failure:
-        data.cifar10(tmp_path, dataset=archive[1])
+def test_a_failed_download_says_what_to_do(load_small, tmp_path):
+    with pytest.raises(Failure, match="cannot download http://127.0.0.1:9/cifar-10-python.tar.gz: ") as failure:
+        load_small(tmp_path)
     for word in ("--data-url", "cifar-10-python.tar.gz", str(tmp_path), "--demo"):
         assert word in str(failure.value)
 
 
-def test_damaged_archives_and_batches_are_named(archive, tmp_path):
+def test_damaged_archives_and_batches_are_named(load_small, archive, tmp_path):
     packed = tmp_path / "cifar-10-python.tar.gz"
     packed.write_bytes(archive[0].read_bytes()[:-10])
-    with pytest.raises(Damaged, match="cifar-10-python.tar.gz"):
-        data.cifar10(tmp_path, dataset=archive[1])
+    with pytest.raises(Damaged, match="cifar-10-python.tar.gz is damaged: its MD5 is not"):
+        load_small(tmp_path)
     packed.write_bytes(archive[0].read_bytes())
-    data.cifar10(tmp_path, dataset=archive[1])
+    load_small(tmp_path)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     batch.write_bytes(batch.read_bytes()[:-1])
-    assert len(data.cifar10(tmp_path, dataset=archive[1]).train_labels) == 100  # unpacked again from the whole archive
+    assert len(load_small(tmp_path).train_labels) == 100  # unpacked again from the whole archive
     batch.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     packed.unlink()
-    with pytest.raises(Damaged, match="data_batch_2"):
-        data.cifar10(tmp_path, dataset=archive[1])
+    with pytest.raises(Damaged, match="data_batch_2 is damaged: its MD5 is not the official one"):
+        load_small(tmp_path)
+
+
+@needs_cifar10
+@pytest.mark.slow
+def test_the_official_cifar10(cli, tmp_path, monkeypatch):
+    """Read by the command line, as a person asks for it; the training itself is left out."""
+    read = []
+    monkeypatch.setattr(train, "train", lambda run, data, *_, **__: read.append(data) or 0.0)
+    words = ("--train-teacher", "--device", "cpu", "--dataset", "cifar10", "--data-dir", CIFAR10_DIR)
+    got = cli(*words, "--output-dir", tmp_path)
+    assert got.status == 0 and "cifar10: 50,000 training and 10,000 test images of 32x32, 10 classes" in got.out, got
+    (read,) = read
+    assert read.train_images.shape == (50_000, 32, 32, 3) and read.test_images.shape == (10_000, 32, 32, 3)
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert read.classes == names
+    assert read.train_labels.bincount().tolist() == [5000] * 10
+    assert read.test_labels.bincount().tolist() == [1000] * 10
+    np.testing.assert_allclose(read.mean, (0.4914, 0.4822, 0.4465), atol=5e-5)  # known from the literature
+    np.testing.assert_allclose(read.std, (0.2470, 0.2435, 0.2616), atol=5e-5)
+    assert read.digest == "f10d766779344326398e187ae9af245d4835c5be028debaccc021a5a03abb4a1"  # in every version
 
 
 # Shapes --------------------------------------------------------------------------------------------------------------
 
 
-def test_shapes_are_drawn_the_same_every_time_in_under_two_seconds():
-    started = time.thread_time()
-    data.shapes(32)
-    assert time.thread_time() - started < 2
-    one = data.shapes(16)
-    assert one.digest == data.shapes(16).digest
+def test_shapes_are_drawn_the_same_every_time():
+    one = data.load("shapes", image_size=16)
+    assert one.digest == data.load("shapes", image_size=16).digest
     assert np.bincount(one.train_labels).tolist() == [300] * 8
-    assert not {p.numpy().tobytes() for p in one.train_pictures} & {p.numpy().tobytes() for p in one.test_pictures}
+    assert not {p.numpy().tobytes() for p in one.train_images} & {p.numpy().tobytes() for p in one.test_images}
 
 
 # Views ---------------------------------------------------------------------------------------------------------------
 
+PLAIN = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # mean and std for which normalized values are the pixels
 
-@pytest.fixture
+
+@pytest.fixture(scope="module")
 def counted():
-    """40 pictures whose every pixel says where it was: (row, column, picture)."""
+    """40 images whose every pixel says where it was: (row, column, image)."""
     rows, columns = np.mgrid[:16, :16]
     every = [np.stack([rows, columns, np.full((16, 16), k)], -1) for k in range(40)]
     return torch.from_numpy(np.stack(every).astype(np.uint8))
 
 
-def views(pictures, purpose="views"):
-    return data.Views(
-        pictures, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), purpose
-    )  # normalised values are the pixels
+def noise(count, size):
+    return torch.from_numpy(np.random.default_rng(size).integers(0, 256, (count, size, size, 3), dtype=np.uint8))
 
 
-def test_views_are_crops_and_flips_of_the_reflected_picture(counted):
-    made = views(counted)
-    made.start(0)
-    got = made.batch(torch.arange(40)).round().long().permute(0, 2, 3, 1).numpy()
+def pixels(views, epoch, indices):
+    """The views of plain `views` as uint8 (B, S, S, 3)."""
+    return views.batch(epoch, indices).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def test_views_are_crops_and_flips_of_the_reflected_image(counted):
+    got = pixels(data.Views(counted, *PLAIN), 0, torch.arange(40))
     offsets = set()
     for k in range(40):
         padded = np.pad(counted[k].numpy(), ((2, 2), (2, 2), (0, 0)), mode="reflect")
@@ -375,42 +550,92 @@ def test_views_are_crops_and_flips_of_the_reflected_picture(counted):
     assert len(offsets) > 20 and {flip for *_, flip in offsets} == {1, -1}
 
 
-def test_views_are_a_function_of_epoch_and_picture_alone(counted):
-    one, other = views(counted), views(counted)
-    one.start(3)
+@pytest.mark.parametrize(
+    ("size", "padding"), [(16, None), (17, None), (21, 5), (33, None), (63, None), (64, None), (16, 0), (19, 18)]
+)
+def test_views_are_what_numpy_makes_of_the_same_draws(size, padding):
+    images, mean, std = noise(11, size), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+    views = data.Views(images, mean, std, padding=padding)
+    width = size // 8 if padding is None else padding
+    indices = torch.tensor([10, 0, 3, 3, 7, 1])
+    flipped = set()
+    for epoch in range(4):
+        got = views.batch(epoch, indices).numpy()
+        rows, columns, flips = views.draws(epoch)
+        assert rows.min() >= 0 and columns.min() >= 0 and max(rows.max(), columns.max()) <= 2 * width
+        for view, index in zip(got, indices.tolist(), strict=True):
+            image = images[index].numpy()[:, :: -1 if flips[index] else 1]
+            padded = np.pad(image, ((width, width), (width, width), (0, 0)), mode="reflect")
+            row, column = rows[index], columns[index]
+            crop = padded[row : row + size, column : column + size].astype(np.float64)
+            np.testing.assert_allclose(view, ((crop / 255 - mean) / std).transpose(2, 0, 1), atol=1e-5)
+            flipped.add(bool(flips[index]))
+    assert flipped == {True, False}
+
+
+def test_views_stay_the_same_from_version_to_version(counted):
+    """Where this fails on purpose, raise VIEWS_VERSION: runs and soft targets of other views must not be reused."""
+    total = hashlib.sha256()
+    for epoch in range(3):
+        total.update(pixels(data.Views(counted, *PLAIN), epoch, torch.arange(40)))
+    assert total.hexdigest() == "4e5e04b24eb7d1c9795a24b252be013700ea04f119faa76875eaa774561d8c7b"
+
+
+def test_views_are_a_function_of_epoch_and_image_alone(counted):
+    one, other = data.Views(counted, *PLAIN), data.Views(counted, *PLAIN)
+    every, some = one.batch(3, torch.arange(40)), torch.tensor([5, 2, 31])
     torch.manual_seed(1)
-    other.start(7), other.start(3)
-    some = torch.tensor([5, 2, 31])
-    assert torch.equal(one.batch(torch.arange(40))[some], other.batch(some))
-    other.start(4)
-    assert not torch.equal(one.batch(some), other.batch(some))
-    teacher = views(counted, "teacher views")
-    teacher.start(3)
-    assert not torch.equal(one.batch(some), teacher.batch(some))
+    other.batch(7, some)
+    assert torch.equal(every[some], other.batch(3, some))
+    assert not torch.equal(every[some], other.batch(4, some))
+    assert torch.equal(every[some], other.batch(3, some))  # after another epoch, too
+    teacher = data.Views(counted, *PLAIN, "teacher views")
+    assert not torch.equal(every[some], teacher.batch(3, some))
 
 
 def test_flips_alternate_between_epochs(counted):
-    made = views(counted)
-    made.start(0)
-    first = made.flips.clone()
-    made.start(1)
-    assert torch.equal(made.flips, 1 - first) and 5 < first.sum() < 35
+    views = data.Views(counted, *PLAIN)
+    first, second, third = (views.draws(epoch)[2] for epoch in range(3))
+    assert torch.equal(second, ~first) and torch.equal(third, first) and 5 < first.sum() < 35
 
 
 def test_no_draw_touches_the_running_global_random_state(counted):
     before = torch.random.get_rng_state()
-    made = views(counted)
-    made.start(0)
+    data.Views(counted, *PLAIN).batch(0, torch.arange(40))
     data.split(torch.arange(40) % 4, 0.1)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_batches_are_channels_last_and_normalised(counted):
-    made = data.Views(counted, (0.2, 0.4, 0.6), (0.1, 0.2, 0.3))
-    made.start(0)
-    batch = made.batch(torch.arange(8))
+def test_batches_are_channels_last_and_normalized(counted):
+    batch = data.Views(counted, (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)).batch(0, torch.arange(8))
     assert batch.shape == (8, 3, 16, 16) and batch.is_contiguous(memory_format=torch.channels_last)
+    assert batch.dtype == torch.float32
     assert batch[3, 2, 0, 0].item() == pytest.approx((3 / 255 - 0.6) / 0.3, rel=1e-5)
+
+
+def test_views_of_memory_mapped_images_are_the_same_bits(tmp_path):
+    images = noise(50, 17)
+    np.save(tmp_path / "images.npy", images.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "images.npy", mmap_mode="c")[10:])
+    for epoch in range(3):
+        batches = [
+            data.Views(each, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)).batch(epoch, torch.arange(39, -1, -3))
+            for each in (images[10:], mapped)
+        ]
+        assert torch.equal(*batches)
+
+
+def test_views_hold_no_copy_of_the_images():
+    images = torch.zeros(2000, 16, 16, 3, dtype=torch.uint8)
+    views = data.Views(images, *PLAIN)
+    views.batch(0, torch.arange(8))
+    held = [each for each in (*vars(views).values(), *views.draws(0)) if isinstance(each, torch.Tensor)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in held}
+    assert storages.pop(images.untyped_storage().data_ptr()) == images.nbytes
+    assert sum(storages.values()) < images.nbytes / 20
+
+
+# Validation part -----------------------------------------------------------------------------------------------------
 
 
 def test_the_validation_part_is_stratified_fixed_and_disjoint():
@@ -419,15 +644,7 @@ def test_the_validation_part_is_stratified_fixed_and_disjoint():
     assert np.bincount(labels[validation]).tolist() == [14] * 7
     assert sorted(training.tolist() + validation.tolist()) == list(range(1000))
     assert torch.equal(validation, data.split(labels, 0.1)[1])
+    assert data.split(torch.arange(40) % 4, 0.1)[1].tolist() == [17, 26, 31, 32]  # in every version
     assert len(data.split(labels, 0.0)[1]) == 0
     training, validation = data.split(torch.tensor([0, 1, 1]), 0.5)
     assert 0 in training.tolist() and len(validation) == 1
-
-
-@needs_real_pictures
-def test_real_pictures():
-    got = data.folder(real_pictures(), 32, 2)
-    assert (len(got.train_labels), len(got.test_labels)) == (50_000, 10_000)
-    assert got.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    np.testing.assert_allclose(got.mean, (0.4914, 0.4822, 0.4465), atol=0.003)  # CIFAR-10's well-known statistics
-    np.testing.assert_allclose(got.std, (0.2470, 0.2435, 0.2616), atol=0.006)

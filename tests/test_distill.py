@@ -1,6 +1,8 @@
-"""The loss against an independent calculation in NumPy, and the soft targets' promises."""
+"""The loss against an independent calculation in NumPy, and what soft targets guarantee."""
 
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,19 +10,25 @@ import torch
 
 import distill
 from data import Views
-from distill import SoftTargets, distillation_loss, rounded
+from distill import SoftTargets, compress, distillation_loss
 from models import create
+from runs.machine import Machine
+
+CPU = torch.device("cpu")
 
 
-def numpy_loss(student, labels, teacher, temperature, alpha):
-    """The formula of the README, picture by picture and class by class, in float64."""
+def softmax_by_hand(logits, temperature):
+    powers = [math.exp((value - max(logits)) / temperature) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def loss_by_hand(student, labels, teacher, temperature, alpha):
+    """The formula of the README, image by image and class by class, in float64."""
     total = 0.0
     for s, label, t in zip(student, labels, teacher, strict=True):
-        p = [math.exp(v / temperature - max(t) / temperature) for v in t]
-        q = [math.exp(v / temperature - max(s) / temperature) for v in s]
-        p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
+        p, q = softmax_by_hand(t, temperature), softmax_by_hand(s, temperature)
         soft = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
-        hard = -math.log(math.exp(s[label] - max(s)) / sum(math.exp(v - max(s)) for v in s))
+        hard = -math.log(softmax_by_hand(s, 1)[label])
         total += alpha * temperature**2 * soft + (1 - alpha) * hard
     return total / len(student)
 
@@ -35,14 +43,22 @@ def as_tensors(student, labels, teacher, dtype=torch.float32):
     return torch.tensor(student, dtype=dtype), torch.tensor(labels), torch.tensor(teacher, dtype=dtype)
 
 
+def gradient(batch, temperature, alpha):
+    """The gradient of the loss with respect to the student's logits."""
+    student, labels, teacher = as_tensors(*batch)
+    student.requires_grad_()
+    distillation_loss(student, labels, teacher, temperature, alpha).backward()
+    return student.grad.numpy()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.9, 1.0])
-def test_is_the_papers_formula(batch, temperature, alpha):
+def test_the_loss_is_the_papers_formula(batch, temperature, alpha):
     got = distillation_loss(*as_tensors(*batch), temperature, alpha).item()
-    assert got == pytest.approx(numpy_loss(*batch, temperature, alpha), rel=1e-5)
+    assert got == pytest.approx(loss_by_hand(*batch, temperature, alpha), rel=1e-5)
 
 
-def test_worked_by_hand():
+def test_an_example_worked_by_hand():
     """Two classes, T = 2: teacher (2 ln 3, 0) softens to (3/4, 1/4), student (0, 0) to (1/2, 1/2)."""
     soft = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     loss = distillation_loss(
@@ -51,38 +67,47 @@ def test_worked_by_hand():
     assert loss.item() == pytest.approx(0.25 * soft + 0.75 * math.log(2), rel=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize("alpha", [0.1, 0.9, 1.0])
+def test_the_gradient_is_that_of_the_formula(batch, temperature, alpha):
+    """alpha T (q - p) + (1 - alpha) (softmax - one-hot label), over the batch size (arXiv 1503.02531, equation 2)."""
+    student, labels, teacher = batch
+    q, p, hard = (
+        np.array([softmax_by_hand(row, t) for row in logits])
+        for logits, t in ((student, temperature), (teacher, temperature), (student, 1))
+    )
+    wanted = alpha * temperature * (q - p) + (1 - alpha) * (hard - np.eye(5)[labels])
+    np.testing.assert_allclose(gradient(batch, temperature, alpha), wanted / len(labels), rtol=1e-4, atol=1e-6)
+
+
+def test_at_high_temperatures_the_gradient_is_the_difference_of_centred_logits(batch):
+    """(z_i - mean z - v_i + mean v) / classes (arXiv 1503.02531, equation 4), whatever the temperature."""
+    z, v = (each - each.mean(1, keepdims=True) for each in (batch[0], batch[2]))
+    for temperature in (500.0, 1000.0):
+        np.testing.assert_allclose(gradient(batch, temperature, 1.0), (z - v) / 5 / 6, atol=5e-3)
+
+
+def test_T_squared_keeps_gradients_at_one_size(batch):
+    sizes = [np.linalg.norm(gradient(batch, temperature, 1.0)) for temperature in (20.0, 200.0)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
 def test_equal_logits_have_no_soft_loss(batch):
     student, labels, _ = as_tensors(*batch)
     assert distillation_loss(student, labels, student + 7, 4.0, 1.0).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_alpha_0_is_the_cross_entropy_and_asks_no_teacher(batch):
+def test_alpha_0_is_the_cross_entropy_and_needs_no_teacher(batch):
     student, labels, _ = as_tensors(*batch)
     assert torch.equal(
         distillation_loss(student, labels, None, 4.0, 0), torch.nn.functional.cross_entropy(student, labels)
     )
 
 
-def test_alpha_1_does_not_look_at_the_labels(batch):
+def test_alpha_1_does_not_use_the_labels(batch):
     student, labels, teacher = as_tensors(*batch)
     one, other = (distillation_loss(student, each, teacher, 4.0, 1.0) for each in (labels, (labels + 1) % 5))
     assert torch.equal(one, other)
-
-
-def test_T_squared_keeps_gradients_at_one_size(batch):
-    def gradient(temperature):
-        student, labels, teacher = as_tensors(*batch)
-        student.requires_grad_()
-        distillation_loss(student, labels, teacher, temperature, 1.0).backward()
-        return student.grad.norm().item()
-
-    assert gradient(200.0) == pytest.approx(gradient(20.0), rel=0.1)
-    # At high temperatures the gradient is (z_i - mean z - v_i + mean v) / classes (arXiv 1503.02531, equation 4).
-    student, labels, teacher = as_tensors(*batch, dtype=torch.float64)
-    student.requires_grad_()
-    distillation_loss(student, labels, teacher, 1000.0, 1.0).backward()
-    z, v = (each - each.mean(1, keepdims=True) for each in (batch[0], batch[2]))
-    np.testing.assert_allclose(student.grad.numpy(), (z - v) / 5 / 6, atol=5e-3)
 
 
 def test_huge_logits_do_not_overflow():
@@ -98,8 +123,8 @@ def test_half_precision_logits_are_computed_in_float32(batch, dtype):
     student, labels, teacher = as_tensors(*batch, dtype=dtype)
     got = distillation_loss(student, labels, teacher, 4.0, 0.5)
     assert got.dtype == torch.float32
-    inexact = student.double().numpy(), batch[1], teacher.double().numpy()
-    assert got.item() == pytest.approx(numpy_loss(*inexact, 4.0, 0.5), rel=1e-5)
+    rounded = student.double().numpy(), batch[1], teacher.double().numpy()
+    assert got.item() == pytest.approx(loss_by_hand(*rounded, 4.0, 0.5), rel=1e-5)
 
 
 def test_no_gradient_flows_to_the_teacher(batch):
@@ -112,77 +137,132 @@ def test_no_gradient_flows_to_the_teacher(batch):
 # Soft targets --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def teacher():
+    return create("teacher", 4, 0).eval()
+
+
 @pytest.fixture
 def views():
-    pictures = torch.randint(0, 256, (30, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return Views(pictures, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    images = torch.randint(0, 256, (30, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return Views(images, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def soft_targets(views, folder, digest="a"):
-    return SoftTargets(create("teacher", 4, 0).eval(), digest, "d", views, folder, "fp32")
+@pytest.fixture
+def make(teacher, views, tmp_path):
+    """Makes SoftTargets of `teacher` and `views`, kept in tmp_path, some of their arguments changed."""
+
+    def soft_targets(**changed):
+        arguments = {
+            "teacher": teacher, "teacher_digest": "a", "data_digest": "d", "views": views, "folder": tmp_path,
+            "machine": Machine(CPU),
+        }  # fmt: skip
+        return SoftTargets(**(arguments | changed))
+
+    return soft_targets
 
 
-def test_targets_are_the_teachers_logits_of_the_very_views(views, tmp_path):
-    targets = soft_targets(views, tmp_path)
-    kept = targets.epoch(3)
-    views.start(3)
+def test_targets_are_the_teachers_logits_of_the_same_views(make, teacher, views):
+    kept = make().epoch(3)
     with torch.inference_mode():
-        logits = targets.teacher(views.batch(torch.arange(30)))
+        logits = teacher(views.batch(3, torch.arange(30)))
     torch.testing.assert_close(kept.float().softmax(1), logits.softmax(1), atol=2e-3, rtol=0)
     assert kept.dtype == torch.float16 and kept.amax(1).eq(0).all()
 
 
-def test_fresh_kept_and_recomputed_targets_are_the_same_bits(views, tmp_path, monkeypatch):
-    fresh = soft_targets(views, tmp_path).epoch(0)
-    kept = soft_targets(views, tmp_path)
-    monkeypatch.setattr(kept, "_ask", lambda *_: pytest.fail("the teacher was asked twice about a view"))
-    assert torch.equal(kept.epoch(0), fresh)
-    monkeypatch.setattr(distill, "SPARE_DISK", 1 << 60)  # a disk that is too full
-    full = soft_targets(views, tmp_path / "elsewhere")
-    assert torch.equal(full.epoch(0), fresh)
+def test_every_epoch_has_targets_of_its_own(make):
+    targets = make()
+    assert not torch.equal(targets.epoch(0), targets.epoch(1))
+
+
+def test_the_size_told_is_the_size_returned(make):
+    targets = make()
+    assert targets.bytes_per_epoch == targets.epoch(0).nbytes
+
+
+def test_kept_targets_are_the_same_bits_and_ask_no_teacher(make):
+    fresh, calls = make().epoch(0), []
+    other = create("teacher", 4, 1).eval()  # would answer otherwise
+    other.register_forward_hook(lambda *_: calls.append("asked"))
+    again = make(teacher=other)
+    assert torch.equal(again.epoch(0), fresh) and not calls
+    assert not torch.equal(again.epoch(1), make(folder=None).epoch(1)) and calls  # nothing was kept of that epoch
+
+
+def test_without_a_folder_nothing_is_kept(make, tmp_path):
+    assert torch.equal(make(folder=None).epoch(0), make().epoch(0))
+    shutil.rmtree(make().folder)
+    make(folder=None).epoch(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_a_full_disk_targets_are_the_same_bits_and_not_kept(make, tmp_path, monkeypatch, capsys):
+    fresh = make().epoch(0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000_000))
+    full = make(folder=tmp_path / "elsewhere")
+    assert torch.equal(full.epoch(0), fresh) and torch.equal(full.epoch(0), fresh)
     assert not (tmp_path / "elsewhere").exists()
+    told = capsys.readouterr().err
+    assert told.count("The soft targets are not kept: ") == 1 and "has 100 MB left" in told  # said once
+
+
+def test_a_folder_that_cannot_be_made_is_said_once(make, tmp_path, capsys):
+    fresh = make().epoch(0)
+    (tmp_path / "file").touch()
+    blocked = make(folder=tmp_path / "file")
+    assert torch.equal(blocked.epoch(0), fresh) and torch.equal(blocked.epoch(0), fresh)
+    assert capsys.readouterr().err.count("The soft targets are not kept: ") == 1
 
 
 def test_targets_beyond_float16_stay_finite():
-    kept = rounded(torch.tensor([[1e6, 1e6 - 3.0, -1e6]]))
+    kept = compress(torch.tensor([[1e6, 1e6 - 3.0, -1e6]]))
     assert kept.tolist() == [[0.0, -3.0, -65504.0]]
 
 
-def test_another_teacher_never_meets_kept_targets(views, tmp_path):
-    assert soft_targets(views, tmp_path, "a").folder != soft_targets(views, tmp_path, "b").folder
+def test_another_teacher_or_data_set_has_another_folder(make):
+    folders = {make(**changed).folder for changed in ({}, {"teacher_digest": "b"}, {"data_digest": "e"})}
+    assert len(folders) == 3
 
 
-def test_other_views_never_meet_kept_targets(views, tmp_path):
-    pictures = torch.zeros(30, 16, 16, 3, dtype=torch.uint8)
+def test_other_views_have_another_folder(make, views):
+    images = torch.zeros(30, 16, 16, 3, dtype=torch.uint8)
     other = [
-        Views(pictures, views.mean, views.std, purpose="teacher views"),
-        Views(pictures, views.mean, views.std, padding=views.padding + 1),
-        Views(pictures, views.mean, (0.2, 0.25, 0.25)),
+        Views(images, views.mean, views.std, stream="teacher views"),
+        Views(images, views.mean, views.std, padding=views.padding + 1),
+        Views(images, views.mean, (0.2, 0.25, 0.25)),
+        Views(images, (0.4, 0.5, 0.5), views.std),
         Views(torch.zeros(30, 24, 24, 3, dtype=torch.uint8), views.mean, views.std),
     ]
-    folders = {soft_targets(each, tmp_path).folder for each in (views, *other)}
-    assert len(folders) == 5
+    assert len({make(views=each).folder for each in (views, *other)}) == 6
 
 
-def test_targets_of_another_device_precision_or_version_are_never_met(views, tmp_path, monkeypatch):
-    folders = [soft_targets(views, tmp_path).folder]
+def test_another_device_precision_or_version_has_another_folder(make, monkeypatch):
+    folders = [make().folder, make(machine=Machine(CPU, "bf16")).folder]
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "describe", lambda device: "an abacus")
-        folders.append(soft_targets(views, tmp_path).folder)
+        patch.setattr(distill, "describe", lambda device: "another processor")
+        folders.append(make().folder)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "1.0")
-        folders.append(soft_targets(views, tmp_path).folder)
-    folders.append(SoftTargets(create("teacher", 4, 0).eval(), "a", "d", views, tmp_path, "bf16").folder)
-    assert len(set(folders)) == 4 and soft_targets(views, tmp_path).folder == folders[0]
+        folders.append(make().folder)
+    assert len(set(folders)) == 4 and make().folder == folders[0]
 
 
-def test_damaged_targets_are_noticed_and_computed_again(views, tmp_path, capsys):
-    targets = soft_targets(views, tmp_path)
+@pytest.mark.parametrize("harm", ["a flipped bit", "cut short", "targets of another folder"])
+def test_damaged_targets_are_noticed_and_computed_again(make, capsys, harm):
+    targets = make()
     fresh = targets.epoch(0)
     path = targets.folder / "epoch-0001.npz"
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    if harm == "a flipped bit":
+        content[len(content) // 2] ^= 1
+    elif harm == "cut short":
+        del content[-100:]
+    else:
+        other = make(teacher=create("teacher", 4, 1).eval(), teacher_digest="b")
+        other.epoch(0)
+        content = (other.folder / path.name).read_bytes()
     path.write_bytes(content)
     assert torch.equal(targets.epoch(0), fresh)
-    assert "damaged" in capsys.readouterr().err
-    assert torch.equal(soft_targets(views, tmp_path).epoch(0), fresh)
+    told = capsys.readouterr().err
+    assert f"{path} is damaged" in told and "computed again" in told
+    assert torch.equal(make().epoch(0), fresh) and not capsys.readouterr().err

@@ -2,96 +2,117 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
+import distill
 import models
-from distill import Ensemble, SoftTargets, rounded
-from report import Comparison
+from distill import Ensemble, compress
+from reports import figures
+from reports.comparison import Comparison
+from runs.command import exit_status
+
+
+def draw_nothing(comparison):
+    return [comparison.output / "figures" / "none.png"]
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Drawing takes longer than all the rest of a command here."""
+    monkeypatch.setattr(figures, "draw", draw_nothing)
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory, flags):
+def trained(tmp_path_factory, flags):
     """An output folder with two teachers and the students of both together; not to be changed."""
     import main
 
-    output = tmp_path_factory.mktemp("taught") / "out"
+    output = tmp_path_factory.mktemp("trained") / "out"
     both = ("--teacher", output / "teacher-s0", output / "teacher-s1")
-    for more in (("--train-teacher", "--seeds", 2), (*both, "--alpha", 0.9, "--seeds", 2)):
-        assert main.main([str(word) for word in (*flags, "--output-dir", output, *more)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw", draw_nothing)
+        for more in (("--train-teacher", "--seeds", 2), (*both, "--alpha", 0.9, "--seeds", 2)):
+            assert exit_status(main.main, [str(word) for word in (*flags, "--output-dir", output, *more)]) == 0
     return output
 
 
 @pytest.fixture
-def copy(taught, tmp_path):
-    return shutil.copytree(taught, tmp_path / "copy")
+def copy(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
-def test_two_seeds_are_the_teachers_that_two_commands_train(cli, flags, taught, tmp_path):
-    for seed in (0, 1):
-        assert cli(*flags, "--train-teacher", "--seed", seed, "--output-dir", tmp_path).status == 0
-        alone, together = (models.read(each / f"teacher-s{seed}" / "model.pt") for each in (tmp_path, taught))
-        assert models.digest(alone["state_dict"]) == models.digest(together["state_dict"])
+@pytest.fixture
+def asked(monkeypatch):
+    """The digests of the networks that were asked for an epoch of soft targets, in the order of the questions."""
+    digests, predict = [], distill.predict
+
+    def watched(network, *rest):
+        digests.append(digest(network))
+        return predict(network, *rest)
+
+    monkeypatch.setattr(distill, "predict", watched)
+    return digests
 
 
-def test_the_comparison_is_with_the_mean_of_the_teachers_logits(taught):
-    logits = np.stack([np.load(taught / f"teacher-s{seed}" / "test_logits.npy") for seed in (0, 1)]).astype(float)
-    (test,) = (taught / "data").glob("test-*.npz")
-    labels = np.load(test)["labels"]
-    teacher = json.loads((taught / "comparison.json").read_text())["teacher"]
-    assert teacher["accuracy"] == (logits.mean(0).argmax(1) == labels).mean()
-    assert sorted(teacher["members"]) == sorted((logits.argmax(2) == labels).mean(1))
-    one = json.loads((taught / "teacher-s0" / "run.json").read_text())["costs"]["teacher"]
-    assert (teacher["parameters"], teacher["macs"]) == (2 * one["parameters"], 2 * one["macs"])
-    students = np.stack([np.load(taught / f"kd-T4-a0.9-s{seed}" / "test_logits.npy") for seed in (0, 1)])
-    agreement = (students.argmax(2) == logits.mean(0).argmax(1)).mean(1)
-    kd = json.loads((taught / "comparison.json").read_text())["kd"][0]
-    assert kd["agreement_with_teacher"] == agreement.tolist()
+def digest(network):
+    return models.digest(network.state_dict())
 
 
-def test_the_printed_table_tells_the_ensemble_from_its_members(cli, copy):
-    got = cli("--report", "--output-dir", copy)
-    teacher = Comparison(copy).teacher
-    rows = [line.split() for line in got.out.splitlines() if "networks" in line or "each alone" in line]
-    assert rows[0][:4] == ["Teacher,", "2", "networks", f"{teacher['accuracy']:.4f}"]
-    mean, std = np.mean(teacher["members"]), np.std(teacher["members"], ddof=1)
-    assert rows[1] == ["each", "alone", f"{mean:.4f}", f"{std:.4f}", "2"]
-    assert f"- Teacher Network: {teacher['accuracy']:.4f}" in got.out
-    assert {run["folder"].name for run in Comparison(copy).runs} >= {"teacher-s0", "teacher-s1"}
+def load_run(output, name):
+    return models.load(output / name / "model.pt")
 
 
-@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"hello")])
-def test_the_report_names_a_member_whose_answers_are_gone_and_the_command_mends_it(cli, flags, copy, harm):
-    path = max((copy / "data").glob("teacher-*.npz"))
-    harm(path)
-    got = cli("--report", "--output-dir", copy)
-    assert got.status == 1 and path.name in got.err and "Traceback" not in got.err
-    both = ("--teacher", copy / "teacher-s0", "--teacher", copy / "teacher-s1")
-    got = cli(*flags, *both, "--output-dir", copy, "--alpha", 0.9, "--seeds", 2)
-    assert got.status == 0 and got.out.count("(finished before)") == 4, got
+# Training ------------------------------------------------------------------------------------------------------------
 
 
-def test_in_any_order_they_are_the_same_ensemble_and_copies_save_work(cli, flags, copy, tmp_path, monkeypatch):
+def test_two_seeds_are_the_teachers_that_two_commands_train(cli, flags, trained, finished, tmp_path):
+    """The session's `finished` folder has the teacher of seed 0 alone."""
+    assert cli(*flags, "--train-teacher", "--seed", 1, "--output-dir", tmp_path).status == 0
+    for folder, name in ((finished, "teacher-s0"), (tmp_path, "teacher-s1")):
+        assert digest(load_run(folder, name)) == digest(load_run(trained, name))
+
+
+def test_in_any_order_they_are_the_same_ensemble_and_copies_save_work(cli, flags, copy, tmp_path, asked):
     other = ("--teacher", copy / "teacher-s1", copy / "teacher-s0", "--alpha", 0.9)
     got = cli(*flags, *other, "--output-dir", copy, "--seeds", 2)
     assert got.status == 0 and got.out.count("(finished before)") == 4, got
-    anew = tmp_path / "anew"
-    for each in ("baseline-s0", "targets"):
-        shutil.copytree(copy / each, anew / each)
-    monkeypatch.setattr(SoftTargets, "_ask", lambda *_: pytest.fail("a teacher was asked twice about a view"))
-    got = cli(*flags, *other, "--output-dir", anew)
+    new = tmp_path / "new"
+    for name in ("baseline-s0", "targets"):
+        shutil.copytree(copy / name, new / name)
+    got = cli(*flags, *other, "--output-dir", new)
     assert got.status == 0 and "kd-T4-a0.9-s0: test accuracy" in got.out, got
     (line,) = (line for line in got.out.splitlines() if "finished before" in line)
-    assert line.startswith(f"{anew / 'baseline-s0'}:")
-    weights = [models.read(each / "kd-T4-a0.9-s0" / "model.pt")["state_dict"] for each in (copy, anew)]
-    assert models.digest(weights[0]) == models.digest(weights[1])
+    assert line.startswith(f"{new / 'baseline-s0'}:")
+    assert digest(load_run(copy, "kd-T4-a0.9-s0")) == digest(load_run(new, "kd-T4-a0.9-s0"))
+    assert asked == []  # every view had been answered before
+
+
+def test_a_teacher_is_asked_once_alone_or_in_an_ensemble(cli, flags, copy, tmp_path, asked):
+    words = (*flags, "--output-dir", tmp_path / "new", "--alpha", 0.9, "--teacher")
+    assert cli(*words, copy / "teacher-s0").status == 0
+    one, two = (digest(load_run(copy, f"teacher-s{seed}")) for seed in (0, 1))
+    assert asked == [one] * 2  # two epochs
+    shutil.rmtree(tmp_path / "new" / "kd-T4-a0.9-s0")
+    assert cli(*words, copy / "teacher-s0", copy / "teacher-s1").status == 0
+    assert asked == [one] * 2 + [two] * 2
+
+
+def test_a_sweep_is_of_the_ensemble(cli, flags, trained, tmp_path):
+    both = ("--teacher", trained / "teacher-s0", trained / "teacher-s1")
+    got = cli(*flags, *both, "--output-dir", tmp_path, "--alpha", 0.5, 0.9, "--epochs", 1, "--val-fraction", 0.25)
+    assert got.status == 0, got
+    runs = [json.loads(path.read_text()) for path in tmp_path.glob("selection/kd-*/run.json")]
+    wanted = json.loads((trained / "kd-T4-a0.9-s0" / "run.json").read_text())["settings"]["teacher"]
+    assert [run["settings"]["teacher"] for run in runs] == [wanted] * 2 and wanted.count("+") == 1
 
 
 def test_a_member_alone_or_twice_is_not_the_ensemble(cli, flags, copy):
@@ -101,7 +122,7 @@ def test_a_member_alone_or_twice_is_not_the_ensemble(cli, flags, copy):
     got = cli(*words, copy / "teacher-s0" / "model.pt")
     assert got.status == 1 and "are the same teacher" in got.err and got.err.count("teacher-s0") == 2
     got = cli(*words, copy / "teacher-s7")
-    assert got.status == 1 and "teacher-s7 is not there" in got.err
+    assert got.status == 1 and f"--teacher {copy / 'teacher-s7'} does not exist" in got.err
 
 
 def test_the_command_named_for_a_missing_member_trains_that_one(cli, flags, copy, tmp_path):
@@ -116,24 +137,72 @@ def test_the_command_named_for_a_missing_member_trains_that_one(cli, flags, copy
     assert cli(*flags, *words).status == 0
 
 
-def test_a_sweep_is_of_the_ensemble(cli, flags, taught, tmp_path):
-    both = ("--teacher", taught / "teacher-s0", taught / "teacher-s1")
-    got = cli(*flags, *both, "--output-dir", tmp_path, "--alpha", 0.5, 0.9, "--epochs", 1, "--val-fraction", 0.25)
-    assert got.status == 0, got
-    runs = [json.loads(path.read_text()) for path in tmp_path.glob("selection/kd-*/run.json")]
-    wanted = json.loads((taught / "kd-T4-a0.9-s0" / "run.json").read_text())["settings"]["teacher"]
-    assert [run["settings"]["teacher"] for run in runs] == [wanted] * 2 and wanted.count("+") == 1
+# The report ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_is_asked_once_alone_or_in_an_ensemble(cli, flags, copy, tmp_path, monkeypatch):
-    asked, ask = [], SoftTargets._ask
-    monkeypatch.setattr(SoftTargets, "_ask", lambda self, *rest: asked.append(self.folder.name) or ask(self, *rest))
-    words = (*flags, "--output-dir", tmp_path / "new", "--alpha", 0.9, "--teacher")
-    assert cli(*words, copy / "teacher-s0").status == 0
-    assert len(asked) == 2  # epochs
-    shutil.rmtree(tmp_path / "new" / "kd-T4-a0.9-s0")
-    assert cli(*words, copy / "teacher-s0", copy / "teacher-s1").status == 0
-    assert len(asked) == 4 and len(set(asked)) == 2
+def test_the_comparison_is_with_the_mean_of_the_teachers_logits(trained):
+    logits = np.stack([np.load(trained / f"teacher-s{seed}" / "test_logits.npy") for seed in (0, 1)]).astype(float)
+    (test,) = (trained / "data").glob("test-*.npz")
+    labels = np.load(test)["labels"]
+    comparison = json.loads((trained / "comparison.json").read_text())
+    teacher, kd = comparison["teacher"], comparison["kd"][0]
+    assert teacher["accuracy"] == (logits.mean(0).argmax(1) == labels).mean()
+    assert sorted(teacher["members"]) == sorted((logits.argmax(2) == labels).mean(1))
+    one = json.loads((trained / "teacher-s0" / "run.json").read_text())["costs"]["teacher"]
+    assert (teacher["parameters"], teacher["macs"]) == (2 * one["parameters"], 2 * one["macs"])
+    students = np.stack([np.load(trained / f"kd-T4-a0.9-s{seed}" / "test_logits.npy") for seed in (0, 1)])
+    agreement = (students.argmax(2) == logits.mean(0).argmax(1)).mean(1)
+    assert kd["agreement_with_teacher"] == agreement.tolist()
+
+
+def test_the_printed_table_tells_the_ensemble_from_its_members(cli, copy):
+    got = cli("--report", "--output-dir", copy)
+    comparison = Comparison(copy)
+    teacher = comparison.teacher
+    rows = [line.split() for line in got.out.splitlines() if "networks" in line or "each alone" in line]
+    assert rows[0][:4] == ["Teacher,", "2", "networks", f"{teacher['accuracy']:.4f}"]
+    mean, std = np.mean(teacher["members"]), np.std(teacher["members"], ddof=1)
+    assert rows[1] == ["each", "alone", f"{mean:.4f}", f"{std:.4f}", "2"]
+    assert f"- Teacher Network: {teacher['accuracy']:.4f}" in got.out
+    assert {run.folder.name for run in comparison.runs} >= {"teacher-s0", "teacher-s1"}
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_the_report_names_missing_or_damaged_logits_of_a_member(cli, flags, copy, harm):
+    """And the command that trained the students writes them again."""
+    path = max((copy / "data").glob("teacher-*.npz"))
+    path.unlink()
+    if harm == "damaged":
+        path.write_bytes(b"hello")
+    got = cli("--report", "--output-dir", copy)
+    assert got.status == 1 and path.name in got.err and harm in got.err and "Traceback" not in got.err
+    both = ("--teacher", copy / "teacher-s0", "--teacher", copy / "teacher-s1")
+    got = cli(*flags, *both, "--output-dir", copy, "--alpha", 0.9, "--seeds", 2)
+    assert got.status == 0 and got.out.count("(finished before)") == 4, got
+
+
+def test_the_ablation_takes_the_views_from_the_same_ensemble(copy, images, monkeypatch, capsys):
+    script = str(ROOT / "benchmarks" / "ablation.py")
+
+    def ablation(*teachers):
+        words = [script, copy, "--dataset", "folder", "--data-dir", images, "--device", "cpu"]
+        words += ["--temperature", 4, "--alpha", 0.9, "--teacher", *teachers]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        runpy.run_path(script, run_name="__main__")
+
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which the script adds to
+    with pytest.raises(SystemExit, match="error: .* were not distilled from this teacher"):
+        ablation(copy / "teacher-s0")
+    ablation(copy / "teacher-s0", copy / "teacher-s1")
+    assert "seed 1: " in capsys.readouterr().out
+    result = json.loads((copy / "fixed.json").read_text())
+    assert result["seeds"] == [0, 1]
+    for name, folder in (("fixed", copy / "fixed"), ("shared", copy)):
+        accuracies = [load_run(folder, f"kd-T4-a0.9-s{seed}").accuracy for seed in (0, 1)]
+        assert result[name]["accuracies"] == accuracies
+
+
+# Against NumPy -------------------------------------------------------------------------------------------------------
 
 
 class Fixed:
@@ -141,7 +210,7 @@ class Fixed:
         self.logits, self.bytes_per_epoch = logits, 10
 
     def epoch(self, epoch, description):
-        return rounded(self.logits + epoch)
+        return compress(self.logits + epoch)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -153,7 +222,7 @@ def test_the_softened_mean_is_the_geometric_mean_of_the_softened(temperature):
     softened /= softened.sum(2, keepdims=True)
     expected = softened.prod(0) ** (1 / 3)
     expected /= expected.sum(1, keepdims=True)
-    got = (ensemble.epoch(2, "").double().numpy() / temperature).astype(float)
+    got = ensemble.epoch(2, "").double().numpy() / temperature
     got = np.exp(got) / np.exp(got).sum(1, keepdims=True)
     np.testing.assert_allclose(got, expected, atol=2e-3)
     assert ensemble.bytes_per_epoch == 30
@@ -161,17 +230,4 @@ def test_the_softened_mean_is_the_geometric_mean_of_the_softened(temperature):
 
 def test_one_teacher_alone_answers_as_kept():
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) * 20
-    assert torch.equal(Ensemble([Fixed(logits)]).epoch(0, ""), rounded(logits))
-
-
-def test_the_ablation_takes_the_views_from_the_same_ensemble(copy, flags):
-    pictures = flags[flags.index("--data-dir") + 1]
-    script = [sys.executable, ROOT / "benchmarks" / "ablation.py", copy, pictures, "--device", "cpu"]
-    script += ["--temperature", 4, "--alpha", 0.9, "--teacher", copy / "teacher-s0"]
-    alone, both = (
-        subprocess.run([*map(str, script), *more], capture_output=True, text=True)
-        for more in ([], [str(copy / "teacher-s1")])
-    )
-    assert alone.returncode == 1 and "not distilled from this teacher" in alone.stderr
-    assert both.returncode == 0, both.stderr
-    assert json.loads((copy / "fixed.json").read_text())["seeds"] == [0, 1]
+    assert torch.equal(Ensemble([Fixed(logits)]).epoch(0, ""), compress(logits))

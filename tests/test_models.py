@@ -1,17 +1,18 @@
-"""The networks, their costs, and what model.pt promises."""
+"""The networks, their costs, and what model.pt guarantees."""
 
 import pytest
 import torch
 
 import models
-from files import Damaged
+from runs.files import Damaged
 
 CLASSES = ["a", "b", "c"]
+SETTINGS = {"epochs": 1, "temperature": 4.0, "teacher": None, "role": "kd"}
 
 
 def save(path, network, architecture="student", **other):
     content = {
-        "classes": CLASSES, "image_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3, "settings": {"epochs": 1},
+        "classes": CLASSES, "image_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3, "settings": SETTINGS,
         "accuracy": 0.5,
     }  # fmt: skip
     models.save(path, network, architecture, **(content | other))
@@ -20,7 +21,7 @@ def save(path, network, architecture="student", **other):
 
 @pytest.mark.parametrize("architecture", ["teacher", "student"])
 @pytest.mark.parametrize(("classes", "size"), [(2, 16), (10, 32), (37, 47), (3, 64)])
-def test_any_number_of_classes_and_any_size(architecture, classes, size):
+def test_any_number_of_classes_and_any_image_size(architecture, classes, size):
     network = models.create(architecture, classes, 0).train()
     logits = network(torch.zeros(2, 3, size, size))
     assert logits.shape == (2, classes)
@@ -28,7 +29,7 @@ def test_any_number_of_classes_and_any_size(architecture, classes, size):
     assert all(p.grad is not None for p in network.parameters())
 
 
-def test_a_residual_branch_is_added_to_what_it_is_given():
+def test_a_residual_branch_is_added_to_its_input():
     """x + ReLU(batch norm(convolution of x)), with convolutions that are the identity: 2x for x above 0."""
     residual = models.Residual(4, 1).eval()
     torch.nn.init.dirac_(residual.blocks[0][0].weight)
@@ -38,22 +39,32 @@ def test_a_residual_branch_is_added_to_what_it_is_given():
 
 def test_the_student_is_ten_times_smaller_and_five_times_cheaper():
     teacher, student = (models.costs(name, 10, 32) for name in ("teacher", "student"))
-    assert teacher[0] >= 10 * student[0]
-    assert teacher[1] >= 5 * student[1]
+    assert teacher.parameters >= 10 * student.parameters
+    assert teacher.macs >= 5 * student.macs
 
 
-def test_costs_against_a_count_by_hand():
-    """Convolutions cost outputs x inputs x 9 a place, the head inputs x classes; batch norm has two parameters."""
-    parameters = macs = 0
-    side, inputs = 32, 3
-    for stage in ((32, 64), (64, 128), (128, 128)):
-        for position, outputs in enumerate(stage):
-            parameters += outputs * inputs * 9 + 2 * outputs
-            macs += outputs * inputs * 9 * side**2
-            side, inputs = side // 2 if position == 0 else side, outputs
-    parameters += inputs * 10 + 10
-    macs += inputs * 10
-    assert models.costs("student", 10, 32) == (parameters, macs)
+# (inputs, outputs, side of its input) of every convolution, in order, for images of 32x32.
+CONVOLUTIONS = {
+    "student": [(3, 32, 32), (32, 64, 16), (64, 64, 16), (64, 128, 8), (128, 128, 8), (128, 128, 4)],
+    "teacher": [
+        (3, 32, 32),
+        (32, 64, 32), (64, 64, 16), (64, 64, 16),
+        (64, 256, 16), (256, 256, 8), (256, 256, 8),
+        (256, 384, 8), (384, 384, 4), (384, 384, 4),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", CONVOLUTIONS)
+def test_costs_against_a_count_by_hand(architecture):
+    """A convolution costs inputs x outputs x 9 for each pixel, the head inputs x classes; batch norm has two
+    parameters for each output, the head a bias for each class."""
+    convolutions = CONVOLUTIONS[architecture]
+    width = convolutions[-1][1]
+    parameters = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs, _ in convolutions) + width * 10 + 10
+    macs = sum(9 * inputs * outputs * side**2 for inputs, outputs, side in convolutions) + width * 10
+    costs = models.costs(architecture, 10, 32)
+    assert (costs.parameters, costs.macs) == (parameters, macs)
 
 
 def test_initial_weights_are_a_function_of_architecture_and_seed():
@@ -68,15 +79,31 @@ def test_initial_weights_are_a_function_of_architecture_and_seed():
     assert weights.flatten()[0] != models.create("teacher", 10, 3).features[1][0].weight.flatten()[0]
 
 
-def test_what_is_saved_is_loaded(tmp_path):
-    network = models.create("student", 3, 1)
-    loaded = models.load(save(tmp_path / "model.pt", network))
+def test_images_are_normalized_by_channel():
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    expected = ((pixels / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+    got = models.normalize(pixels, mean, std)
+    torch.testing.assert_close(got, expected)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("architecture", ["teacher", "student"])
+def test_what_is_saved_is_loaded(tmp_path, architecture):
+    network = models.create(architecture, 3, 1)
+    loaded = models.load(save(tmp_path / "model.pt", network, architecture, mean=[0.25, 0.5, 0.75]))
     assert models.digest(loaded.state_dict()) == models.digest(network.state_dict())
-    assert (loaded.classes, loaded.image_size, loaded.training) == (CLASSES, 16, False)
+    assert (loaded.architecture, loaded.classes, loaded.image_size) == (architecture, CLASSES, 16)
+    assert (tuple(loaded.mean), tuple(loaded.std)) == ((0.25, 0.5, 0.75), (0.2, 0.2, 0.2))
+    assert (loaded.settings, loaded.accuracy, loaded.training) == (SETTINGS, 0.5, False)
+
+
+def test_a_loaded_network_takes_images(tmp_path):
+    loaded = models.load(save(tmp_path / "model.pt", models.create("student", 3, 1)))
     pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
     expected = ((pixels / 255 - 0.5) / 0.2).permute(0, 3, 1, 2)
-    torch.testing.assert_close(loaded.normalise(pixels), expected)
-    assert loaded(loaded.normalise(pixels)).shape == (2, 3)
+    torch.testing.assert_close(loaded.normalize(pixels), expected)
+    assert loaded(loaded.normalize(pixels)).shape == (2, 3)
 
 
 def changed(path, **entries):
@@ -91,26 +118,36 @@ def changed(path, **entries):
 
 
 @pytest.mark.parametrize(
-    ("entries", "says"),
+    ("entries", "message"),
     [
-        ({"format": 99}, "format 99"),
-        ({"format": None}, "format None"),
+        ({"format": 99}, "its format is 99"),
+        ({"format": None}, "its format is None"),
         ({"architecture": "transformer"}, "unknown architecture 'transformer'"),
-        ({"architecture": "teacher"}, "not those of this architecture"),
-        ({"classes": ["a", "b"]}, "class names"),
-        ({"classes": ["a", "b"], "arguments": {"classes": 2}}, "head.weight"),
-        ({"classes": [1, 2, 3]}, "class names"),
+        ({"architecture": "teacher"}, "weights do not fit this architecture"),
+        ({"classes": ["a", "b"]}, "class names do not match"),
+        ({"classes": ["a", "b"], "arguments": {"classes": 2}}, "size mismatch for head"),
+        ({"classes": ["a"], "arguments": {"classes": 1}}, r"length >= 2 - at \$.classes"),
+        ({"classes": [1, 2, 3]}, r"expected str, got int - at \$.classes"),
         ({"arguments": {"classes": 3, "widths": 10**9}}, "arguments"),
-        ({"image_size": 100_000}, "image size"),
-        ({"mean": ["x"] * 3}, "mean"),
-        ({"std": None}, "std"),
-        ({"state_dict": {}}, "weights"),
-        ({"state_dict": None}, "state_dict"),
+        ({"arguments": {"classes": 3.5}}, r"expected int, got float - at \$.arguments"),
+        ({"image_size": 100_000}, r"int <= 64 - at \$.image_size"),
+        ({"image_size": 15}, r"int >= 16 - at \$.image_size"),
+        ({"mean": ["x"] * 3}, r"expected float, got str - at \$.mean"),
+        ({"mean": [0.5] * 2}, r"length 3, got 2 - at \$.mean"),
+        ({"mean": [float("nan")] * 3}, r"at \$.mean"),
+        ({"std": None}, "missing required field std"),
+        ({"std": [0.0] * 3}, r"float > 0.0 - at \$.std"),
+        ({"accuracy": 1.5}, r"float <= 1.0 - at \$.accuracy"),
+        ({"settings": [1]}, r"expected object, got array - at \$.settings"),
+        ({"state_dict": {}}, "weights do not fit"),
+        ({"state_dict": None}, "missing required field state_dict"),
+        ({"state_dict": {"head.weight": 1}}, r"expected Tensor, got int - at \$.state_dict"),
     ],
+    ids=str,
 )
-def test_other_checkpoints_are_named_never_half_loaded(tmp_path, entries, says):
+def test_a_malformed_checkpoint_is_refused_with_its_path_and_what_is_wrong(tmp_path, entries, message):
     path = changed(save(tmp_path / "model.pt", models.create("student", 3, 1)), **entries)
-    with pytest.raises(Damaged, match=says) as failure:
+    with pytest.raises(Damaged, match=message) as failure:
         models.load(path)
     assert str(path) in str(failure.value)
 
@@ -120,3 +157,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     network.head.bias.data[1] = float("nan")
     with pytest.raises(Damaged, match="not finite"):
         models.load(save(tmp_path / "model.pt", network))
+
+
+def test_weights_of_another_type_are_refused(tmp_path):
+    with pytest.raises(Damaged, match="another type"):
+        models.load(save(tmp_path / "model.pt", models.create("student", 3, 1).half()))

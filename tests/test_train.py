@@ -1,9 +1,14 @@
-"""Runs and their folders: reused, continued, refused; the same bits whatever happens in between."""
+"""Runs and their folders: reused, resumed, refused; the same bits whatever happens in between."""
 
 import csv
+import dataclasses
+import io
 import json
 import shutil
+import signal
+import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,35 +16,113 @@ import pytest
 import torch
 
 import data
-import files
 import models
+import runs.progress
 import train
 from data import Views
-from distill import SoftTargets, rounded
-from files import Failure, Interrupted, Stop, load_checkpoint, run_name
+from distill import SoftTargets, compress
+from reports import figures
+from runs.checkpoints import load_checkpoint, save_checkpoint
+from runs.files import Damaged, Failure, read_json
+from runs.machine import Machine, make_deterministic
+from runs.plan import check
+from runs.progress import Options
+from runs.run import Run
+from runs.settings import Settings, default_learning_rate, run_name
+from runs.signals import Interrupted, Stop
+from runs.state import HistoryRow
+
+CPU = Machine(torch.device("cpu"))
+TIMING = {"seconds", "teacher_seconds", "images_per_second"}
 
 
 @pytest.fixture(scope="module")
-def loaded(pictures):
-    return data.folder(pictures, 16)
+def loaded(images):
+    return data.load("folder", data_dir=images, image_size=16)
 
 
 def settings(loaded, role="baseline", **other):
     defaults = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "weight_decay": 5e-4, "seed": 0, "image_size": 16}
-    return train.Settings(role=role, data=loaded.digest, **(defaults | other))
+    return Settings(role=role, data=loaded.digest, **(defaults | other))
 
 
-def trainer(loaded, **other):
-    return train.Trainer(loaded, torch.device("cpu"), **other)
+def train_run(loaded, folder, wanted=None, machine=CPU, options=None, **rest):
+    """Trains the run `wanted` [a baseline] in `folder`; returns its accuracy."""
+    return train.train(Run(folder, wanted or settings(loaded)), loaded, machine, options or Options(), **rest)
+
+
+class Teacher:
+    """Answers with random logits, always the same for an epoch: what train() asks of a distill.Ensemble."""
+
+    def epoch(self, epoch, description):
+        return torch.randn(48, 3, generator=torch.Generator().manual_seed(epoch)) * 3
 
 
 def weights(folder):
-    return models.digest(models.read(folder / "model.pt")["state_dict"])
+    return models.digest(models.load(folder / "model.pt").state_dict())
 
 
 def history(folder):
     with open(folder / "history.csv") as file:
         return list(csv.DictReader(file))
+
+
+def without_timing(rows):
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(n) is a Stop at which a SIGTERM arrives while the n-th step from now is being taken."""
+    original = Views.batch
+
+    def prepare(step):
+        stop, steps = Stop(), []
+
+        def batch(self, epoch, indices):
+            steps.append(indices)
+            if len(steps) == step:
+                stop.handle(signal.SIGTERM)
+            return original(self, epoch, indices)
+
+        monkeypatch.setattr(Views, "batch", batch)
+        return stop
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, tmp_path_factory):
+    """The folder of a baseline that nothing interrupted; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_run(loaded, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(loaded, tmp_path_factory):
+    """The folder of the same baseline, stopped in the fourth of its six steps; not to be changed."""
+    folder, original, steps, stop = tmp_path_factory.mktemp("stopped"), Views.batch, [], Stop()
+
+    def batch(self, epoch, indices):
+        steps.append(indices)
+        if len(steps) == 4:
+            stop.handle(signal.SIGTERM)
+        return original(self, epoch, indices)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Views, "batch", batch)
+        train_run(loaded, folder, options=Options(stop=stop))
+    return folder
+
+
+@pytest.fixture
+def unfinished(stopped, tmp_path):
+    """A copy of the stopped run's folder that a test may change."""
+    return Path(shutil.copytree(stopped, tmp_path / "unfinished"))
+
+
+# Settings and schedule -----------------------------------------------------------------------------------------------
 
 
 def test_the_schedule_by_hand():
@@ -51,7 +134,7 @@ def test_the_schedule_by_hand():
 
 
 def test_the_default_learning_rate_follows_the_batch_size():
-    rates = [train.default_learning_rate(size) for size in (32, 128, 512, 2048)]
+    rates = [default_learning_rate(size) for size in (32, 128, 512, 2048)]
     np.testing.assert_allclose(rates, [0.1, 0.2, 0.4, 0.8])
 
 
@@ -62,236 +145,401 @@ def test_run_names_are_those_of_the_readme():
         ("kd", 2.5, 1.0, 0, "kd-T2.5-a1-s0"),
         ("baseline", None, None, 1, "baseline-s1"),
     ):
-        assert run_name({"role": role, "temperature": temperature, "alpha": alpha, "seed": seed}) == name
+        assert run_name(role, temperature, alpha, seed) == name
+
+
+# A finished run ------------------------------------------------------------------------------------------------------
 
 
 def test_what_a_finished_run_holds(loaded, tmp_path):
-    accuracy = trainer(loaded).train(tmp_path / "run", settings(loaded))
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "history.csv",
-        "model.pt",
-        "run.json",
-        "test_logits.npy",
-    ]
-    logits = np.load(tmp_path / "run" / "test_logits.npy", allow_pickle=False)
+    accuracy = train_run(loaded, tmp_path)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["history.csv", "model.pt", "run.json", "test_logits.npy"]
+    logits = np.load(tmp_path / "test_logits.npy", allow_pickle=False)
     assert logits.shape == (24, 3) and logits.dtype == np.float32
     assert accuracy == (logits.argmax(1) == loaded.test_labels.numpy()).mean()
-    content = models.read(tmp_path / "run" / "model.pt")
-    assert content["accuracy"] == accuracy and content["settings"]["epochs"] == 2
-    network = models.load(tmp_path / "run" / "model.pt")
+    network = models.load(tmp_path / "model.pt")
+    assert network.accuracy == accuracy and network.settings["epochs"] == 2
     with torch.inference_mode():
-        again = network(network.normalise(loaded.test_pictures))
+        again = network(network.normalize(loaded.test_images))
     np.testing.assert_allclose(again.numpy(), logits, atol=1e-4)
-    rows = history(tmp_path / "run")
-    assert list(rows[0]) == list(train.HISTORY) and [row["epoch"] for row in rows] == ["1", "2"]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is True
+    rows = history(tmp_path)
+    assert list(rows[0]) == [each.name for each in dataclasses.fields(HistoryRow)]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is True
 
 
-def test_a_finished_run_without_its_record_says_what_to_do(loaded, tmp_path):
-    trainer(loaded).train(tmp_path, settings(loaded))
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(Failure, match=f"run.json is not there or .*\n.*remove {tmp_path} to train it anew"):
-        trainer(loaded).train(tmp_path, settings(loaded))
+def test_a_finished_run_without_its_record_says_what_to_do(loaded, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "run.json").unlink()
+    with pytest.raises(Failure, match="run.json is missing, or .*\n.*") as failure:
+        train_run(loaded, folder)
+    assert str(failure.value).endswith(f"remove {folder} to train it again.")
 
 
-def test_a_finished_run_is_reused_and_other_settings_are_refused(loaded, tmp_path):
-    first = trainer(loaded).train(tmp_path, settings(loaded))
-    before = (tmp_path / "model.pt").stat().st_mtime_ns
-    assert trainer(loaded).train(tmp_path, settings(loaded)) == first
-    assert (tmp_path / "model.pt").stat().st_mtime_ns == before
-    with pytest.raises(Failure, match=r"epochs 2 instead of 3, learning rate 0.05 instead of 0.1.*\n.*--overwrite"):
-        trainer(loaded).train(tmp_path, settings(loaded, epochs=3, learning_rate=0.1))
-    train.reset(tmp_path)
-    trainer(loaded).train(tmp_path, settings(loaded, epochs=3))
-    assert len(history(tmp_path)) == 3
+def test_a_finished_run_is_reused_and_other_settings_are_refused(loaded, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = (folder / "model.pt").stat().st_mtime_ns
+    (folder / "state.pt").write_bytes(b"left behind by a process that was killed right after it wrote model.pt")
+    assert train_run(loaded, folder) == models.load(whole / "model.pt").accuracy
+    assert (folder / "model.pt").stat().st_mtime_ns == before and not (folder / "state.pt").exists()
+    other = settings(loaded, epochs=3, learning_rate=0.1)
+    for refuses in (lambda: Run(folder, other).check(CPU), lambda: train_run(loaded, folder, other)):
+        with pytest.raises(Failure, match=r"epochs 2 instead of 3, learning rate 0.05 instead of 0.1.*\n.*--overwrite"):
+            refuses()
+    Run(folder, other).remove()
+    assert list(folder.iterdir()) == []
+    train_run(loaded, folder, other)
+    assert len(history(folder)) == 3
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """stop_at(n) is a Stop at which a SIGTERM arrives while the n-th step is being taken."""
-    original = data.Views.batch
-
-    def prepare(step):
-        stop, steps = Stop(), []
-
-        def batch(self, rows):
-            steps.append(rows)
-            if len(steps) == step:
-                stop.handle(15)
-            return original(self, rows)
-
-        monkeypatch.setattr(data.Views, "batch", batch)
-        return stop
-
-    return prepare
+def test_a_student_learns(loaded, tmp_path):
+    """Colours in noise, where guessing gives a third."""
+    assert train_run(loaded, tmp_path, settings(loaded, epochs=10, learning_rate=0.1)) > 0.8
 
 
-@pytest.fixture(scope="module")
-def whole(loaded, tmp_path_factory):
-    """The folder of a run that nothing interrupted; not to be changed."""
-    folder = tmp_path_factory.mktemp("whole")
-    trainer(loaded).train(folder, settings(loaded))
-    return folder
+# Interrupted and resumed ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", range(1, 7))
 def test_interrupted_anywhere_the_bits_are_the_same(loaded, whole, tmp_path, stop_at, step):
-    """The state is kept after any step, within an epoch too, and continuing ends with the bits of a run in one go."""
-    parts = tmp_path / "parts"
-    with pytest.raises(Interrupted, match="its state after epoch .* is kept"):
-        trainer(loaded, stop=stop_at(step)).train(parts, settings(loaded))
-    state = load_checkpoint(parts / "state.pt")
-    assert (state["epoch"], state["step"]) != (0, 0)
-    assert not (parts / "model.pt").exists()
-    trainer(loaded).train(parts, settings(loaded))
-    assert weights(parts) == weights(whole)
+    """The state is saved after any step, within an epoch too; the resumed run has the bits of an uninterrupted one."""
+    with pytest.raises(Interrupted, match="its state after epoch .* is saved") as interrupted:
+        train_run(loaded, tmp_path, options=Options(stop=stop_at(step)))
+    assert interrupted.value.signal_number == signal.SIGTERM
+    state = load_checkpoint(tmp_path / "state.pt")
+    assert (state["epoch"], state["step"]) == divmod(step, 3)
+    assert not (tmp_path / "model.pt").exists()
+    train_run(loaded, tmp_path)
+    assert weights(tmp_path) == weights(whole)
     for name in ("test_logits.npy", "model.pt"):
-        assert (parts / name).read_bytes() == (whole / name).read_bytes()
-    timing = {"seconds", "teacher_seconds", "images_per_second"}
-    for one, other in zip(history(parts), history(whole), strict=True):
-        assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert without_timing(history(tmp_path)) == without_timing(history(whole))
 
 
-def test_a_damaged_state_falls_back_to_the_one_before(loaded, tmp_path, capsys, stop_at):
-    trainer(loaded).train(tmp_path / "whole", settings(loaded, epochs=3))
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(7)).train(tmp_path / "run", settings(loaded, epochs=3))
-    newest = tmp_path / "run" / "state.pt"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 16
-    newest.write_bytes(content)
-    trainer(loaded).train(tmp_path / "run", settings(loaded, epochs=3))
-    assert "state.pt is damaged" in (said := capsys.readouterr().err) and "state-before.pt" in said
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+def test_an_interrupted_distilled_student_has_the_same_bits_and_losses(loaded, tmp_path, stop_at):
+    wanted = settings(loaded, "kd", temperature=3.0, alpha=0.7, teacher="a", val_fraction=0.25)
+    train_run(loaded, tmp_path / "whole", wanted, teacher=Teacher())
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            train_run(loaded, tmp_path / "parts", wanted, options=Options(stop=stop_at(1)), teacher=Teacher())
+    train_run(loaded, tmp_path / "parts", wanted, teacher=Teacher())
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert without_timing(history(tmp_path / "parts")) == without_timing(history(tmp_path / "whole"))
 
 
-def test_no_whole_state_is_a_failure_that_loses_nothing(loaded, tmp_path, stop_at):
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
-    for name in ("state.pt", "state-before.pt"):
-        (tmp_path / name).write_bytes(b"nonsense")
-    with pytest.raises(Failure, match=f"Remove {tmp_path} to train it anew"):
-        trainer(loaded).train(tmp_path, settings(loaded))
-    assert (tmp_path / "state.pt").read_bytes() == b"nonsense"
+def test_a_resumed_run_has_as_many_threads_as_before(loaded, unfinished, stop_at, monkeypatch):
+    """The order of additions, and with it the last bits, depends on it. Afterwards the number is what it was."""
+    before = torch.get_num_threads()
+    assert load_checkpoint(unfinished / "state.pt")["threads"] == before
+    change_state(unfinished, {"threads": before + 1})
+    try:
+        with pytest.raises(Interrupted):
+            train_run(loaded, unfinished, options=Options(stop=stop_at(1)))
+        assert torch.get_num_threads() == before
+        assert load_checkpoint(unfinished / "state.pt")["threads"] == before + 1
+        used, batch = [], Views.batch
+        monkeypatch.setattr(Views, "batch", lambda *rest: used.append(torch.get_num_threads()) or batch(*rest))
+        train_run(loaded, unfinished)
+        assert used == [before + 1] and torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.25])
-def test_every_picture_meets_its_own_label_and_soft_targets(loaded, tmp_path, monkeypatch, fraction):
-    """In every step of every epoch the loss sees the labels of the very pictures that the student saw, the teacher's
-    logits of these views, and the run's temperature and alpha; history.csv has the means of what it was."""
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 1 + 2 * 3), (1e6, 1 + 2)])
+def test_the_state_is_saved_within_epochs_as_often_as_asked(loaded, tmp_path, monkeypatch, seconds, expected):
+    """Before the first step, after every epoch, and within epochs where `save_every` seconds have passed."""
+    saved, save = [], runs.progress.save_state
+    monkeypatch.setattr(runs.progress, "save_state", lambda path, state: saved.append(path) or save(path, state))
+    train_run(loaded, tmp_path, options=Options(save_every=seconds))
+    assert saved == [tmp_path / "state.pt"] * expected
+
+
+def test_a_run_begun_on_another_device_or_precision_is_not_resumed(loaded, unfinished):
+    run, other = Run(unfinished, settings(loaded)), Machine(torch.device("cpu"), "bf16")
+    for refuses in (lambda: run.check(other), lambda: train_run(loaded, unfinished, machine=other)):
+        with pytest.raises(Failure, match=r"precision fp32 instead of bf16\. Resume it as .* \(--device cpu --pre"):
+            refuses()  # before any other run is trained, and when it is trained
+    assert list(check([run], other)) == [run] and check([run], CPU) == {}
+
+
+def test_an_unfinished_run_with_other_settings_is_refused(loaded, unfinished):
+    run = Run(unfinished, settings(loaded, epochs=3))
+    before = (unfinished / "state.pt").read_bytes()
+    for refuses in (lambda: run.check(CPU), lambda: train_run(loaded, unfinished, run.settings)):
+        with pytest.raises(Failure, match="epochs 2 instead of 3"):
+            refuses()
+    assert (unfinished / "state.pt").read_bytes() == before
+
+
+def test_a_state_of_another_run_is_refused(loaded, whole, unfinished):
+    """Even where run.json does not tell."""
+    shutil.copy(whole / "run.json", unfinished)
+    change_state(unfinished, {"settings": settings(loaded, seed=1).as_dict()})
+    with pytest.raises(Failure, match="seed 1 instead of 0"):
+        train_run(loaded, unfinished)
+
+
+def test_a_run_resumed_on_another_machine_says_so(loaded, tmp_path, stop_at, monkeypatch, capsys):
+    here = runs.progress.describe(CPU.device)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(runs.progress, "describe", lambda device: "Abacus")
+        train_run(loaded, tmp_path, options=Options(stop=stop_at(1)))
+    change_state(tmp_path, {"torch": "1.0"})
+    train_run(loaded, tmp_path)
+    said = capsys.readouterr().err
+    assert f"{tmp_path} was begun on Abacus; on {here} the last bits may differ" in said
+    assert f"was begun with torch 1.0; with torch {torch.__version__} the last bits may differ" in said
+    assert read_json(tmp_path / "run.json")["environment"]["device"] == f"Abacus, then {here}"
+
+
+def test_a_signal_while_a_state_is_read_is_no_damage(loaded, unfinished, monkeypatch, capsys):
+    before = (unfinished / "state.pt").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(torch, "load", lambda *_, **__: Stop().handle(signal.SIGTERM))
+        train_run(loaded, unfinished)
+    assert "damaged" not in capsys.readouterr().err and (unfinished / "state.pt").read_bytes() == before
+
+
+# A damaged state -----------------------------------------------------------------------------------------------------
+
+
+def change_state(folder, entries):
+    """Changes some entries of a state, and leaves out those that are Ellipsis."""
+    state = load_checkpoint(folder / "state.pt") | entries
+    save_checkpoint(folder / "state.pt", {name: value for name, value in state.items() if value is not ...})
+
+
+def refused(loaded, folder):
+    """The sentence with which a run in `folder` is refused; no file there is changed."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(Damaged) as failure:
+        train_run(loaded, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    sentence, advice = str(failure.value).rsplit("\n", 1)
+    assert advice == f"Remove {folder} to train it again."
+    return sentence
+
+
+def test_a_damaged_state_is_refused_and_left_as_it_is(loaded, whole, unfinished):
+    """A flipped bit, a file cut short, nonsense: the run never begins again in silence."""
+    path = unfinished / "state.pt"
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 16
+    for damaged in (flipped, content[:-1], content[: len(content) // 2], b"nonsense", b""):
+        path.write_bytes(damaged)
+        assert refused(loaded, unfinished).startswith(f"{path} is damaged: ")
+    path.write_bytes(content)
+    train_run(loaded, unfinished)  # an intact copy put back is resumed
+    assert weights(unfinished) == weights(whole)
+
+
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        ({"format": 99}, "is a state of another version of this program: its format is 99, and this version reads 3"),
+        ({"format": ...}, "its format is None"),
+        ({"settings": None}, "expected object, got null - at $.settings"),
+        ({"optimizer": None}, "expected object, got null - at $.optimizer"),
+        ({"optimizer": {}}, "its optimizer or sums do not fit this run"),
+        ({"epoch": "3"}, "expected int, got str - at $.epoch"),
+        ({"epoch": ...}, "missing required field epoch"),
+        ({"epoch": 7}, "its epoch, step, history and sums do not match"),
+        ({"epoch": -1}, "expected int >= 0 - at $.epoch"),
+        ({"step": 10**9}, "its epoch, step, history and sums do not match"),
+        ({"history": [1, 2]}, "expected object, got int - at $.history[0]"),
+        ({"history": [{}]}, "missing required field epoch - at $.history[0]"),
+        ({"history": []}, "its epoch, step, history and sums do not match"),
+        ({"threads": 0}, "expected int >= 1 - at $.threads"),
+        ({"threads": 10**9}, "expected int <= 4096 - at $.threads"),
+        ({"torch": None}, "expected str, got null - at $.torch"),
+        ({"device": None}, "expected str, got null - at $.device"),
+        ({"compiled": 0}, "expected bool, got int - at $.compiled"),
+        ({"sums": {"loss": 0.5}}, "expected Tensor, got float - at $.sums[...]"),
+        ({"sums": {}}, "its epoch, step, history and sums do not match"),
+        ({"network": {}}, "its weights do not fit this architecture"),
+        ({"seconds": "long"}, "expected float, got str - at $.seconds"),
+        ({"machines": []}, "expected array of length >= 1 - at $.machines"),
+    ],
+    ids=str,
+)
+def test_a_malformed_state_is_refused_by_name(loaded, unfinished, entries, what):
+    change_state(unfinished, entries)
+    assert what in refused(loaded, unfinished)
+
+
+@pytest.mark.parametrize("name", ["loss", "hard_loss", "correct", "first_bad"])
+def test_sums_of_another_shape_are_refused(loaded, unfinished, name):
+    sums = load_checkpoint(unfinished / "state.pt")["sums"]
+    change_state(unfinished, {"sums": sums | {name: torch.zeros(3)}})
+    assert "its optimizer or sums do not fit this run" in refused(loaded, unfinished)
+
+
+def test_weights_that_are_not_finite_are_refused(loaded, unfinished):
+    network = load_checkpoint(unfinished / "state.pt")["network"]
+    change_state(unfinished, {"network": network | {"head.bias": torch.tensor([0, float("nan"), 0])}})
+    assert "it holds weights that are not finite" in refused(loaded, unfinished)
+
+
+# Divergence ----------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_stops_at_the_step_and_keeps_the_last_good_state(loaded, tmp_path):
+    with pytest.raises(Failure, match=r"step 2 of 3 of epoch 1 of 2.*\n.*--lr"):
+        train_run(loaded, tmp_path, settings(loaded, learning_rate=1e30))
+    assert not (tmp_path / "model.pt").exists()
+    state = load_checkpoint(tmp_path / "state.pt")
+    assert models.is_finite(state["network"]) and (state["epoch"], state["step"]) == (0, 0)
+
+
+def test_weights_that_are_not_finite_are_never_saved(loaded, tmp_path, monkeypatch):
+    """Not even where every loss was finite: the only step of the epoch spoils the weights."""
+    step = train.Muon.step
+
+    def spoil(optimizer):
+        step(optimizer)
+        optimizer.param_groups[1]["params"][0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(train.Muon, "step", spoil)
+    with pytest.raises(Failure, match="weights were not finite at step 1 of 1 of epoch 1"):
+        train_run(loaded, tmp_path, settings(loaded, batch_size=48))
+    assert models.is_finite(load_checkpoint(tmp_path / "state.pt")["network"])
+
+
+# What a step sees ----------------------------------------------------------------------------------------------------
+
+
+def numpy_losses(logits, labels, teacher_logits, temperature):
+    """(soft, hard): T^2 * KL(teacher || student) and the cross-entropy, by hand in float64."""
+
+    def log_softmax(values):
+        values = values - values.max(1, keepdims=True)
+        return values - np.log(np.exp(values).sum(1, keepdims=True))
+
+    logits, teacher_logits = (each.detach().double().numpy() for each in (logits, teacher_logits))
+    teacher, student = log_softmax(teacher_logits / temperature), log_softmax(logits / temperature)
+    soft = temperature**2 * (np.exp(teacher) * (teacher - student)).sum(1).mean()
+    return soft, -log_softmax(logits)[np.arange(len(labels)), labels.numpy()].mean()
+
+
+@pytest.mark.parametrize(("alpha", "fraction"), [(0.7, 0.0), (0.1, 0.25), (1.0, 0.25)])
+def test_every_image_meets_its_own_label_and_soft_targets(loaded, tmp_path, monkeypatch, alpha, fraction):
+    """In every step of every epoch the loss sees the labels of the very images that the student saw, the teacher's
+    logits of these views, and the run's temperature and alpha. history.csv has the means of both losses and of what
+    was minimized, alpha * soft + (1 - alpha) * hard, as NumPy calculates them."""
     teacher = models.create("teacher", len(loaded.classes), 7).eval()
     seen, met, losses, right = [], [], [], []
     batch, loss = Views.batch, train.distillation_loss
 
-    def watched(views, indices):
-        seen.append((indices, batch(views, indices)))
+    def watched(views, epoch, indices):
+        seen.append((indices, batch(views, epoch, indices)))
         return seen[-1][1]
 
-    def compared(logits, labels, teacher_logits, temperature, alpha):
-        indices, pictures = seen[-1]
-        assert (temperature, alpha) == (3.0, 0.7) and labels.tolist() == loaded.train_labels[indices].tolist()
-        met.append((pictures, teacher_logits))
-        value = loss(logits, labels, teacher_logits, temperature, alpha)
-        losses.append(value.item())
+    def compared(logits, labels, teacher_logits, temperature, given):
+        indices, images = seen[-1]
+        assert (temperature, given) == (3.0, alpha) and labels.tolist() == loaded.train_labels[indices].tolist()
+        met.append((images, teacher_logits))
+        losses.append(numpy_losses(logits, labels, teacher_logits, temperature))
         right.append((logits.argmax(1) == labels).float().mean().item())
-        return value
+        return loss(logits, labels, teacher_logits, temperature, given)
 
     monkeypatch.setattr(Views, "batch", watched)
     monkeypatch.setattr(train, "distillation_loss", compared)
-    trained = trainer(loaded)
-    targets = SoftTargets(teacher, "a", loaded.digest, trained.views(), None, "fp32")
-    wanted = settings(loaded, "kd", temperature=3.0, alpha=0.7, teacher="a", val_fraction=fraction)
-    trained.train(tmp_path / "run", wanted, targets)
+    views = Views(loaded.train_images, loaded.mean, loaded.std)
+    targets = SoftTargets(teacher, "a", loaded.digest, views, None, CPU)
+    wanted = settings(loaded, "kd", temperature=3.0, alpha=alpha, teacher="a", val_fraction=fraction)
+    train_run(loaded, tmp_path, wanted, teacher=targets)
     monkeypatch.undo()
     steps = len(met) // wanted.epochs
     assert steps > 1 and wanted.epochs > 1
-    for epoch, row in enumerate(history(tmp_path / "run")):
+    for epoch, row in enumerate(history(tmp_path)):
         of_epoch = slice(epoch * steps, (epoch + 1) * steps)
-        assert float(row["train_loss"]) == pytest.approx(np.mean(losses[of_epoch]), rel=1e-5)
+        soft, hard = np.mean(losses[of_epoch], axis=0)
+        assert float(row["soft_loss"]) == pytest.approx(soft, rel=1e-4, abs=1e-5)
+        assert float(row["hard_loss"]) == pytest.approx(hard, rel=1e-5)
+        assert float(row["train_loss"]) == pytest.approx(alpha * soft + (1 - alpha) * hard, rel=1e-5, abs=1e-6)
         assert float(row["train_accuracy"]) == pytest.approx(np.mean(right[of_epoch]), rel=1e-5)
-    for pictures, teacher_logits in met:
+    for images, teacher_logits in met:
         with torch.no_grad():
-            torch.testing.assert_close(teacher_logits, rounded(teacher(pictures)), rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(teacher_logits, compress(teacher(images)), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("role", ["baseline", "kd"])
+def test_without_a_teacher_the_loss_is_the_hard_loss(loaded, whole, tmp_path, role):
+    """A distilled student with alpha 0 is the baseline."""
+    rest = {"temperature": 3.0, "alpha": 0.0, "teacher": "a"} if role == "kd" else {}
+    train_run(loaded, tmp_path, settings(loaded, role, **rest))
+    assert without_timing(history(tmp_path)) == without_timing(history(whole))
+    for row in history(tmp_path):
+        assert row["soft_loss"] == "" and row["train_loss"] == row["hard_loss"]
 
 
 def test_every_seed_and_epoch_has_an_order_of_its_own(loaded, tmp_path, monkeypatch):
     """And students share their views, which a teacher does not; every step follows the schedule."""
-    orders, purposes, rates = [], set(), []
-    batch, start, step = Views.batch, Views.start, train.Muon.step
-    monkeypatch.setattr(Views, "start", lambda views, epoch: orders.append([]) or start(views, epoch))
-    monkeypatch.setattr(Views, "batch", lambda views, rows: orders[-1].extend(rows.tolist()) or batch(views, rows))
-    monkeypatch.setattr(
-        train.Muon, "step", lambda self: rates.append([g["lr"] for g in self.param_groups]) or step(self)
-    )
+    orders, streams, rates = {}, set(), []
+    batch, step = Views.batch, train.Muon.step
+
+    def watched(views, epoch, indices):
+        orders.setdefault((seed, epoch), []).extend(indices.tolist())
+        streams.add(views.stream)
+        return batch(views, epoch, indices)
+
+    def timed(optimizer):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        step(optimizer)
+
+    monkeypatch.setattr(Views, "batch", watched)
+    monkeypatch.setattr(train.Muon, "step", timed)
     for seed in (0, 1):
-        trainer(loaded).train(tmp_path / str(seed), settings(loaded, seed=seed))
-    assert len(orders) == len({tuple(order) for order in orders}) == 4
-    assert all(sorted(order) == list(range(48)) for order in orders) and list(range(48)) not in orders
+        train_run(loaded, tmp_path / str(seed), settings(loaded, seed=seed))
+    assert len(orders) == len({tuple(order) for order in orders.values()}) == 4
+    assert all(sorted(order) == list(range(48)) for order in orders.values())
+    assert list(range(48)) not in orders.values()
     by_hand = 0.05 * np.array([1 / 1.2, 1, 4 / 4.8, 3 / 4.8, 2 / 4.8, 1 / 4.8])  # six steps, 1.2 of them warm-up
     np.testing.assert_allclose(rates, np.repeat(np.tile(by_hand, 2)[:, None], 3, 1))
-
-    monkeypatch.setattr(Views, "batch", lambda views, rows: purposes.add(views.purpose) or batch(views, rows))
-    trainer(loaded).train(tmp_path / "student", settings(loaded, epochs=1))
-    assert purposes == {"views"}
-    trainer(loaded).train(tmp_path / "teacher", settings(loaded, "teacher", epochs=1))
-    assert purposes == {"views", "teacher views"}
+    assert streams == {"views"}
+    seed = "teacher"
+    train_run(loaded, tmp_path / "teacher", settings(loaded, "teacher", epochs=1))
+    assert streams == {"views", "teacher views"} and orders["teacher", 0] != orders[0, 0]
 
 
-def test_a_student_learns(tmp_path):
-    """Two epochs of drawn shapes: 0.376 measured, and guessing gives an eighth."""
-    shapes = data.shapes(16)
-    assert trainer(shapes).train(tmp_path, settings(shapes, batch_size=32, learning_rate=0.1)) > 0.25
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 48), (20, 2), (48, 1), (128, 1)])
+def test_any_batch_size(loaded, tmp_path, monkeypatch, batch_size, steps):
+    """An incomplete last batch is dropped where a full one exists; a batch beyond the data is all of it."""
+    sizes, batch = [], Views.batch
+    monkeypatch.setattr(
+        Views, "batch", lambda views, epoch, indices: sizes.append(len(indices)) or batch(views, epoch, indices)
+    )
+    train_run(loaded, tmp_path, settings(loaded, batch_size=batch_size, epochs=1))
+    assert sizes == [min(batch_size, 48)] * steps
 
 
-def test_judging_on_validation_does_not_change_the_training(loaded, tmp_path, monkeypatch):
-    trainer(loaded).train(tmp_path / "judged", settings(loaded, val_fraction=0.25))
-    monkeypatch.setattr(train._Run, "_validation_accuracy", lambda run: 0.5)
-    trainer(loaded).train(tmp_path / "not", settings(loaded, val_fraction=0.25))
+def test_the_validation_part_is_never_trained_on_and_the_test_set_never_read(loaded, tmp_path, monkeypatch):
+    seen, batch = set(), Views.batch
+    monkeypatch.setattr(
+        Views, "batch", lambda views, epoch, indices: seen.update(indices.tolist()) or batch(views, epoch, indices)
+    )
+    _, validation = data.split(loaded.train_labels, 0.25)
+    blind = dataclasses.replace(loaded, test_images=None, test_labels=None)
+    accuracy = train_run(blind, tmp_path, settings(loaded, val_fraction=0.25, epochs=4))
+    assert not seen & set(validation.tolist()) and len(seen) > 30
+    assert not (tmp_path / "test_logits.npy").exists()
+    assert float(history(tmp_path)[-1]["val_accuracy"]) == accuracy
+    network = models.load(tmp_path / "model.pt")
+    with torch.inference_mode():
+        logits = network(network.normalize(loaded.train_images[validation]))
+    assert (logits.argmax(1) == loaded.train_labels[validation]).float().mean().item() == pytest.approx(accuracy)
+
+
+def test_validation_does_not_change_the_training(loaded, tmp_path, monkeypatch):
+    train_run(loaded, tmp_path / "judged", settings(loaded, val_fraction=0.25))
+    monkeypatch.setattr(train, "validate", lambda network, loaded, indices: 0.5)
+    assert train_run(loaded, tmp_path / "not", settings(loaded, val_fraction=0.25)) == 0.5
     assert weights(tmp_path / "judged") == weights(tmp_path / "not")
 
 
-@pytest.mark.parametrize(("seconds", "kept"), [(0.0, 1 + 2 * 3), (1e6, 1 + 2)])
-def test_state_is_kept_within_epochs_as_often_as_asked(loaded, tmp_path, monkeypatch, seconds, kept):
-    """Before the first step, after every epoch, and within epochs where `save_every` seconds have passed."""
-    saved, save = [], train.save_checkpoint
-    monkeypatch.setattr(
-        train, "save_checkpoint", lambda path, *rest, **more: saved.append(path) or save(path, *rest, **more)
-    )
-    trainer(loaded, save_every=seconds).train(tmp_path, settings(loaded))
-    assert len([path for path in saved if path.name == "state.pt"]) == kept
-
-
-def test_a_run_begun_on_another_device_or_precision_is_not_continued(loaded, tmp_path, stop_at):
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
-    other = trainer(loaded, precision="bf16")
-    for refuses in (other.look, other.train):  # before any other run is trained, and then
-        with pytest.raises(Failure, match=r"precision fp32 instead of bf16\. Continue it there \(--device cpu --pre"):
-            refuses(tmp_path, settings(loaded))
-    assert not other.fits(tmp_path, settings(loaded)) and trainer(loaded).fits(tmp_path, settings(loaded))
-    (tmp_path / "state.pt").rename(tmp_path / "state-before.pt")  # killed between the two renames
-    assert not other.fits(tmp_path, settings(loaded))
-
-
-def test_an_unfinished_run_with_other_settings_is_refused_before_any_other_is_trained(loaded, tmp_path, stop_at):
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
-    with pytest.raises(Failure, match="epochs 2 instead of 3"):
-        trainer(loaded).look(tmp_path, settings(loaded, epochs=3))
-
-
-def test_a_run_continued_on_another_machine_says_so(loaded, tmp_path, stop_at, monkeypatch, capsys):
-    describe, here = train.describe, train.describe(torch.device("cpu"))
-    monkeypatch.setattr(train, "describe", lambda device: "Abacus")
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
-    monkeypatch.setattr(train, "describe", describe)
-    trainer(loaded).train(tmp_path, settings(loaded))
-    assert f"was begun on Abacus; on {here} last bits may differ" in capsys.readouterr().err
-    assert files.read_json(tmp_path / "run.json")["environment"]["device"] == f"Abacus, then {here}"
-
-
-def test_float32_on_cuda_is_full_float32(loaded):
+def test_float32_on_cuda_is_full_float32():
     """Whatever the environment asks of matrix products (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
     flags = [(torch.backends.cuda.matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False),
              (torch.backends.cudnn, "deterministic", True)]  # fmt: skip
@@ -299,140 +547,129 @@ def test_float32_on_cuda_is_full_float32(loaded):
     try:
         for backend, name, wanted in flags:
             setattr(backend, name, not wanted)
-        train.Trainer(loaded, torch.device("cuda"))
+        make_deterministic()
         assert [getattr(backend, name) for backend, name, _ in flags] == [wanted for *_, wanted in flags]
     finally:
         for (backend, name, _), value in zip(flags, before, strict=True):
             setattr(backend, name, value)
 
 
-def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(loaded, tmp_path):
-    with pytest.raises(Failure, match=r"step 2 of 3 of epoch 1 of 2.*\n.*--lr"):
-        trainer(loaded).train(tmp_path, settings(loaded, learning_rate=1e30))
-    assert not (tmp_path / "model.pt").exists()
-    state = load_checkpoint(tmp_path / "state.pt")
-    assert models.is_finite(state["network"])
+# What is shown -------------------------------------------------------------------------------------------------------
 
 
-def test_weights_that_are_not_finite_are_never_kept(loaded, tmp_path, monkeypatch):
-    """Not even where every loss was: the only step of the epoch spoils them."""
-    step = train.Muon.step
-    spoil = lambda self: step(self) or self.param_groups[1]["params"][0].data.fill_(float("inf"))  # noqa: E731
-    monkeypatch.setattr(train.Muon, "step", spoil)
-    with pytest.raises(Failure, match="weights were not finite at step 1 of 1 of epoch 1"):
-        trainer(loaded).train(tmp_path, settings(loaded, batch_size=48))
-    assert models.is_finite(load_checkpoint(tmp_path / "state.pt")["network"])
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that advances by a second with every step, and by two with every epoch of a teacher; nothing else takes
+    time."""
+    now, batch, epoch = [0.0], Views.batch, Teacher.epoch
+
+    def after(seconds, function):
+        def call(*rest):
+            now[0] += seconds
+            return function(*rest)
+
+        return call
+
+    monkeypatch.setattr(Views, "batch", after(1, batch))
+    monkeypatch.setattr(Teacher, "epoch", after(2, epoch))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
 
-@pytest.mark.parametrize(("batch_size", "steps"), [(1, 48), (20, 2), (48, 1), (128, 1)])
-def test_any_batch_size(loaded, tmp_path, monkeypatch, batch_size, steps):
-    """An incomplete last batch is dropped where a full one exists; a batch beyond the data is all of it."""
-    sizes = []
-    original = data.Views.batch
-    monkeypatch.setattr(data.Views, "batch", lambda self, rows: sizes.append(len(rows)) or original(self, rows))
-    trainer(loaded).train(tmp_path, settings(loaded, batch_size=batch_size, epochs=1))
-    assert sizes == [min(batch_size, 48)] * steps
+def number(row, name):
+    return f"{float(row[name]):.4f}"
 
 
-def test_the_validation_part_is_never_trained_on_and_the_test_set_never_read(loaded, tmp_path, monkeypatch):
-    seen = set()
-    original = data.Views.batch
-    monkeypatch.setattr(data.Views, "batch", lambda self, rows: seen.update(rows.tolist()) or original(self, rows))
-    _, validation = data.split(loaded.train_labels, 0.25)
-    blind = data.replace(loaded, test_pictures=None, test_labels=None)
-    accuracy = trainer(blind).train(tmp_path, settings(loaded, val_fraction=0.25, epochs=4))
-    assert not seen & set(validation.tolist()) and len(seen) > 30
-    assert not (tmp_path / "test_logits.npy").exists()
-    assert float(history(tmp_path)[-1]["val_accuracy"]) == accuracy
-    network = models.load(tmp_path / "model.pt")
-    with torch.inference_mode():
-        logits = network(network.normalise(loaded.train_pictures[validation]))
-    assert (logits.argmax(1) == loaded.train_labels[validation]).float().mean().item() == pytest.approx(accuracy)
+def test_a_log_has_a_line_for_every_epoch(loaded, tmp_path, clock, capsys):
+    """Where standard error is no terminal: how far the run is, both losses, and the time left."""
+    wanted = settings(loaded, "kd", epochs=3, temperature=3.0, alpha=0.7, teacher="a", val_fraction=0.25)
+    train_run(loaded, tmp_path, wanted, teacher=Teacher(), title="[1/2] kd")
+    first, second, third = history(tmp_path)
+    assert [(row["seconds"], row["teacher_seconds"]) for row in (first, second, third)] == [("2.0", "2.0")] * 3
+    assert first["images_per_second"] == "16.0"
+    assert capsys.readouterr().err.splitlines() == [
+        f"[1/2] kd: epoch {row['epoch']} of 3, loss {number(row, 'train_loss')} (soft {number(row, 'soft_loss')}, "
+        f"hard {number(row, 'hard_loss')}), training accuracy {number(row, 'train_accuracy')}, "
+        f"validation accuracy {number(row, 'val_accuracy')}, 4.0 s, {left} left"
+        for row, left in ((first, "00:08"), (second, "00:04"), (third, "00:00"))
+    ]
 
 
-def test_a_state_of_another_run_is_not_taken(loaded, tmp_path, stop_at):
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(4)).train(tmp_path / "a", settings(loaded, seed=1))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(Failure, match="seed 1 instead of 2"):
-        trainer(loaded).train(tmp_path / "b", settings(loaded, seed=2))
+def test_the_log_of_a_baseline_has_one_loss_and_the_time_of_all_runs(loaded, tmp_path, clock, capsys):
+    train_run(loaded, tmp_path / "baseline-s0", later=10 * 48)
+    first, second = history(tmp_path / "baseline-s0")
+    assert capsys.readouterr().err.splitlines() == [
+        f"baseline-s0: epoch {row['epoch']} of 2, loss {number(row, 'train_loss')}, "
+        f"training accuracy {number(row, 'train_accuracy')}, 3.0 s, {left} left for all runs"
+        for row, left in ((first, "00:33"), (second, "00:30"))
+    ]
 
 
-def tampered(entries):
-    """The state of an interrupted run with some entries changed."""
-
-    def change(folder):
-        for name in ("state.pt", "state-before.pt"):
-            state = torch.load(folder / name, weights_only=True)
-            files.save_checkpoint(folder / name, state | entries)
-
-    return change
+def test_the_log_of_a_resumed_run_goes_on_where_it_was(loaded, unfinished, clock, capsys):
+    """Its time left comes from the speed since it was resumed: here after two of six steps."""
+    train_run(loaded, unfinished)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("unfinished: epoch 2 of 2, ") and line.endswith("00:00 left")
 
 
-@pytest.mark.parametrize(
-    "entries",
-    [
-        {"format": 99}, {"settings": None}, {"optimiser": None}, {"epoch": "3"}, {"epoch": 7}, {"epoch": -1},
-        {"step": 10**9}, {"history": [1, 2]}, {"history": [{}]}, {"threads": 0}, {"threads": 10**9}, {"torch": None},
-        {"device": None}, {"loss_sum": 0.5}, {"network": {}}, {"seconds": "long"}, {"machines": []},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_state_that_cannot_be_is_named(loaded, tmp_path, stop_at, entries):
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(4)).train(tmp_path, settings(loaded))
-    tampered(entries)(tmp_path)
-    with pytest.raises(Failure, match="state") as failure:
-        trainer(loaded).train(tmp_path, settings(loaded))
-    assert "to train it anew" in str(failure.value)
+def test_a_finished_run_has_no_log(loaded, whole, capsys):
+    train_run(loaded, whole)
+    assert capsys.readouterr().err == ""
 
 
-def test_the_state_that_is_whole_is_never_replaced_by_the_damaged_one(loaded, tmp_path, stop_at):
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(4)).train(tmp_path, settings(loaded))
-    whole = (tmp_path / "state-before.pt").read_bytes()
-    (tmp_path / "state.pt").write_bytes(b"cut short")
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(1)).train(tmp_path, settings(loaded))
-    assert (tmp_path / "state-before.pt").read_bytes() == whole
+def test_a_command_whose_runs_are_finished_has_no_log(cli, flags, copy, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda comparison: [copy])  # which takes longer than all the rest
+    assert cli(*flags, "--output-dir", copy).err == cli(*flags, "--output-dir", copy, "--train-teacher").err == ""
+    shutil.rmtree(copy / "baseline-s0")
+    got = cli(*flags, "--output-dir", copy)
+    assert [line.split(",")[0] for line in got.err.splitlines()] == [
+        f"[2/2] baseline-s0: epoch {epoch} of 2" for epoch in (1, 2)
+    ]
 
 
-def test_a_signal_while_a_state_is_read_is_no_damage(loaded, tmp_path, stop_at, monkeypatch, capsys):
-    with pytest.raises(Interrupted):
-        trainer(loaded, stop=stop_at(4)).train(tmp_path, settings(loaded))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "load", lambda *_, **__: Stop().handle(15))
-        with pytest.raises(Interrupted):
-            trainer(loaded).train(tmp_path, settings(loaded))
-    assert "damaged" not in capsys.readouterr().err and (tmp_path / "state.pt").exists()
+def test_a_terminal_gets_a_bar_and_no_log(loaded, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
 
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train_run(loaded, tmp_path / "baseline-s0")
+    shown = terminal.getvalue()
+    assert "\rbaseline-s0: 100%" in shown and "epoch=2/2" in shown and "training accuracy" not in shown
+
+
+# torch.compile -------------------------------------------------------------------------------------------------------
 
 HEADERS = Path(sysconfig.get_paths()["include"], "Python.h")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("g++") is None or not HEADERS.exists(),
     reason="torch.compile needs a C++ compiler and Python's headers",
 )
-def test_a_compiled_step_trains_the_same_student(loaded, tmp_path, stop_at, monkeypatch):
-    """Other kernels, other last bits, but the same training; continued to the same bits, and not the other way."""
+def test_a_compiled_step_trains_the_same_student(loaded, whole, tmp_path, stop_at, monkeypatch):
+    """Other kernels, other last bits, but the same training; a resumed run has the same bits, and is refused where it
+    would not be compiled."""
     compiler, calls = torch.compile, []
 
     def counting(network, **rest):
         compiled = compiler(network, **rest)
-        return lambda pictures: calls.append(len(pictures)) or compiled(pictures)
+        return lambda images: calls.append(len(images)) or compiled(images)
 
     monkeypatch.setattr(torch, "compile", counting)
-    trainer(loaded).train(tmp_path / "plain", settings(loaded))
+    machine = Machine(CPU.device, "fp32", compiled=True)
+    train_run(loaded, tmp_path / "plain")
     assert not calls
-    trainer(loaded, compiled=True).train(tmp_path / "compiled", settings(loaded))
+    train_run(loaded, tmp_path / "compiled", machine=machine)
     assert calls == [16] * 6
     with pytest.raises(Interrupted):
-        trainer(loaded, compiled=True, stop=stop_at(4)).train(tmp_path / "continued", settings(loaded))
+        train_run(loaded, tmp_path / "resumed", machine=machine, options=Options(stop=stop_at(4)))
     with pytest.raises(Failure, match="compiled True instead of False"):
-        trainer(loaded).train(tmp_path / "continued", settings(loaded))
-    trainer(loaded, compiled=True).train(tmp_path / "continued", settings(loaded))
-    assert weights(tmp_path / "continued") == weights(tmp_path / "compiled")
-    plain, compiled = (models.read(tmp_path / name / "model.pt")["state_dict"] for name in ("plain", "compiled"))
+        train_run(loaded, tmp_path / "resumed")
+    train_run(loaded, tmp_path / "resumed", machine=machine)
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "compiled")
+    plain, compiled = (models.load(tmp_path / name / "model.pt").state_dict() for name in ("plain", "compiled"))
     for name, tensor in plain.items():
         torch.testing.assert_close(compiled[name], tensor, atol=0.02, rtol=0.02)

@@ -9,10 +9,11 @@ import io
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from files import Damaged, make_folder, pair_name, read, remove, write
-from measures import BINS, reliability, softmax
+from reports.statistics import BINS, reliability, softmax
+from runs.files import Damaged, make_folder, read, remove, write
+from runs.settings import pair_name
 
 STYLES = {
     "teacher": {"color": "#000000", "linestyle": ":", "hatch": None, "label": "teacher"},
@@ -20,14 +21,14 @@ STYLES = {
     "baseline": {"color": "#0072B2", "linestyle": "--", "hatch": "//", "label": "student, baseline"},
 }
 PAIRS = (("#D55E00", "-"), ("#E69F00", "-."), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (5, 1, 1, 1))))
-FEW = 20  # pictures in a bin of a reliability diagram, below which it is drawn pale
+FEW = 20  # images in a bin of a reliability diagram, below which it is drawn pale
 EXAMPLES = 5
 
 
 def draw(comparison):
-    """Draws every figure that the comparison has something for, and removes one that it has not; returns their paths.
+    """Draws every figure that the comparison has the runs for, and removes the others; returns the paths of the drawn.
 
-    `comparison` is a report.Comparison.
+    `comparison` is a reports.comparison.Comparison.
     """
     plain = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
     matplotlib.rcParams.update(plain)  # a class may be called $5_$10
@@ -50,6 +51,10 @@ def draw(comparison):
     return drawn
 
 
+def _pair(entry):
+    return pair_name(entry["temperature"], entry["alpha"])
+
+
 def _line(role):
     return {name: STYLES[role][name] for name in ("color", "linestyle", "label")}
 
@@ -59,7 +64,7 @@ def _legend(figure, panels, columns):
     entries = {}
     for axes in panels:
         handles, names = axes.get_legend_handles_labels()
-        entries |= dict(zip(names, handles, strict=True))
+        entries = dict(zip(names, handles, strict=True)) | entries  # as in the first panel that has it
     figure.legend(entries.values(), entries.keys(), frameon=False, loc="outside lower center", ncols=columns)
 
 
@@ -67,14 +72,14 @@ def curves(comparison):
     """Training loss and accuracy of all runs by epoch, with the final test accuracies to the right of them."""
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    runs = [run for run in comparison.runs if not run["settings"]["val_fraction"]]
-    pairs = [pair_name(entry) for entry in comparison.kd]
+    runs = [run for run in comparison.runs if not run.settings.val_fraction]
+    pairs = [_pair(entry) for entry in comparison.kd]
     groups = []
     for run in runs:
-        settings, history = run["settings"], _history(run["folder"] / "history.csv")
-        style = _line(settings["role"]) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
-        if settings["role"] == "kd":
-            pair = pair_name(settings)
+        settings, history = run.settings, _history(run.folder / "history.csv")
+        style = _line(settings.role) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
+        if settings.role == "kd":
+            pair = pair_name(settings.temperature, settings.alpha)
             style["label"] = f"KD, {pair}"
             style["color"], style["linestyle"] = PAIRS[pairs.index(pair) % len(PAIRS)]
         group = style.pop("label")
@@ -84,7 +89,7 @@ def curves(comparison):
         left.plot(epochs, losses, **style, label=group if first else None)
         right.plot(epochs, accuracies, **style)
         beside = epochs[-1] * (1.03 + 0.03 * groups.index(group))
-        right.plot(beside, run["accuracy"], "D", markersize=5, color=style["color"], markerfacecolor="white")
+        right.plot(beside, run.accuracy, "D", markersize=5, color=style["color"], markerfacecolor="white")
     left.set(xlabel="epoch", ylabel="training loss (with KD: of soft and hard targets)", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy (lines: training, ◇: test)")
     for axes in (left, right):
@@ -92,7 +97,12 @@ def curves(comparison):
         axes.grid(alpha=0.25)
     for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    left.yaxis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
+    lowest, highest = left.get_ylim()
+    if highest > 10 * lowest:
+        left.yaxis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
+    else:  # a logarithmic locator would find one or two ticks
+        left.yaxis.set_major_locator(MaxNLocator(7))
+        left.yaxis.set_minor_locator(NullLocator())
     left.legend(frameon=False)
     figure.suptitle(f"Training curves of {len(runs)} runs")
     return figure
@@ -103,7 +113,9 @@ def _history(path):
     try:
         rows = csv.DictReader(io.StringIO(read(path).decode()))
         history = [(int(row["epoch"]), float(row["train_loss"]), float(row["train_accuracy"])) for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise Damaged(f"{path} is damaged: it has no column {error}.") from None
+    except (ValueError, TypeError) as error:
         raise Damaged(f"{path} is damaged: {error}.") from None
     if not history:
         raise Damaged(f"{path} is damaged: it has no rows.")
@@ -111,13 +123,13 @@ def _history(path):
 
 
 def gain(comparison):
-    """Each seed's gain with distillation, their mean and its 95% confidence interval, a panel a pair of temperature and
-    alpha."""
+    """Each seed's gain with distillation, their mean and its 95% confidence interval: one panel for each pair of
+    temperature and alpha."""
     figure = Figure((1.8 + 3.2 * len(comparison.kd), 3.6), layout="constrained")
     panels = figure.subplots(1, len(comparison.kd), sharey=True, squeeze=False)[0]
     for axes, entry in zip(panels, comparison.kd, strict=True):
         _gain_of_a_pair(axes, entry)
-        axes.set_title(pair_name(entry), fontsize=9)
+        axes.set_title(_pair(entry), fontsize=9)
     panels[0].set_ylabel("test accuracy with KD minus baseline\n(percentage points)")
     _legend(figure, panels, 2)
     figure.suptitle("Gain with distillation")
@@ -148,7 +160,7 @@ def _gain_of_a_pair(axes, entry):
 
 
 def sweep(comparison):
-    """Validation accuracy by temperature and alpha, as gain over the baseline. None without a sweep."""
+    """Validation accuracy by temperature and alpha, coloured by the gain over the baseline. None without a sweep."""
     entries = {(e["temperature"], e["alpha"]): e["mean"] for e in comparison.selection if e["role"] == "kd"}
     reference = [e["mean"] for e in comparison.selection if e["role"] == "baseline"]
     if not entries or not reference:
@@ -159,28 +171,29 @@ def sweep(comparison):
     figure = Figure((2.6 + 1.1 * len(alphas), 1.8 + 0.7 * len(temperatures)), layout="constrained")
     axes = figure.subplots()
     limit = max(float(np.nanmax(np.abs(gains))), 0.01)
-    picture = axes.imshow(gains, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+    image = axes.imshow(gains, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(gains):
         if not np.isnan(value):
             ink = "white" if abs(value) > 0.6 * limit else "black"
             text = f"{grid[row, column]:.4f}\n({value:+.2f})"
             axes.text(column, row, text, ha="center", va="center", color=ink)
     reported = comparison.kd[0]["temperature"], comparison.kd[0]["alpha"]
-    best = max(entries, key=lambda pair: (entries[pair], pair == reported))  # of equals the one that was taken
+    best = max(entries, key=lambda pair: (entries[pair], pair == reported))  # of equals, the one chosen
     spot = alphas.index(best[1]) - 0.5, temperatures.index(best[0]) - 0.5
-    axes.add_patch(matplotlib.patches.Rectangle(spot, 1, 1, fill=False, linewidth=3, edgecolor="black"))
+    frame = {"fill": False, "linewidth": 3, "edgecolor": "black", "clip_on": False}
+    axes.add_patch(matplotlib.patches.Rectangle(spot, 1, 1, **frame))
     axes.set_xticks(range(len(alphas)), [f"{a:g}" for a in alphas])
     axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
     axes.set(xlabel="alpha (weight of the soft targets)", ylabel="temperature")
     axes.spines[:].set_visible(False)
-    figure.colorbar(picture, label="gain over baseline (points)")
+    figure.colorbar(image, label="gain over baseline (points)")
     figure.suptitle(f"Validation accuracy (baseline {reference[0]:.4f}; framed: best)", fontsize=9)
     return figure
 
 
 def reliability_diagrams(comparison):
     """Accuracy against confidence for teacher, distilled student and baseline; students' seeds pooled. Bins with fewer
-    than FEW pictures are pale."""
+    than FEW images are pale."""
     figure = Figure((9, 3.7), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     models = {
@@ -199,7 +212,7 @@ def reliability_diagrams(comparison):
         many = share * len(labels) >= FEW
         for bins, alpha, label in (
             (many, 0.55, "accuracy in the bin"),
-            (there & ~many, 0.15, f"the same, fewer than {FEW} pictures"),
+            (there & ~many, 0.15, f"accuracy, fewer than {FEW} images"),
         ):
             axes.bar(
                 middle[bins], accuracy[bins], 1 / BINS, color=STYLES[role]["color"], alpha=alpha, edgecolor="black",
@@ -210,19 +223,19 @@ def reliability_diagrams(comparison):
         )
         error = np.mean(errors[role])  # of each seed by itself, as in the table
         axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-        name = STYLES[role]["label"] + (f", {pair_name(comparison.kd[0])}" if role == "kd" else "")
-        axes.set_title(f"{name}\nECE {error:.4f}, {share[-1]:.0%} of pictures in the last bin", fontsize=9)
+        name = STYLES[role]["label"] + (f", {_pair(comparison.kd[0])}" if role == "kd" else "")
+        axes.set_title(f"{name}\nECE {error:.4f}, {share[-1]:.0%} of images in the last bin", fontsize=9)
     panels[0].set_ylabel("accuracy")
     _legend(figure, panels, 3)
     return figure
 
 
-def telling_pictures(comparison, count=EXAMPLES):
-    """Indices of the test pictures that show most what soft targets carry, at most one a class while classes last.
+def examples(comparison, count=EXAMPLES):
+    """Indices of the `count` test images that show best what soft targets carry, of different classes where possible.
 
-    Teacher and distilled student are right, the baseline wrong and takes the class that the teacher found second most
-    likely; among these, those whose second class the teacher found most likely. Where there are too few, pictures with
-    that ordering for which less of it holds follow.
+    First come those that teacher and distilled student get right and the baseline takes for the class that the teacher
+    finds second most likely; then those for which less of this holds. Among equals, the image whose second class has
+    the highest probability comes first.
     """
     labels = comparison.labels
     teacher = softmax(comparison.teacher_logits)
@@ -239,22 +252,22 @@ def telling_pictures(comparison, count=EXAMPLES):
 
 
 def dark_knowledge(comparison):
-    """Test pictures with the probabilities of teacher, at T = 1 and softened, and of both students at T = 1."""
+    """Test images with the probabilities of teacher, at T = 1 and softened, and of both students at T = 1."""
     entry = comparison.kd[0]
     temperature, seed = entry["temperature"], entry["seeds"][0]
-    indices = telling_pictures(comparison)
+    indices = examples(comparison)
     kd, baseline = comparison.kd_logits[0][0], comparison.baseline_logits[0]
     columns = [
         ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
         (f"teacher, T = {temperature:g}", "teacher", comparison.teacher_logits, temperature),
-        (f"with KD, {pair_name(entry)}", "kd", kd, 1.0),
+        (f"with KD, {_pair(entry)}", "kd", kd, 1.0),
         ("baseline", "baseline", baseline, 1.0),
     ]
     shown = min(6, len(comparison.classes))
     figure = Figure((11, 0.6 + 1.35 * len(indices)), layout="constrained")
     grid = figure.subplots(len(indices), 5, squeeze=False, width_ratios=(1, 1.5, 1.5, 1.5, 1.5))
     for number, (row, index) in enumerate(zip(grid, indices, strict=True)):
-        row[0].imshow(comparison.pictures[index], interpolation="nearest")
+        row[0].imshow(comparison.images[index], interpolation="nearest")
         row[0].set(xticks=[], yticks=[], ylabel="")
         row[0].set_title(comparison.classes[comparison.labels[index]], fontsize=9)
         row[0].spines[:].set_visible(False)
@@ -290,7 +303,7 @@ def dark_knowledge(comparison):
             if number == len(indices) - 1:
                 axes.set_xlabel("probability", fontsize=8)
     figure.suptitle(
-        f"What the soft targets carry: test pictures, the teacher's {shown} likeliest classes, seed {seed}\n"
+        f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n"
         "(picked to show it: first those that the baseline gets wrong, teacher and KD right; not a fair sample)",
         fontsize=10,
     )

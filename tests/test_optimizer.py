@@ -1,4 +1,4 @@
-"""The optimiser against NumPy's singular value decomposition and PyTorch's own SGD."""
+"""The optimizer against NumPy's singular value decomposition and PyTorch's own SGD."""
 
 import numpy as np
 import pytest
@@ -6,40 +6,40 @@ import torch
 from torch.nn import functional as F
 
 import models
-from muon import CONVOLUTIONS, Muon, orthogonalise
+from train import CONVOLUTIONS, Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(32, 27), (64, 288), (128, 96), (64, 64)])
-def test_orthogonalise_keeps_directions_and_brings_singular_values_near_one(shape):
+def test_orthogonalize_keeps_directions_and_brings_singular_values_near_one(shape):
     """Against NumPy: in the matrix's own singular directions the result is diagonal, with entries near 1."""
     random = np.random.default_rng(0)
     matrix = random.normal(size=shape).astype(np.float32)
     left, values, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-    inside = left.T @ orthogonalise(torch.from_numpy(matrix)).numpy() @ right.T
+    inside = left.T @ orthogonalize(torch.from_numpy(matrix)).numpy() @ right.T
     large = values > 0.2 * values.max()  # a tiny singular value needs more iterations
     assert large.sum() > 0.7 * len(values)
     assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-4
     assert np.diag(inside)[large].min() > 0.5 and np.diag(inside).max() < 1.3
 
 
-def test_orthogonalise_in_bfloat16_is_the_same_up_to_rounding():
+def test_orthogonalize_in_bfloat16_is_the_same_up_to_rounding():
     matrix = torch.randn(64, 288, generator=torch.Generator().manual_seed(2))
-    low = orthogonalise(matrix.bfloat16())
+    low = orthogonalize(matrix.bfloat16())
     assert low.dtype == torch.bfloat16
     error = np.linalg.norm(low.float().numpy() - polynomial(matrix.double().numpy()), 2)
     assert error < 0.05  # of singular values near 1
 
 
-def test_bfloat16_is_for_the_orthogonal_step_alone():
-    """Weights and momenta stay float32, and what SGD steps is the same bits."""
+def test_only_the_orthogonal_step_is_in_bfloat16():
+    """Weights and momenta stay float32, and what SGD changes has the same bits."""
     networks = [models.create("student", 3, 0) for _ in range(2)]
-    optimisers = [Muon(network, 0.1, 0.01, 0.9, dtype) for network, dtype in zip(
+    optimizers = [Muon(network, 0.1, 0.01, 0.9, dtype) for network, dtype in zip(
         networks, (torch.float32, torch.bfloat16), strict=True)]  # fmt: skip
-    pictures = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    for network, optimiser in zip(networks, optimisers, strict=True):
-        F.cross_entropy(network(pictures), torch.arange(8) % 3).backward()
-        optimiser.step()
-        assert {state["momentum_buffer"].dtype for state in optimiser.state.values()} == {torch.float32}
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for network, optimizer in zip(networks, optimizers, strict=True):
+        F.cross_entropy(network(images), torch.arange(8) % 3).backward()
+        optimizer.step()
+        assert {state["momentum_buffer"].dtype for state in optimizer.state.values()} == {torch.float32}
     for full, low in zip(*(network.parameters() for network in networks), strict=True):
         assert low.dtype == torch.float32
         if full.ndim == 4:
@@ -49,14 +49,14 @@ def test_bfloat16_is_for_the_orthogonal_step_alone():
             assert low.equal(full)
 
 
-def test_orthogonalise_does_not_depend_on_the_matrix_size_and_takes_zeros():
+def test_orthogonalize_does_not_depend_on_the_norm_and_accepts_zeros():
     matrix = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(orthogonalise(1000 * matrix), orthogonalise(matrix), atol=1e-4, rtol=1e-4)
-    assert orthogonalise(torch.zeros(8, 8)).eq(0).all()
+    torch.testing.assert_close(orthogonalize(1000 * matrix), orthogonalize(matrix), atol=1e-4, rtol=1e-4)
+    assert orthogonalize(torch.zeros(8, 8)).eq(0).all()
 
 
 def polynomial(matrix):
-    """The quintic iteration by hand, on the singular values (float64): they are all that it changes."""
+    """The quintic iteration by hand, on the singular values (float64): it changes nothing else."""
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     values = values / np.linalg.norm(matrix)
     for _ in range(3):
@@ -80,10 +80,10 @@ def test_a_step_by_hand():
     momenta = {name: np.zeros_like(weights) for name, weights in expected.items()}
     draws = torch.Generator().manual_seed(0)
     for _ in range(3):
-        pictures, labels = torch.randn(8, 3, 16, 16, generator=draws), torch.randint(0, 3, (8,), generator=draws)
+        images, labels = torch.randn(8, 3, 16, 16, generator=draws), torch.randint(0, 3, (8,), generator=draws)
         for each in (network, other):
             each.zero_grad()
-            F.cross_entropy(each(pictures), labels).backward()
+            F.cross_entropy(each(images), labels).backward()
         for name, parameter in network.named_parameters():
             if name in expected:
                 gradient = parameter.grad.double().numpy()
@@ -101,8 +101,8 @@ def test_a_step_by_hand():
                 torch.testing.assert_close(parameter, twin)
 
 
-def test_weight_decay_is_for_the_head_alone():
-    """Batch norm makes a convolution's norm free to choose, and Muon chooses it; biases and batch norm never decay."""
+def test_only_the_head_has_weight_decay():
+    """Muon sets the norm of convolutions itself; biases and batch norm have no decay."""
     groups = Muon(models.create("teacher", 3, 0), 0.1, 0.01, 0.9).param_groups
     assert [{p.ndim for p in group["params"]} for group in groups] == [{4}, {2}, {1}]
     assert [group["weight_decay"] for group in groups] == [0.0, 0.01, 0.0]

@@ -1,15 +1,16 @@
 """Statistics of test logits and of paired runs: pure NumPy and SciPy, each with its source.
 
-- Agreement: the share of test pictures for which student and teacher choose the same class.
+- Agreement: the share of test images for which student and teacher choose the same class.
 - Expected calibration error: Guo et al., arXiv 1706.04599, equation 3, with 15 bins of equal width.
 - Negative log-likelihood: the mean of -log p(label), in nats.
 - Paired t-test over seeds (Student 1908), the pairs being students of one seed with and without distillation.
-- Exact McNemar test (McNemar 1947) for a single pair: a binomial test over the test pictures on which they differ.
+- Exact McNemar test (McNemar 1947) for a single pair: a binomial test over the test images on which they differ.
 """
 
 import math
 
 import numpy as np
+from scipy import special, stats
 
 BINS = 15
 POWER, SIGNIFICANCE, SMALL_GAIN = 0.8, 0.05, 0.25  # the last in percentage points: the gain of the original run
@@ -17,13 +18,11 @@ POWER, SIGNIFICANCE, SMALL_GAIN = 0.8, 0.05, 0.25  # the last in percentage poin
 
 def softmax(logits, temperature=1.0):
     """Probabilities (N, classes) of logits (N, classes) at a temperature, in float64."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    scaled = np.exp(scaled - scaled.max(1, keepdims=True))
-    return scaled / scaled.sum(1, keepdims=True)
+    return special.softmax(np.asarray(logits, np.float64) / temperature, axis=1)
 
 
 def reliability(probabilities, labels, bins=BINS):
-    """(share of pictures, mean confidence, accuracy) of each of `bins` equal bins of confidence: three arrays (bins,),
+    """(share of images, mean confidence, accuracy) of each of `bins` equal bins of confidence: three arrays (bins,),
     0 where a bin is empty."""
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     # Bin m holds the confidences in ((m - 1) / bins, m / bins].
@@ -42,13 +41,11 @@ def calibration_error(probabilities, labels, bins=BINS):
 
 def negative_log_likelihood(logits, labels):
     """The mean of -log softmax(logits)[label], in nats."""
-    logits = np.asarray(logits, np.float64)
-    shifted = logits - logits.max(1, keepdims=True)
-    return float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]).mean())
+    return float(-special.log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(labels)), labels].mean())
 
 
 def class_accuracies(logits, labels, classes):
-    """The accuracy on each class's pictures: a list of floats, None for a class without pictures."""
+    """The accuracy on each class's images: a list of floats, None for a class without images."""
     right = logits.argmax(1) == labels
     return [float(right[labels == k].mean()) if (labels == k).any() else None for k in range(classes)]
 
@@ -63,32 +60,26 @@ def paired_test(differences):
 
     Interval and p are None where they are undefined: for one difference, or for differences that are all equal.
     """
-    from scipy import stats
-
-    mean, deviation = float(np.mean(differences)), spread(differences)
-    if np.ptp(differences) < 1e-9:  # the deviation of equal numbers need not come out as 0
-        return {"mean": mean, "ci95": None, "p_value": None, "method": "paired t-test"}
-    error = deviation / math.sqrt(len(differences))
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
-    return {"mean": mean, "ci95": [mean - half, mean + half], "p_value": p, "method": "paired t-test"}
+    result = {"mean": float(np.mean(differences)), "ci95": None, "p_value": None, "method": "paired t-test"}
+    if np.ptp(differences) < 1e-9:  # equal up to rounding: no spread to compute an interval from
+        return result
+    test = stats.ttest_1samp(differences, 0)
+    low, high = test.confidence_interval(0.95)
+    return result | {"ci95": [float(low), float(high)], "p_value": float(test.pvalue)}
 
 
-def mcnemar_test(mended, broken):
-    """The two-sided p of the exact McNemar test: `mended` pictures are right only with distillation, `broken` only
+def mcnemar_test(fixed, broken):
+    """The two-sided p of the exact McNemar test: `fixed` images are right only with distillation, `broken` only
     without."""
-    from scipy import stats
-
-    return float(stats.binomtest(mended, mended + broken).pvalue) if mended + broken else 1.0
+    return float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
 
 
 def seeds_needed(deviation, gain=SMALL_GAIN, power=POWER):
     """The fewest pairs with which a paired t-test shows a mean difference of `gain` with `power`, given the standard
     deviation of the differences (Cohen 1988). None above 2^19.
 
-    The power is that of the noncentral F distribution of t squared: SciPy's noncentral t is NaN, here and there, where
-    the deviation is small."""
-    from scipy import stats
+    The power is that of the noncentral F distribution of t squared, since SciPy's noncentral t gives NaN for some small
+    deviations."""
 
     def reached(pairs):
         critical = stats.t.ppf(1 - SIGNIFICANCE / 2, pairs - 1)

@@ -1,0 +1,202 @@
+"""The command line: every option with its default, and which of them go together. Needs no PyTorch."""
+
+import argparse
+import math
+import re
+
+DEMO = {
+    "dataset": "shapes",
+    "image_size": 16,
+    "epochs": 6,
+    "batch_size": 64,
+    "temperature": [4.0],
+    "alpha": [0.9],
+    "output_dir": "outputs/demo",
+}
+
+EXAMPLES = """\
+examples:
+  python main.py --demo                                     teacher and comparison on drawn shapes, offline, in a minute
+  python main.py --train-teacher --epochs 200               train the teacher
+  python main.py --epochs 200 --temperature 4 --alpha 0.1   train the student with and without it, and compare
+  python main.py --seeds 5                                  five pairs of students: is the gain real?
+  python main.py --train-teacher --seeds 2                  two teachers: teacher-s0 and teacher-s1
+  python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    students of both together
+  python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
+  python main.py --dataset folder --data-dir pets --train-teacher    images in pets/train/CLASS and pets/test/CLASS
+"""
+
+SWITCH = {"action": "store_true"}
+
+
+class Usage(Exception):
+    """Wrong arguments: exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Usage(message)
+
+
+def integer(low, high=None):
+    """An argparse type: an integer from `low` to `high`."""
+
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            limits = f"of {low} or more" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not an integer {limits}")
+        return value
+
+    return convert
+
+
+def number(low, high, above=False):
+    """An argparse type: a number from `low` (or above it) to `high`."""
+
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high if above else low <= value <= high):
+            limits = f"{'above' if above else 'from'} {low:g} {'and up ' if above else ''}to {high:g}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number {limits}")
+        return value
+
+    return convert
+
+
+def path(text):
+    """An argparse type: a path; not an empty one, which an unset shell variable gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def device_name(text):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of auto, cpu, cuda, cuda:N, mps")
+    return text
+
+
+def parser():
+    """The argparse parser of main.py."""
+    top = Parser(
+        prog="main.py",
+        description="Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) on CIFAR-10:\n"
+        "trains a teacher, then the same small student with and without it, and compares them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python main.py [options]",
+        allow_abbrev=False,
+    )
+
+    def group(title):
+        options = top.add_argument_group(title)
+
+        def option(name, text, default=None, **rest):
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text = text if shown is None else f"{text} [{shown}]"
+            options.add_argument(name, default=default, help=text, **rest)
+
+        return option
+
+    option = group("what to do")
+    # fmt: off
+    option("--train-teacher", "train the teacher (or --seeds N of them); without it, the student with and without "
+           "distillation", **SWITCH)
+    option("--report", "print and draw the comparison again from a folder's finished runs", **SWITCH)
+    option("--demo", "both steps on small drawn shapes, offline; other options override its settings", **SWITCH)
+
+    option = group("distillation")
+    option("--temperature", "softens teacher and student; several values are a sweep", [4.0],
+           type=number(0, 1000, above=True), nargs="+", metavar="T")
+    option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
+           type=number(0, 1), nargs="+", metavar="A")
+    option("--teacher", "a finished teacher's folder or model.pt; of several, the mean of their logits is used "
+           "[the output folder's teacher-s<seed>, or its only one]",
+           type=path, nargs="+", action="extend", metavar="PATH")
+    option("--seeds", "pairs of students, or teachers, to train, from --seed up; more pairs give a narrower interval",
+           1, type=integer(1, 1000), metavar="N")
+    option("--val-fraction", "part of the training set on which a sweep is judged [0.1]",
+           type=number(0, 0.5, above=True), metavar="F")
+
+    option = group("training")
+    option("--epochs", "passes over the training set", 200, type=integer(1, 100_000), metavar="N")
+    option("--batch-size", "images per step", 128, type=integer(1, 1_000_000), metavar="N")
+    option("--lr", "peak learning rate [0.2 * sqrt(batch size / 128)]",
+           type=number(0, 1e6, above=True), metavar="RATE")
+    option("--weight-decay", "of the last layer's matrix; convolutions are normalized instead", 5e-4,
+           type=number(0, 1), metavar="RATE")
+    option("--seed", "of initial weights and order of images", 0, type=integer(0, 2**31 - 1), metavar="N")
+
+    option = group("images")
+    option("--dataset", "CIFAR-10, images in folders, or drawn shapes", "cifar10",
+           choices=("cifar10", "folder", "shapes"), metavar="{cifar10,folder,shapes}")
+    option("--data-dir", "where CIFAR-10 is or is downloaded to, or the folder with train/CLASS/ and test/CLASS/",
+           "data", type=path, metavar="DIR")
+    option("--data-url", "a mirror to download the CIFAR-10 archive from", metavar="URL")
+    option("--image-size", "height and width that images are resized to, 16 to 64", 32,
+           type=integer(16, 64), metavar="N")
+    option("--num-workers", "threads that decode images in folders", 2, type=integer(0, 256), metavar="N")
+
+    option = group("machine and files")
+    option("--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", "auto",
+           type=device_name, metavar="NAME")
+    option("--precision", "fp32, bf16, or auto (bf16 where a GPU, or a CPU with AMX, has instructions for it)", "auto",
+           choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
+    option("--compile", "torch.compile the networks for training (needs a C++ compiler, on CUDA Triton) [off]",
+           action=argparse.BooleanOptionalAction)
+    option("--output-dir", "everything the program writes goes here", "outputs", type=path, metavar="DIR")
+    option("--save-every", "seconds between saved states within an epoch", 120.0,
+           type=number(0, 1e6), metavar="SECONDS")
+    option("--overwrite", "train again what this command trains, in place of what exists", **SWITCH)
+    option("--debug", "show the traceback of an error", **SWITCH)
+    # fmt: on
+    return top
+
+
+def parse(argv):
+    """The arguments as a namespace, --demo's settings applied; raises Usage."""
+    top = parser()
+    if "--demo" in argv:
+        top.set_defaults(**DEMO)
+    arguments = top.parse_args(argv)
+    arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))
+    arguments.sweep = len(arguments.temperature) * len(arguments.alpha) > 1
+    if arguments.train_teacher:
+        for name, given in (("--report", arguments.report), ("--teacher", arguments.teacher)):
+            if given:
+                raise Usage(f"{name} is for students and cannot be combined with --train-teacher")
+    if arguments.train_teacher and arguments.sweep:
+        raise Usage("several temperatures or alphas are for students and cannot be combined with --train-teacher")
+    if arguments.report:
+        allowed = {"report", "output_dir", "debug", "sweep", "demo"}
+        for name, value in vars(arguments).items():
+            if name not in allowed and value != top.get_default(name):
+                option = f"--{name.replace('_', '-')}"
+                raise Usage(f"{option} cannot be combined with --report, which only reads finished runs")
+    if arguments.val_fraction is not None and not arguments.sweep:
+        raise Usage("--val-fraction needs a sweep: several values of --temperature or --alpha")
+    if arguments.data_url is not None:
+        if arguments.dataset != "cifar10":
+            raise Usage("--data-url is for --dataset cifar10")
+        if not re.match(r"https?://[^/]|file:///", arguments.data_url):
+            raise Usage(f"--data-url: '{arguments.data_url}' does not begin with http://, https:// or file:///")
+    if arguments.seed + arguments.seeds > 2**31:
+        raise Usage("--seed and --seeds together exceed the largest seed, 2147483647")
+    arguments.begun = False  # until main.prepare; with --overwrite, earlier runs are removed from then on
+    return arguments
+
+
+def command(values):
+    """The words of the command that trains a teacher with these arguments, a dict; defaults are left out."""
+    words = ["python", "main.py", "--train-teacher"]
+    for name, value in values.items():
+        if name == "epochs" or value not in (parser().get_default(name), False):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words

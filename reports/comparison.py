@@ -1,0 +1,208 @@
+"""The comparison of distilled students with their baseline, from what their runs kept."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from reports.records import comparable, finished_runs, load_test_set
+from reports.statistics import (
+    calibration_error,
+    class_accuracies,
+    mcnemar_test,
+    negative_log_likelihood,
+    paired_test,
+    softmax,
+    spread,
+)
+from runs.files import Damaged, Failure, read_json
+from runs.settings import run_name
+
+
+class Comparison:
+    """All that the finished runs of an output folder say, for one teacher (or one ensemble of teachers)."""
+
+    def __init__(self, output, asked=None):
+        """`asked` is {"temperature", "alpha", "seeds"}. Without it they are taken from comparison.json or, where there
+        is none, from the first students that have a baseline.
+
+        Raises Failure where there is nothing to compare.
+        """
+        self.output = Path(output)
+        runs = finished_runs(self.output)
+        asked = asked or self._asked_before(runs)
+        pair, seeds = (asked["temperature"], asked["alpha"]), asked["seeds"]
+        self.first = runs.get(("kd", *pair, seeds[0]))
+        matching = {k: run for k, run in runs.items() if self.first and comparable(self.first.settings, run.settings)}
+        wanted = [key for seed in seeds for key in (("kd", *pair, seed), ("baseline", None, None, seed))]
+        missing = next((key for key in wanted if key not in matching), None)
+        if missing:
+            raise Failure(
+                f"{self.output} holds no finished {run_name(*missing)} that this comparison can use.\n"
+                "The command that trains it again (or resumes it) prints the comparison, too."
+            )
+        self.settings, self.environment = self.first.settings, self.first.environment
+        self.images, self.labels, self.classes, self.member_logits = load_test_set(
+            self.output, self.settings.data, self.settings.teacher.split("+")
+        )
+        self.teacher_logits = np.mean(self.member_logits, axis=0)  # as distill.Ensemble has them for views
+        baselines = {key[3]: run for key, run in matching.items() if key[0] == "baseline"}
+        students = {key: run for key, run in matching.items() if key[0] == "kd"}
+        self.runs = self._teacher_runs(runs)
+        self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds])
+        self.kd, self.kd_logits = [], []
+        self._add(*pair, seeds, students, baselines)
+        for temperature, alpha in sorted({key[1:3] for key in students} - {pair}):
+            shared = [seed for seed in sorted(baselines) if ("kd", temperature, alpha, seed) in students]
+            if shared:
+                self._add(temperature, alpha, shared, students, baselines)
+        costs = self.first.costs["teacher"]
+        self.teacher = {
+            "accuracy": float((self.teacher_logits.argmax(1) == self.labels).mean()),
+            "members": [float((each.argmax(1) == self.labels).mean()) for each in self.member_logits],
+            **{name: len(self.member_logits) * count for name, count in vars(costs).items()},
+            **self._measures(self.teacher_logits),
+        }
+        self.student = dict(vars(self.first.costs["student"]))
+        self.selection = self._selection()
+
+    def _teacher_runs(self, runs):
+        teachers = sorted(
+            (run for run in runs.values() if run.settings.role == "teacher"), key=lambda r: r.settings.seed
+        )
+        return [run for run in teachers if run.weights_sha256 in self.settings.teacher.split("+")]
+
+    def _asked_before(self, runs):
+        path = self.output / "comparison.json"
+        if path.is_file():
+            try:
+                before = read_json(path)["kd"][0]
+                asked = {name: before[name] for name in ("temperature", "alpha", "seeds")}
+                if ("kd", asked["temperature"], asked["alpha"], asked["seeds"][0]) in runs:
+                    return asked
+            except (Damaged, LookupError, TypeError):
+                raise Damaged(f"{path} is damaged. Remove it; the report then chooses what to compare.") from None
+        students = sorted(key[1:] for key in runs if key[0] == "kd")
+        if not students:
+            raise Failure(f"{self.output} holds no finished students to report on.")
+        with_baseline = []
+        for *pair, seed in students:
+            baseline = runs.get(("baseline", None, None, seed))
+            if baseline and comparable(runs["kd", *pair, seed].settings, baseline.settings):
+                with_baseline.append((*pair, seed))
+        temperature, alpha, seed = (with_baseline or students)[0]
+        seeds = [each[2] for each in with_baseline if each[:2] == (temperature, alpha)]
+        return {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
+
+    def _measures(self, logits):
+        return {
+            "calibration_error": calibration_error(softmax(logits), self.labels),
+            "negative_log_likelihood": negative_log_likelihood(logits, self.labels),
+            "class_accuracies": class_accuracies(logits, self.labels, len(self.classes)),
+        }
+
+    def _several(self, runs):
+        """What comparison.json says of the students of several seeds, and their logits."""
+        self.runs += [run for run in runs if run not in self.runs]
+        teacher_logits = self.teacher_logits
+        logits = [run.logits(teacher_logits.shape) for run in runs]
+        accuracies = [run.accuracy for run in runs]
+        measures = [self._measures(each) for each in logits]
+        by_class = np.array([m["class_accuracies"] for m in measures], dtype=float)
+        return {
+            "seeds": [run.settings.seed for run in runs],
+            "accuracies": accuracies,
+            "mean": float(np.mean(accuracies)),
+            "std": spread(accuracies),
+            "agreement_with_teacher": [float((each.argmax(1) == teacher_logits.argmax(1)).mean()) for each in logits],
+            "calibration_error": [m["calibration_error"] for m in measures],
+            "negative_log_likelihood": [m["negative_log_likelihood"] for m in measures],
+            "class_accuracies": [None if math.isnan(v) else v for v in by_class.mean(0).tolist()],
+            "seconds": [run.seconds for run in runs],
+        }, logits
+
+    def _add(self, temperature, alpha, seeds, students, baselines):
+        entry, logits = self._several([students["kd", temperature, alpha, seed] for seed in seeds])
+        without = [baselines[seed] for seed in seeds]
+        self.runs += [run for run in without if run not in self.runs]
+        gains = self._gains(entry["accuracies"], [run.accuracy for run in without])
+        if len(seeds) == 1:
+            right = logits[0].argmax(1) == self.labels
+            right_without = without[0].logits(self.teacher_logits.shape).argmax(1) == self.labels
+            fixed, broken = int((right & ~right_without).sum()), int((right_without & ~right).sum())
+            improvement = {
+                "mean": gains[0], "ci95": None, "p_value": mcnemar_test(fixed, broken), "method": "exact McNemar test",
+                "fixed": fixed, "broken": broken,
+            }  # fmt: skip
+        else:
+            improvement = paired_test(gains)
+        improvement["by_seed"] = gains
+        entry = {"temperature": temperature, "alpha": alpha, **entry, "improvement": improvement}
+        if self.kd:
+            entry["first_over_this"] = self._over(self.kd[0], entry)
+        self.kd.append(entry)
+        self.kd_logits.append(logits)
+
+    def _gains(self, accuracies, others):
+        """The differences in points, seed by seed."""
+        count = len(self.labels)  # in whole images: equal gains must be equal numbers
+        pairs = zip(accuracies, others, strict=True)
+        return [100 * (round(one * count) - round(other * count)) / count for one, other in pairs]
+
+    def _over(self, first, other):
+        """The paired test of two pairs of temperature and alpha over the seeds that both have; None where those are
+        fewer than two."""
+        seeds = [seed for seed in first["seeds"] if seed in other["seeds"]]
+        if len(seeds) < 2:
+            return None
+        one, two = ([e["accuracies"][e["seeds"].index(seed)] for seed in seeds] for e in (first, other))
+        gains = self._gains(one, two)
+        return {"seeds": seeds, **paired_test(gains), "by_seed": gains}
+
+    def _selection(self):
+        """What comparison.json says of the sweep that chose the pair, or else of the largest one: an entry for each
+        pair and one for the baseline, all over the same seeds (the students', where the sweep had them) and the same
+        validation part. Runs with settings other than the students' are left out."""
+        runs = finished_runs(self.output / "selection")
+        runs = {key: run for key, run in runs.items() if comparable(self.settings, run.settings, {"val_fraction"})}
+        chosen = ("kd", self.settings.temperature, self.settings.alpha)
+        fractions = [run.settings.val_fraction for key, run in runs.items() if key[:3] == chosen]
+        fractions = fractions or [run.settings.val_fraction for run in runs.values()]
+        if not fractions:
+            return []
+        fraction = max(set(fractions), key=fractions.count)
+        groups = {}
+        for key, run in runs.items():
+            if run.settings.val_fraction == fraction:
+                groups.setdefault(key[:3], {})[key[3]] = run
+        seeds, found = self.kd[0]["seeds"], groups.get(chosen) or max(groups.values(), key=len)
+        seeds = seeds if set(seeds) <= set(found) else sorted(found)
+        entries = []
+        for (role, temperature, alpha), found in sorted(
+            groups.items(), key=lambda item: (-len(item[0][0]), str(item[0]))
+        ):
+            if set(seeds) <= set(found):
+                values = [found[seed].val_accuracy for seed in seeds]
+                self.runs += [found[seed] for seed in seeds]
+                entries.append(
+                    {
+                        "role": role, "temperature": temperature, "alpha": alpha, "val_fraction": fraction,
+                        "seeds": seeds, "val_accuracies": values, "mean": float(np.mean(values)), "std": spread(values),
+                    }
+                )  # fmt: skip
+        return entries
+
+    def as_dict(self):
+        """The content of comparison.json. The teacher's `members` are the accuracies of the ensemble's teachers, each
+        alone, in the order of their digests in the settings."""
+        return {
+            "settings": self.settings.as_dict(),
+            "environment": self.environment,
+            "classes": self.classes,
+            "teacher": self.teacher,
+            "student": self.student,
+            "baseline": self.baseline,
+            "kd": self.kd,
+            "selection": self.selection,
+            "seconds": sum(run.seconds for run in self.runs),
+        }

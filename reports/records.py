@@ -1,0 +1,130 @@
+"""What an output folder keeps for its report: finished runs, the test set, and the teachers' test logits."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runs.files import Damaged, Failure, load_array, load_arrays, make_folder, read_json, save_arrays
+from runs.settings import RunRecord
+
+
+@dataclass(frozen=True)
+class FinishedRun(RunRecord):
+    """The content of a finished run's run.json, and its folder."""
+
+    folder: Path = Path()
+
+    @property
+    def key(self):
+        s = self.settings
+        return s.role, s.temperature, s.alpha, s.seed
+
+    def logits(self, shape):
+        """The run's float32 test logits; raises Damaged unless they have `shape` and are finite."""
+        path = self.folder / "test_logits.npy"
+        return check_logits(path, load_array(path, self.test_logits_sha256), shape)
+
+
+def finished_runs(folder):
+    """{(role, temperature, alpha, seed): FinishedRun} of `folder`. A damaged run is left out and named on standard
+    error; a copy under another name is left out silently."""
+    runs = {}
+    for path in sorted(Path(folder).glob("*/run.json")):
+        if (path.parent / "model.pt").is_file():
+            try:
+                record = read_json(path, RunRecord)
+                missing = _missing(record)
+                if record.finished and missing:
+                    raise Damaged(f"{path} is damaged: it has no {' and no '.join(missing)}.")
+            except Failure as error:
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            if record.finished and path.parent.name == record.settings.name:
+                run = FinishedRun(**vars(record), folder=path.parent)
+                runs[run.key] = run
+    return runs
+
+
+def _missing(record):
+    """The names of what a finished run's record should have and has not."""
+    settings, costs = record.settings, record.costs or {}
+    results = ["val_accuracy"] if settings.val_fraction else ["accuracy", "test_logits_sha256"]
+    missing = [name for name in ("seconds", *results) if getattr(record, name) is None]
+    missing += [f"costs of the {name}" for name in ("teacher", "student") if name not in costs]
+    if settings.role == "kd":
+        missing += [name for name in ("temperature", "alpha", "teacher") if getattr(settings, name) is None]
+    return missing
+
+
+def best_pair(output, pairs, seeds):
+    """The (temperature, alpha) of `pairs` with the best mean validation accuracy over `seeds`; the first of equals."""
+    runs = finished_runs(Path(output) / "selection")
+    return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed].val_accuracy for seed in seeds]))
+
+
+def comparable(one, other, apart=frozenset()):
+    """Whether the settings of two students differ only in the seed and in what belongs to distillation (and in the
+    names `apart`), and have the same teacher where both have one."""
+    varied = {"role", "temperature", "alpha", "teacher", "seed"} | apart
+    same = all(getattr(other, name) == value for name, value in vars(one).items() if name not in varied)
+    return same and len({one.teacher, other.teacher} - {None}) < 2
+
+
+def save_test_set(output, data_digest, images, labels, classes):
+    """Keeps the test images, labels and class names, NumPy arrays, unless they are there."""
+    path = _test_path(output, data_digest)
+    if not _intact(path):
+        make_folder(path.parent)
+        save_arrays(path, images=images, labels=labels, classes=np.array(classes))
+
+
+def save_teacher_logits(output, teacher_digest, data_digest, compute):
+    """Keeps the test logits that `compute()` returns, a tensor, unless they are there."""
+    path = _teacher_path(output, teacher_digest, data_digest)
+    if not _intact(path):
+        make_folder(path.parent)
+        save_arrays(path, logits=compute().cpu().numpy())
+
+
+def load_test_set(output, data_digest, teacher_digests):
+    """(images, labels, class names, [test logits of each teacher]) as kept; raises Failure where they are missing."""
+    paths = [_test_path(output, data_digest), *(_teacher_path(output, each, data_digest) for each in teacher_digests)]
+    for path in paths:
+        if not path.is_file():
+            raise Failure(
+                f"{path} is missing. Run the command that trained the students again; it then writes this file."
+            )
+    try:
+        path = paths[0]
+        test = load_arrays(path)
+        images, labels, classes = test["images"], test["labels"], test["classes"].tolist()
+        logits = []
+        for path in paths[1:]:
+            logits.append(check_logits(path, load_arrays(path)["logits"], (len(labels), len(classes))))
+    except KeyError as error:
+        raise Damaged(f"{path} is damaged: {error} is missing.") from None
+    return images, labels, classes, logits
+
+
+def check_logits(path, logits, shape):
+    """`logits` read from `path`; raises Damaged unless they have `shape`, are float32 and finite."""
+    if logits.shape != shape or logits.dtype != np.float32 or not np.isfinite(logits).all():
+        raise Damaged(f"{path} is damaged: it does not hold {shape[0]} x {shape[1]} logits.")
+    return logits
+
+
+def _intact(path):
+    try:
+        return path.is_file() and bool(load_arrays(path))
+    except Damaged:
+        return False
+
+
+def _test_path(output, data_digest):
+    return Path(output) / "data" / f"test-{data_digest[:16]}.npz"
+
+
+def _teacher_path(output, teacher_digest, data_digest):
+    return Path(output) / "data" / f"teacher-{teacher_digest[:16]}-{data_digest[:16]}.npz"

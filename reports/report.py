@@ -1,0 +1,19 @@
+"""Prints, writes and draws what an output folder's finished runs say."""
+
+from reports import figures
+from reports.comparison import Comparison
+from reports.text import block, details, table
+from runs.files import write, write_json
+
+
+def report(output, asked=None):
+    """Prints the comparison of a folder's finished runs, and writes comparison.json, comparison.csv and figures.
+    `asked` is as for Comparison."""
+    comparison = Comparison(output, asked)
+    print(f"\n{block(comparison)}\n{details(comparison)}", flush=True)
+    write_json(comparison.output / "comparison.json", comparison.as_dict())
+    write(comparison.output / "comparison.csv", table(comparison))
+    drawn = figures.draw(comparison)
+    print(
+        f"Written: {comparison.output / 'comparison.json'}, comparison.csv, {len(drawn)} figures in {drawn[0].parent}"
+    )

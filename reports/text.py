@@ -1,0 +1,170 @@
+"""The comparison in words: the printed block and table, what can be claimed, and comparison.csv."""
+
+import csv
+import io
+
+import numpy as np
+
+from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
+from runs.settings import pair_name
+
+
+def _pair(entry):
+    return pair_name(entry["temperature"], entry["alpha"])
+
+
+def points(value, sign=""):
+    """A gain in percentage points with two decimals, never -0.00."""
+    return f"{round(value, 2) + 0.0:{sign}.2f}"
+
+
+def block(comparison):
+    """The comparison in a form that has been the same since the first version."""
+    entry, settings = comparison.kd[0], comparison.settings
+    return (
+        "Training Parameters:\n"
+        f"- Temperature: {entry['temperature']}\n"
+        f"- Alpha: {entry['alpha']}\n"
+        f"- Epochs: {settings.epochs}\n"
+        f"- Batch Size: {settings.batch_size}\n"
+        "\n"
+        "Final Test Accuracies:\n"
+        f"- Teacher Network: {comparison.teacher['accuracy']:.4f}\n"
+        f"- Student Network (with KD): {entry['mean']:.4f}\n"
+        f"- Student Network (Baseline): {comparison.baseline['mean']:.4f}\n"
+        "\n"
+        f"Improvement with KD: {points(entry['improvement']['mean'])}%\n"
+    )
+
+
+def _row(name, *cells):
+    return f"{name:<26}" + "".join(f"{cell:>12}" for cell in cells) + "\n"
+
+
+def _std(entry):
+    return "" if entry["std"] is None else f"{entry['std']:.4f}"
+
+
+def details(comparison):
+    """The table below the block, the gain with its interval, and what can be claimed."""
+    teacher, baseline, entry = comparison.teacher, comparison.baseline, comparison.kd[0]
+
+    def students(name, given):
+        means = (
+            np.mean(given[key]) for key in ("agreement_with_teacher", "calibration_error", "negative_log_likelihood")
+        )
+        agreement, error, likelihood = means
+        return _row(
+            name,
+            f"{given['mean']:.4f}",
+            _std(given),
+            len(given["seeds"]),
+            f"{agreement:.4f}",
+            f"{error:.4f}",
+            f"{likelihood:.4f}",
+        )
+
+    text = _row("", "accuracy", "std", "n", "agreement", "ECE", "NLL")
+    several = len(teacher["members"]) > 1
+    text += _row(
+        f"Teacher, {len(teacher['members'])} networks" if several else "Teacher",
+        f"{teacher['accuracy']:.4f}",
+        "",
+        1,
+        "",
+        f"{teacher['calibration_error']:.4f}",
+        f"{teacher['negative_log_likelihood']:.4f}",
+    )
+    if several:
+        alone = teacher["members"]
+        text += _row("  each alone", f"{np.mean(alone):.4f}", f"{spread(alone):.4f}", len(alone))
+    for each in comparison.kd:
+        text += students(f"KD, {_pair(each)}", each)
+    text += students("Baseline", baseline)
+    text += "(agreement: same class as the teacher; ECE: expected calibration error, 15 bins; NLL in nats)\n\n"
+    text += _row("Accuracy by class", "teacher", "with KD", "baseline")
+    for number, name in enumerate(comparison.classes):
+        values = (each["class_accuracies"][number] for each in (teacher, entry, baseline))
+        text += _row(name[:25], *("-" if value is None else f"{value:.4f}" for value in values))
+    if comparison.selection:
+        text += "\n" + _row("Sweep, on validation", "accuracy", "std", "n")
+        for each in sorted(comparison.selection, key=lambda each: -each["mean"]):
+            name = "Baseline" if each["role"] == "baseline" else f"KD, {_pair(each)}"
+            text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
+    text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)) + "\n"
+    for each in comparison.kd[1:]:
+        over = each["first_over_this"]
+        if over and over["ci95"]:
+            mean, low, high = (points(value, "+") for value in (over["mean"], *over["ci95"]))
+            text += (
+                f"{_pair(entry)} over {_pair(each)}: {mean} points, 95% confidence interval {low} to {high}, "
+                f"{_p(over['p_value'])} (n = {len(over['seeds'])} seeds).\n"
+            )
+    for who, sweep in (("these students", False), ("the students of the sweep", True)):
+        differing = environments([run for run in comparison.runs if bool(run.settings.val_fraction) == sweep])
+        if len(differing) > 1:
+            text += f"Note that {who} were not all trained alike: " + "; ".join(differing) + ".\n"
+    return text
+
+
+def environments(runs):
+    """How the students among `runs` were trained (device, precision, compiled or not): a phrase for each way."""
+    found = {}
+    for run in runs:
+        if run.settings.role != "teacher":
+            made = run.environment
+            words = f"{made.get('device')} in {made.get('precision')}" + (", compiled" if made.get("compiled") else "")
+            found.setdefault(words, []).append(run.folder.name)
+    return [f"{', '.join(names)} on {words}" for words, names in found.items()]
+
+
+def claim(improvement, seeds, images):
+    """What can be claimed, in plain sentences."""
+    mean, interval, p = improvement["mean"], improvement["ci95"], improvement["p_value"]
+    if seeds == 1:
+        return (
+            f"These two networks: of {images:,} test images, distillation corrects {improvement['fixed']} and breaks "
+            f"{improvement['broken']} (exact McNemar test, {_p(p)}).\n"
+            "One pair of students says nothing about distillation itself: add --seeds 5 for an interval."
+        )
+    covers = (
+        "(The interval covers other initial weights and orders of images, for the same teacher and test set and\n"
+        "the same crops and flips.)"
+    )
+    if interval is None:
+        return f"All {seeds} seeds gain exactly {points(mean, '+')} points, so no interval can be computed.\n{covers}"
+    gain = (
+        f"Gain with KD: {points(mean, '+')} points, 95% confidence interval {points(interval[0], '+')} to "
+        f"{points(interval[1], '+')}, {_p(p)} (paired t-test, n = {seeds} seeds)."
+    )
+    if p < SIGNIFICANCE:
+        verb = "improves" if mean > 0 else "worsens"
+        return f"{gain}\nDistillation {verb} this student, with this teacher and recipe.\n{covers}"
+    needed = seeds_needed(spread(improvement["by_seed"]))
+    if needed is not None and needed <= seeds:
+        more = f"a gain of {SMALL_GAIN} points would have been shown with {POWER:.0%} power"
+    else:
+        about = f"about {needed:,}" if needed else "more than half a million"
+        more = f"{about} would show a gain of {SMALL_GAIN} points ({POWER:.0%} power, this spread)"
+    return f"{gain}\nNo difference can be shown with {seeds} seeds; {more}.\n{covers}"
+
+
+def _p(value):
+    return "p < 0.0001" if value < 0.0001 else f"p = {value:.4f}" if value < 0.1 else f"p = {value:.2f}"
+
+
+COLUMNS = (
+    "run", "role", "temperature", "alpha", "seed", "accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate",
+    "weight_decay", "image_size", "val_fraction", "seconds",
+)  # fmt: skip
+
+
+def table(comparison):
+    """comparison.csv: one row per run."""
+    text = io.StringIO()
+    rows = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    rows.writeheader()
+    for run in comparison.runs:
+        name = run.folder.relative_to(comparison.output).as_posix()
+        rows.writerow({**vars(run), **vars(run.settings), "run": name})
+    return text.getvalue()

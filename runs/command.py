@@ -1,0 +1,65 @@
+"""A command from its words to its exit status: whatever goes wrong becomes a sentence."""
+
+import os
+import signal
+import sys
+import traceback
+
+from arguments import Usage, parse
+from runs.files import Failure, reason
+from runs.signals import Interrupted, Stop
+
+
+def exit_status(main, argv=None):
+    """Runs `main(arguments, stop)` with the arguments in `argv` [the command line's]; returns the exit status: 0, 1 for
+    a failure, 2 for wrong usage, 130 and 143 when stopped."""
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a class name that this terminal cannot show
+    stop = Stop()
+    handlers = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments = None
+    try:
+        arguments = parse(argv)
+        main(arguments, stop)
+        return 0
+    except Usage as error:
+        print(f"error: {error} (see python main.py --help)", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        for number in handlers:  # a further signal has nothing to add
+            signal.signal(number, signal.SIG_IGN)
+        overwrite = " without --overwrite" if arguments and arguments.overwrite and arguments.begun else ""
+        print(f"\n{error} The same command{overwrite} resumes it.", file=sys.stderr)
+        return 128 + error.signal_number
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if arguments is None or arguments.debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {explain(error, arguments)}", file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def explain(error, arguments):
+    """An exception in words: what happened, where, and what to do."""
+    if isinstance(error, Failure):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.filename}: {reason(error)}." if error.filename else f"{reason(error)}."
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        text = "there is not enough memory. Try a smaller --batch-size or --image-size."
+    else:
+        first = str(error).splitlines()[0] if str(error) else ""
+        text = f"{type(error).__name__}: {first}\n(--debug shows where)"
+        if arguments.compile:
+            text += "\nIf torch.compile is what fails, train without --compile."
+    if arguments.overwrite and arguments.begun and "--overwrite" not in text:
+        text += "\nWhat this command has trained is kept: repeat it without --overwrite to go on from there."
+    return text

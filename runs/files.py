@@ -1,0 +1,187 @@
+"""Files that appear whole or not at all, and that are verified before they are used.
+
+Every write goes to a temporary file beside its target, is flushed to the disk and renamed, so a killed process or a
+full disk leaves what was there before. Everything that is read back is data only: an archive's checksums are verified
+(PyTorch does not check them, pytorch issue 126952), checkpoints are unpickled with `weights_only=True`, arrays without
+pickle, and what was read is converted to a declared type (`decode`) before anything relies on it.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+
+class Failure(Exception):
+    """An error that ends the program with exit status 1; its text says what happened, where, and what to do."""
+
+
+class Damaged(Failure):
+    """A file that exists but does not hold what it should."""
+
+
+def reason(error):
+    """An OSError in words, without its number and path."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full"
+    return error.strerror or str(error)
+
+
+def make_folder(path):
+    """Creates a folder and its parents; raises Failure where that is impossible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise Failure(f"{path} is a file, but a folder is needed there.") from None
+    except OSError as error:
+        raise Failure(f"cannot create the folder {path}: {reason(error)}.") from None
+
+
+def _sync_folder(folder):
+    if os.name == "nt":  # Windows cannot open a folder, and its rename is durable without
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path` for the caller to write; it replaces `path` when the block ends without an error.
+    Raises Failure, leaving what was there before, where the file cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")  # one name per target, so that a killed process leaves one at most
+    try:
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {reason(error)}. What was there before is unchanged.") from error
+
+
+def write(path, content):
+    """Writes bytes (or text, as UTF-8) to `path`, whole or not at all. Raises Failure where that is impossible."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def read(path):
+    """The bytes of a file; raises Failure with the path where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {reason(error)}.") from error
+
+
+def remove(*paths):
+    """Removes files that may or may not exist."""
+    for path in paths:
+        try:
+            Path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise Failure(f"cannot remove {path}: {reason(error)}.") from error
+
+
+def decode(content, kind, path):
+    """`content`, builtin values read from `path`, as the dataclass or type `kind`; raises Damaged where it does not
+    have that type, naming the value that is wrong. Values that `kind` does not name are ignored."""
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise Damaged(f"{path} is damaged: {str(error)[0].lower()}{str(error)[1:].replace('`', '')}.") from None
+
+
+def write_json(path, content):
+    """Writes strict JSON: NaN and infinity are a ValueError here, never a token that other readers refuse."""
+    write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path, kind=dict):
+    """The JSON in a file as the type `kind` (see `decode`); raises Damaged where it holds anything else."""
+
+    def refuse(token):
+        raise ValueError(f"{token} is not a JSON number")
+
+    try:
+        content = json.loads(read(path), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: it is not JSON ({error}).") from None
+    return decode(content, kind, path)
+
+
+def verified_archive(path):
+    """The bytes of a zip archive in which every checksum matches.
+
+    Only what PyTorch and NumPy write is accepted: stored, since a small compressed entry could fill the memory, and no
+    entry with a folder's attribute, for which PyTorch returns uninitialised memory.
+    """
+    content = read(path)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise Damaged(f"{path} is damaged: it is a compressed archive, which this program never writes.")
+            if any(entry.external_attr & 0x10 for entry in archive.infolist()):
+                raise Damaged(f"{path} is damaged: its archive lists a folder, which this program never writes.")
+            bad = archive.testzip()
+    except Damaged:
+        raise
+    except Exception as error:  # BadZipFile, struct.error, EOFError, NotImplementedError, ...
+        raise Damaged(f"{path} is damaged: it is not a complete archive ({error or type(error).__name__}).") from None
+    if bad is not None:
+        raise Damaged(f"{path} is damaged: the checksum of '{bad}' in it does not match.")
+    return content
+
+
+def save_arrays(path, **arrays):
+    """Writes NumPy arrays as an .npz archive, which has checksums, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write(path, buffer.getvalue())
+
+
+def load_arrays(path):
+    """The arrays of an .npz archive as a dict; raises Damaged unless all checksums match and no entry is a pickle."""
+    content = verified_archive(path)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise Damaged(f"{path} is damaged: {error}.") from None
+
+
+def save_array(path, array):
+    """Writes one NumPy array as .npy, whole or not at all; returns the file's SHA-256 for whoever reads it back."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def load_array(path, sha256):
+    """The array of an .npy file with a known SHA-256; raises Damaged where the file has another."""
+    content = read(path)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise Damaged(f"{path} is damaged: its SHA-256 is not the one in run.json.")
+    try:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:
+        raise Damaged(f"{path} is damaged: {error}.") from None

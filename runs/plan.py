@@ -1,0 +1,76 @@
+"""Which runs a command needs, and whether what exists of them can be used; nothing is trained or changed here but by
+`remove`."""
+
+import itertools
+from pathlib import Path
+
+from runs.files import Failure
+from runs.run import Run
+from runs.settings import Settings, default_learning_rate
+
+
+def _settings(arguments, data, role, seed, **rest):
+    size = min(arguments.batch_size, len(data.train_labels))
+    return Settings(
+        role=role,
+        data=data.digest,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.lr or default_learning_rate(size),
+        weight_decay=arguments.weight_decay,
+        seed=seed,
+        image_size=arguments.image_size,
+        **rest,
+    )
+
+
+def seeds(arguments):
+    """The seeds of a command's runs."""
+    return range(arguments.seed, arguments.seed + arguments.seeds)
+
+
+def pairs(arguments):
+    """All pairs of temperature and alpha that were asked for."""
+    return list(itertools.product(arguments.temperature, arguments.alpha))
+
+
+def teacher_runs(arguments, data, count):
+    """The runs of the first `count` teachers."""
+    settings = [_settings(arguments, data, "teacher", arguments.seed + number) for number in range(count)]
+    return [Run(Path(arguments.output_dir) / each.name, each) for each in settings]
+
+
+def student_runs(arguments, data, teacher, pairs, selection=False):
+    """The runs of students: for every seed those with distillation for each of `pairs`, then the baseline. `teacher` is
+    a digest; with `selection` they are those of a sweep, which are judged on a part of the training images."""
+    folder = Path(arguments.output_dir) / ("selection" if selection else "")
+    fraction = (arguments.val_fraction or 0.1) if selection else 0.0
+    runs = []
+    for seed in seeds(arguments):
+        distilled = [{"role": "kd", "temperature": t, "alpha": a, "teacher": teacher} for t, a in pairs]
+        for rest in (*distilled, {"role": "baseline"}):
+            settings = _settings(arguments, data, seed=seed, val_fraction=fraction, **rest)
+            runs.append(Run(folder / settings.name, settings))
+    return runs
+
+
+def check(runs, machine):
+    """The runs of `runs` that can be neither reused nor resumed, each with the Failure that says why: a dict."""
+    conflicts = {}
+    for run in runs:
+        try:
+            run.check(machine)
+        except Failure as error:
+            conflicts[run] = error
+    return conflicts
+
+
+def prepare(runs, machine, overwrite):
+    """Before any of `runs` is trained: removes what exists of them with `overwrite`, or else raises the first Failure
+    of `check`."""
+    if overwrite:
+        for run in runs:
+            run.remove()
+        return
+    for conflict in check(runs, machine).values():
+        raise conflict

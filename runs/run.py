@@ -1,0 +1,83 @@
+"""A run: a folder, and the settings that identify what is in it."""
+
+from pathlib import Path
+
+import models
+from runs.files import Damaged, Failure, read_json, remove
+from runs.settings import RunRecord, differences
+
+FILES = ("model.pt", "state.pt", "run.json", "history.csv", "test_logits.npy")  # model.pt first: see Run.remove
+
+
+class Run:
+    """A run with `settings` in `folder`, whatever of it exists there already.
+
+    A run is finished when its folder holds model.pt, which is written last; state.pt is there only before that.
+    """
+
+    def __init__(self, folder, settings):
+        self.folder, self.settings = Path(folder), settings
+        self.model, self.state, self.record, self.history, self.logits = (
+            self.folder / name for name in ("model.pt", "state.pt", "run.json", "history.csv", "test_logits.npy")
+        )
+
+    @property
+    def name(self):
+        return self.folder.name
+
+    @property
+    def is_finished(self):
+        return self.model.exists()
+
+    def check(self, machine):
+        """Raises Failure where the folder holds a run that can be neither reused nor resumed with these settings on
+        this `machine`, and Damaged where it holds a damaged one."""
+        if self.is_finished:
+            self._finished_model()
+        elif self.record.is_file() and self.state.is_file():
+            record = read_json(self.record, RunRecord)
+            self.refuse_other_settings(record.settings.as_dict())
+            if record.environment.keys() >= machine.must_match.keys() - {"device"} | {"device_type"}:
+                self.refuse_other_machine(record.environment | {"device": record.environment["device_type"]}, machine)
+
+    def finished_accuracy(self):
+        """What a finished run reached; raises as `check` does."""
+        accuracy = self._finished_model().accuracy
+        remove(self.state)  # left behind where the process was killed right after it wrote model.pt
+        return accuracy
+
+    def _finished_model(self):
+        try:
+            model = models.load(self.model)
+            if not self.record.is_file() or not read_json(self.record, RunRecord).finished:
+                raise Damaged(f"{self.record} is missing, or does not belong to the finished model.pt beside it.")
+        except Damaged as error:
+            raise Damaged(
+                f"{error}\nReplace it by an intact copy, or remove {self.folder} to train it again."
+            ) from None
+        self.refuse_other_settings(model.settings)
+        return model
+
+    def refuse_other_settings(self, found):
+        """Raises Failure where the settings `found` in the folder are not the run's."""
+        phrases = differences(found, self.settings.as_dict())
+        if phrases:
+            raise Failure(
+                f"{self.folder} holds a run with other settings: {', '.join(phrases)}.\n"
+                "Add --overwrite to train all runs of this command again, remove that folder to train only this one "
+                "again, or choose another --output-dir."
+            )
+
+    def refuse_other_machine(self, found, machine):
+        """Raises Failure where an unfinished run was trained on another kind of device or in another precision."""
+        phrases = differences(found, machine.must_match)
+        if phrases:
+            raise Failure(
+                f"{self.folder} cannot be resumed here: {', '.join(phrases)}. Resume it as it was begun "
+                f"(--device {found['device']} --precision {found['precision']} "
+                f"--{'' if found['compiled'] else 'no-'}compile), or remove that folder to train it again."
+            )
+
+    def remove(self):
+        """Removes the run's files, so that it is trained again; model.pt first, without which it is not finished."""
+        remove(*(self.folder / name for name in FILES))

@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM: at once, or at the next training step, after the state was saved."""
+
+import contextlib
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; `signal_number` says which. Like KeyboardInterrupt it is not an Exception, so that no
+    handler mistakes it for a damaged file. `kept` is what of a run was saved, in words, or None outside training."""
+
+    def __init__(self, signal_number, kept=None):
+        super().__init__(f"Stopped {kept}." if kept else "Stopped.")
+        self.signal_number, self.kept = signal_number, kept
+
+
+class Stop:
+    """Raises Interrupted at once, or, within `deferred()`, only notes the signal in `signal_number` for the training
+    loop to act on at its next step; a second signal does not wait."""
+
+    signal_number = None
+    _deferring = False
+
+    def handle(self, signal_number, frame=None):
+        """A handler for signal.signal."""
+        if not self._deferring or self.signal_number is not None:
+            raise Interrupted(signal_number)
+        self.signal_number = signal_number
+
+    def raise_pending(self):
+        """Raises Interrupted where a signal was noted."""
+        if self.signal_number is not None:
+            raise Interrupted(self.signal_number)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """Within this context a first signal is only noted."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False

@@ -1,0 +1,67 @@
+"""The content of state.pt, from which an unfinished run is resumed, and of history.csv."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from msgspec import Meta
+
+from runs.checkpoints import load_checkpoint, save_checkpoint
+from runs.files import Damaged, decode
+from runs.settings import NotNegative
+
+FORMAT = 3  # of state.pt; a file with another number is refused
+
+
+@dataclass
+class HistoryRow:
+    """A row of history.csv: means over an epoch's batches, in the order of its columns. `soft_loss` is T^2 * KL and
+    None without a teacher, `hard_loss` the cross-entropy with the labels."""
+
+    epoch: int
+    train_loss: float
+    soft_loss: float | None
+    hard_loss: float
+    train_accuracy: float
+    val_accuracy: float | None
+    learning_rate: float
+    seconds: float
+    teacher_seconds: float
+    images_per_second: float
+
+
+@dataclass
+class State:
+    """The content of state.pt."""
+
+    settings: dict
+    device: str
+    precision: str
+    compiled: bool
+    machines: Annotated[list[str], Meta(min_length=1)]  # described, in the order in which they trained the run
+    threads: Annotated[int, Meta(ge=1, le=4096)]
+    torch: str
+    epoch: NotNegative
+    step: NotNegative
+    history: list[HistoryRow]
+    sums: dict[str, torch.Tensor]
+    seconds: float
+    teacher_seconds: float
+    network: dict[str, torch.Tensor]
+    optimizer: dict
+
+
+def save_state(path, state):
+    """Writes a State to `path`, whole or not at all."""
+    save_checkpoint(path, {"format": FORMAT, **vars(state)})
+
+
+def load_state(path):
+    """The State in a file; raises Damaged where it is damaged or of another version of this program."""
+    content = load_checkpoint(path)
+    if content.get("format") != FORMAT:
+        raise Damaged(
+            f"{path} is a state of another version of this program: its format is {content.get('format')!r}, and this "
+            f"version reads {FORMAT}."
+        )
+    return decode(content, State, path)

@@ -1,0 +1,92 @@
+"""Which teachers a command uses: found in their folders before PyTorch is imported, verified afterwards."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from arguments import command
+from runs.files import Damaged, Failure, read_json
+from runs.settings import RunRecord
+
+
+def find_teachers(arguments):
+    """The paths of the finished teachers' model.pt; raises Failure where one is missing. Needs no PyTorch."""
+    return [_find_teacher(arguments, named) for named in arguments.teacher or [None]]
+
+
+def _find_teacher(arguments, named):
+    output = Path(arguments.output_dir)
+    if named:
+        folder = Path(named)
+        if folder.is_file():
+            return folder
+        if not folder.is_dir():
+            raise Failure(f"--teacher {folder} does not exist.")
+    else:
+        folder = output / f"teacher-s{arguments.seed}"
+        if not folder.is_dir():
+            others = sorted(each for each in output.glob("teacher-s*") if each.is_dir())
+            if len(others) > 1:
+                raise Failure(
+                    f"{output} holds several teachers. Name one with --teacher, or several as an ensemble: "
+                    f"{' '.join(map(str, others))}"
+                )
+            folder = others[0] if others else folder
+    if (folder / "model.pt").is_file():
+        return folder / "model.pt"
+    if (folder / "run.json").is_file():
+        raise Failure(_unfinished(arguments, folder))
+    if named and (inside := sorted(folder.glob("teacher-s*/model.pt"))):
+        found = " ".join(str(each.parent) for each in inside)
+        raise Failure(f"--teacher {named} is not a teacher's folder, but it holds teachers. Name them: {found}")
+    own = re.fullmatch(r"teacher-s(\d+)", folder.name)  # the program's own name for it
+    changed = {"output_dir": str(folder.parent), "seed": int(own[1])} if named and own else {}
+    raise Failure(
+        f"There is no teacher in {named or output} yet. Train one first:\n{teacher_command(arguments, **changed)}"
+    )
+
+
+def _unfinished(arguments, folder):
+    """What to say of a teacher that is not finished: how far it is, and the command that resumes it."""
+    changed = {"output_dir": str(folder.parent)}
+    try:
+        record = read_json(folder / "run.json", RunRecord)
+        settings = record.settings
+        progress = f"epoch {record.epochs_done} of {settings.epochs}"
+        changed |= {
+            name: getattr(settings, name) for name in ("epochs", "image_size", "batch_size", "weight_decay", "seed")
+        }
+        changed["lr"] = settings.learning_rate
+        typed = ("dataset", "data_dir", "device", "precision", "compile")
+        changed |= {name: record.recorded[name] for name in typed if name in record.recorded}
+    except Damaged:
+        progress = "its run.json is damaged"
+    return (
+        f"The teacher in {folder} is unfinished ({progress}). Finish it with its own command:\n"
+        f"{teacher_command(arguments, **changed)}"
+    )
+
+
+def teacher_command(arguments, **changed):
+    """The command that trains the teacher which these arguments need, some of them `changed`."""
+    names = ("dataset", "data_dir", "epochs", "image_size", "output_dir")
+    words = command({name: getattr(arguments, name) for name in names} | changed)
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def check_teacher(arguments, data, path, teacher):
+    """Raises Failure where a `teacher`, the network loaded from `path`, does not fit the data."""
+    for what, found, wanted in (
+        ("holds a network of architecture", teacher.architecture, "teacher"),
+        ("was trained for the classes", ", ".join(teacher.classes), ", ".join(data.classes)),
+        ("was trained for the image size", teacher.image_size, data.image_size),
+    ):
+        if found != wanted:
+            raise Failure(f"The teacher {path} {what} {found} instead of {wanted}.")
+    if teacher.settings.get("data") != data.digest:
+        raise Failure(
+            f"The teacher {path} was trained on other images than these. Train one on these, and students beside it, "
+            f"in another output folder, such as:\n{teacher_command(arguments, output_dir=f'{arguments.output_dir}-2')}"
+        )

@@ -1,0 +1,152 @@
+"""The statistics against examples worked by hand, tabulated quantiles and published figures."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from reports.statistics import (
+    calibration_error,
+    class_accuracies,
+    mcnemar_test,
+    negative_log_likelihood,
+    paired_test,
+    reliability,
+    seeds_needed,
+    softmax,
+    spread,
+)
+
+T_QUANTILES = {1: 12.706205, 2: 4.302653, 3: 3.182446, 9: 2.262157, 32: 2.036933, 33: 2.034515}  # t(0.975), printed
+
+
+def t_statistic(differences):
+    """(mean, standard error) of each row, from sums: the standard error is sqrt((sum d^2 - (sum d)^2 / n) / (n - 1) /
+    n)."""
+    count = differences.shape[-1]
+    total, squares = differences.sum(-1), (differences**2).sum(-1)
+    return total / count, np.sqrt((squares - total**2 / count) / (count - 1) / count)
+
+
+def test_the_paired_test_of_students_sleep_data():
+    """Student (1908), hours of sleep gained by ten patients with two drugs: p = 0.002833, interval 0.70 to 2.46."""
+    one = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    two = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    got = paired_test([b - a for a, b in zip(one, two, strict=True)])
+    assert got["mean"] == pytest.approx(1.58)
+    assert got["p_value"] == pytest.approx(0.002833, abs=5e-7)
+    assert got["ci95"] == pytest.approx([0.7001142, 2.4598858], abs=5e-7)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 10, 33, 34])
+def test_the_interval_from_sums_and_a_tabulated_quantile(count):
+    differences = np.random.default_rng(count).normal(0.3, 0.5, count)
+    mean, error = t_statistic(differences)
+    half = T_QUANTILES[count - 1] * error
+    assert paired_test(list(differences))["ci95"] == pytest.approx([mean - half, mean + half], rel=1e-5)
+
+
+@pytest.mark.parametrize("differences", [[1.0, 2.0, 3.0], [0.1, -0.4, 0.2], [-3.0, -2.0, -2.5]])
+def test_the_p_value_of_three_pairs_in_closed_form(differences):
+    """With two degrees of freedom the two-sided p is 1 - |t| / sqrt(t^2 + 2)."""
+    mean, error = t_statistic(np.array(differences))
+    t = abs(mean) / error
+    assert paired_test(differences)["p_value"] == pytest.approx(1 - t / math.sqrt(t**2 + 2))
+
+
+def test_the_p_value_of_two_pairs_in_closed_form():
+    """With one degree of freedom it is 1 - 2 / pi atan |t|; for differences 1 and 2, t is 3."""
+    assert paired_test([1.0, 2.0])["p_value"] == pytest.approx(1 - 2 / math.pi * math.atan(3))
+
+
+@pytest.mark.parametrize("differences", [[0.3], [0.3, 0.3, 0.3], [0.0, 0.0], [0.1, 0.1, 0.1]])
+def test_undefined_statistics_are_none_and_never_nan(differences):
+    got = paired_test(differences)
+    assert got["ci95"] is None and got["p_value"] is None and got["mean"] == pytest.approx(differences[0])
+    assert "NaN" not in json.dumps(got)
+
+
+def test_gains_that_are_equal_up_to_rounding_have_no_interval():
+    """A gain of 25 images of 10,000, computed from three different accuracies."""
+    gains = [100 * (a - b) / 10_000 for a, b in ((9022, 8997), (9010, 8985), (8950, 8925))]
+    assert paired_test(gains)["p_value"] is None
+
+
+@pytest.mark.parametrize(("fixed", "broken"), [(9, 1), (1, 9), (5, 0), (13, 7), (60, 50)])
+def test_mcnemar_is_the_two_sided_binomial_test(fixed, broken):
+    """Twice the smaller tail of Binomial(n, 1/2); for 9 and 1 it is 2 (C(10, 0) + C(10, 1)) / 2^10 = 22 / 1024."""
+    count = fixed + broken
+    tail = sum(math.comb(count, k) for k in range(min(fixed, broken) + 1)) / 2**count
+    assert mcnemar_test(fixed, broken) == pytest.approx(2 * tail)
+
+
+def test_mcnemar_without_a_difference_is_1():
+    assert mcnemar_test(0, 0) == 1.0 and mcnemar_test(4, 4) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_seeds_needed_agree_with_cohens_tables(effect, pairs):
+    """The sample sizes of a paired t-test at 80% power and 5%, two-sided, for Cohen's (1988) small, medium and large
+    effects, as G*Power gives them."""
+    assert seeds_needed(deviation=1 / effect, gain=1.0) == pairs
+
+
+@pytest.mark.parametrize(("deviation", "pairs"), [(0.005, 2), (0.0328, 3), (0.0505, 3), (0.11, 4), (0.5, 34)])
+def test_seeds_needed_agree_with_drawn_comparisons(deviation, pairs):
+    """For a gain of 0.25: of many drawn comparisons with so many pairs more than 80% are significant, with one pair
+    fewer less than 80%."""
+    assert seeds_needed(deviation) == pairs
+    draws = np.random.default_rng(0).normal(0.25, deviation, (40_000, pairs))
+    for count in {pairs, max(2, pairs - 1)}:
+        mean, error = t_statistic(draws[:, :count])
+        power = (abs(mean) > T_QUANTILES[count - 1] * error).mean()
+        assert (power > 0.8) == (count == pairs), power
+
+
+def test_seeds_needed_is_none_above_half_a_million():
+    assert seeds_needed(deviation=1000.0) is None
+
+
+def test_spread_is_the_sample_standard_deviation():
+    assert spread([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3))
+    assert spread([1.0]) is None
+
+
+def test_calibration_error_by_hand():
+    """Three images at 0.6 of which one is right and one at 0.9, right: 3/4 |1/3 - 0.6| + 1/4 |1 - 0.9| = 0.225."""
+    probabilities = np.array([[0.6, 0.4], [0.6, 0.4], [0.6, 0.4], [0.1, 0.9]])
+    labels = np.array([0, 1, 1, 1])
+    assert calibration_error(probabilities, labels) == pytest.approx(0.225)
+    share, confidence, accuracy = reliability(probabilities, labels)
+    assert share.sum() == pytest.approx(1) and share[8] == 0.75 and share[13] == 0.25  # (8/15, 9/15], (13/15, 14/15]
+    assert accuracy[8] == pytest.approx(1 / 3) and confidence[13] == pytest.approx(0.9)
+    assert np.flatnonzero(confidence).tolist() == np.flatnonzero(accuracy).tolist() == [8, 13]  # 0 in empty bins
+
+
+def test_certain_predictions_are_in_the_last_bin():
+    share, confidence, accuracy = reliability(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([0, 1]))
+    assert (share[-1], confidence[-1], accuracy[-1]) == (1.0, 1.0, 0.5)
+
+
+def test_negative_log_likelihood_by_hand():
+    logits = np.array([[math.log(3), 0.0], [0.0, 0.0], [5e4, 0.0]])
+    expected = (-math.log(0.75) - math.log(0.5) + 5e4) / 3
+    assert negative_log_likelihood(logits, np.array([0, 1, 1])) == pytest.approx(expected)
+
+
+def test_softmax_by_hand_and_at_a_temperature():
+    np.testing.assert_allclose(softmax([[2 * math.log(3), 0]], 2), [[0.75, 0.25]])
+    logits = np.random.default_rng(0).normal(0, 3, (4, 5))
+    powers = np.exp(logits / 4)
+    np.testing.assert_allclose(softmax(logits, 4), powers / powers.sum(1, keepdims=True))
+
+
+def test_softmax_of_huge_float32_logits_is_finite_and_float64():
+    got = softmax(np.array([[1e6, -1e6]], np.float32))
+    assert got.tolist() == [[1.0, 0.0]] and got.dtype == np.float64
+
+
+def test_class_accuracies_by_hand():
+    logits = np.eye(3)[[0, 0, 1, 1]]
+    assert class_accuracies(logits, np.array([0, 1, 1, 1]), 3) == [1.0, pytest.approx(2 / 3), None]

@@ -1,0 +1,204 @@
+"""A real sweep from the command line: what it chooses, what it leaves behind, and the figures."""
+
+import csv
+import itertools
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reports import figures
+from reports.comparison import Comparison
+from reports.statistics import paired_test
+
+WORDS = ("--seeds", 2, "--temperature", 2, 4, "--alpha", 0.5, 0.9, "--val-fraction", 0.25)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, finished, flags):
+    """The finished output folder after a sweep of 2 x 2 pairs of temperature and alpha with 2 seeds."""
+    import main
+    from runs.command import exit_status
+
+    output = shutil.copytree(finished, tmp_path_factory.mktemp("swept") / "out")
+    assert exit_status(main.main, [str(word) for word in (*flags, "--output-dir", output, *WORDS)]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def comparison_json(swept):
+    text = (swept / "comparison.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    return json.loads(text)
+
+
+def name_of(entry):
+    return f"kd-T{entry['temperature']:g}-a{entry['alpha']:g}"
+
+
+@pytest.mark.slow
+def test_comparison_json_holds_what_the_runs_reached(swept, comparison_json):
+    got = comparison_json
+    baseline, kd = got["baseline"], got["kd"][0]
+    assert baseline["seeds"] == kd["seeds"] == [0, 1]
+    teacher = np.load(swept / "teacher-s0" / "test_logits.npy").argmax(1)
+    for entry, name in ((baseline, "baseline"), (kd, name_of(kd))):
+        kept = [json.loads((swept / f"{name}-s{seed}" / "run.json").read_text())["accuracy"] for seed in range(2)]
+        assert entry["accuracies"] == kept
+        assert entry["mean"] == pytest.approx(np.mean(kept)) and entry["std"] == pytest.approx(np.std(kept, ddof=1))
+        answers = [np.load(swept / f"{name}-s{seed}" / "test_logits.npy").argmax(1) for seed in range(2)]
+        assert entry["agreement_with_teacher"] == [(each == teacher).mean() for each in answers]
+    gains = 100 * (np.array(kd["accuracies"]) - np.array(baseline["accuracies"]))
+    assert kd["improvement"]["mean"] == pytest.approx(gains.mean())
+    assert got["teacher"]["parameters"] > 10 * got["student"]["parameters"]
+    assert got["teacher"]["macs"] > 5 * got["student"]["macs"]
+    assert got["environment"]["torch"] and got["environment"]["program"] and got["seconds"] > 0
+    # The pair of the first command is there too, after the pair just asked for.
+    assert (name_of(got["kd"][-1]), got["kd"][-1]["seeds"]) == ("kd-T4-a0.1", [0])
+    assert got["kd"][-1]["improvement"]["method"] == "exact McNemar test"
+
+
+@pytest.mark.slow
+def test_a_sweep_never_reads_the_test_set_and_takes_the_best_on_validation(swept, comparison_json):
+    assert not list((swept / "selection").glob("*/test_logits.npy"))
+    selection = comparison_json["selection"]
+    for entry in selection:
+        name = "baseline" if entry["role"] == "baseline" else name_of(entry)
+        kept = [json.loads((swept / f"selection/{name}-s{seed}/run.json").read_text()) for seed in range(2)]
+        assert entry["val_accuracies"] == [each["val_accuracy"] for each in kept] and "accuracy" not in kept[0]
+        assert entry["mean"] == pytest.approx(np.mean(entry["val_accuracies"]))
+    distilled = {name_of(entry): entry["mean"] for entry in selection if entry["role"] == "kd"}
+    assert len(distilled) == 4 and len(selection) == 5
+    assert distilled[name_of(comparison_json["kd"][0])] == max(distilled.values())
+
+
+@pytest.mark.slow
+def test_the_pair_that_validation_chose_is_trained_even_against_the_test_set(cli, flags, copy, monkeypatch):
+    """T = 1 is made the best on validation and T = 4 the best on the test set: T = 1 is trained and reported."""
+    import train
+
+    running, train_run = [], train.train
+    validation, test = {1.0: 0.9, 4.0: 0.1, None: 0.5}, {1.0: 0.25, 4.0: 0.75, None: 0.5}
+
+    def noted(run, *rest, **more):
+        running.append(run.settings)
+        return train_run(run, *rest, **more)
+
+    def validate(network, data, indices):
+        return validation[running[-1].temperature] if len(indices) else None
+
+    monkeypatch.setattr(train, "train", noted)
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train, "accuracy", lambda logits, labels: test[running[-1].temperature])
+    got = cli(*flags, "--output-dir", copy, "--temperature", 1, 4, "--alpha", 0.9, "--overwrite")
+    assert got.status == 0, got
+    assert "Best on the validation part: temperature 1.0" in got.out and "- Temperature: 1.0" in got.out
+    assert "- Student Network (with KD): 0.2500" in got.out and "- Student Network (Baseline): 0.5000" in got.out
+    assert (copy / "kd-T1-a0.9-s0").exists() and not (copy / "kd-T4-a0.9-s0").exists()
+
+
+@pytest.mark.slow
+def test_comparison_csv_has_a_row_for_each_run(swept):
+    with open(swept / "comparison.csv", encoding="utf-8") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    # The teacher, two baselines, two students of the chosen pair and one of the first command's, and the sweep.
+    folders = {path.parent.relative_to(swept).as_posix() for path in swept.rglob("model.pt")}
+    assert rows.keys() == folders and len(rows) == 1 + 2 + 2 + 1 + 5 * 2
+    for name, row in rows.items():
+        kept = json.loads((swept / name / "run.json").read_text())
+        for column, text in row.items():
+            value = kept.get(column, kept["settings"].get(column))
+            assert column == "run" or text == ("" if value is None else str(value)), (name, column)
+
+
+@pytest.mark.slow
+def test_the_report_prints_and_draws_again_without_data(cli, swept, tmp_path, monkeypatch):
+    import data
+
+    again = shutil.copytree(swept, tmp_path / "out")
+    before = {name: (again / name).read_bytes() for name in ("comparison.json", "comparison.csv")}
+    shutil.rmtree(again / "figures")
+    (again / "comparison.csv").unlink()
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("data was loaded"))
+    got = cli("--report", "--output-dir", again)
+    assert got.status == 0, got
+    assert "Improvement with KD:" in got.out and "Sweep, on validation" in got.out
+    assert {name: (again / name).read_bytes() for name in before} == before
+    assert len(list((again / "figures").iterdir())) == 5
+
+
+@pytest.mark.slow
+def test_a_repeated_sweep_trains_nothing(cli, flags, swept, tmp_path):
+    again = shutil.copytree(swept, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in again.rglob("model.pt")}
+    got = cli(*flags, "--output-dir", again, *WORDS)
+    assert got.status == 0 and got.out.count("(finished before)") == 5 * 2 + 2 * 2, got
+    assert {path: path.stat().st_mtime_ns for path in again.rglob("model.pt")} == times
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_figures_are_not_blank_and_carry_their_labels(swept):
+    comparison = Comparison(swept)
+    comparison.kd[0]["improvement"] = paired_test([1.0, 2.0]) | {"by_seed": [1.0, 2.0]}
+    expected = {
+        "curves": {"epoch", "training loss", "KD, T=4, alpha=0.1"},
+        "gain": {"student seed", "percentage points", "mean, 95% interval"},
+        "sweep": {"temperature", "alpha"}, "reliability_diagrams": {"confidence", "accuracy", "ECE"},
+        "dark_knowledge": {"probability", "teacher, T = 1", "not a fair sample", "with KD, T=", "baseline"},
+    }  # fmt: skip
+    for name, words in expected.items():
+        figure = getattr(figures, name)(comparison)
+        figure.canvas.draw()
+        texts = " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+        assert not [word for word in words if word not in texts], (name, texts)
+    assert len(figures.gain(comparison).axes) == len(comparison.kd) == 2
+    drawn = {path.stem: np.asarray(Image.open(path).convert("L")) for path in (swept / "figures").iterdir()}
+    assert set(drawn) == {"curves", "gain", "sweep", "reliability", "dark_knowledge"}
+    for name, pixels in drawn.items():
+        assert pixels.std() > 10 and min(pixels.shape) > 300, name
+
+
+def test_the_sweep_frames_the_best_pair_and_of_equals_the_chosen_one():
+    """Temperatures 2 and 16 are rows 0 and 1, alphas 0.5 and 0.9 columns 0 and 1; a frame is placed by its corner."""
+    corners = {(2.0, 0.5): (-0.5, -0.5), (16.0, 0.5): (-0.5, 0.5), (2.0, 0.9): (0.5, -0.5), (16.0, 0.9): (0.5, 0.5)}
+    pairs = [dict(zip(("temperature", "alpha"), pair, strict=True)) for pair in corners]
+    for best, chosen in itertools.product([None, *pairs], pairs):
+        entries = [{"role": "kd", "mean": 0.6 if pair == best else 0.5} | pair for pair in pairs]
+        comparison = SimpleNamespace(selection=[{"role": "baseline", "mean": 0.4}, *entries], kd=[chosen])
+        (frame,) = figures.sweep(comparison).axes[0].patches
+        assert frame.get_xy() == corners[tuple((best or chosen).values())], (best, chosen)
+
+
+def test_without_a_sweep_there_is_no_figure_of_it():
+    assert figures.sweep(SimpleNamespace(selection=[])) is None
+
+
+def test_examples_begin_with_those_that_show_most():
+    """Four images of class 0: the one that teacher and KD get right and the baseline takes for the teacher's second
+    class comes first; the one that the teacher gets wrong comes last."""
+    comparison = SimpleNamespace(
+        classes=["a", "b", "c"],
+        labels=np.array([0, 0, 0, 0]),
+        teacher_logits=np.array([[1.0, 3, 0], [3, 1, 0], [3, 2, 0], [3, 2, 0]]),
+        kd_logits=[[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 0, 0]])]],
+        baseline_logits=[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [0, 3, 0]])],
+    )
+    assert figures.examples(comparison, 4) == [3, 2, 1, 0]
+    assert figures.examples(comparison, 2) == [3, 2]
+
+
+def test_examples_are_of_different_classes_where_possible():
+    comparison = SimpleNamespace(
+        classes=["a", "b", "c"],
+        labels=np.array([0, 0, 0, 1, 1]),
+        teacher_logits=np.array([[3.0, 2.9, 0], [3, 2.8, 0], [3, 2.7, 0], [1, 3, 0], [0, 3, 0]]),
+        kd_logits=[[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [0, 3, 0], [0, 3, 0]])]],
+        baseline_logits=[np.array([[0.0, 3, 0], [0, 3, 0], [0, 3, 0], [0, 3, 0], [0, 3, 0]])],
+    )
+    assert figures.examples(comparison, 4) == [0, 3, 1, 2]
