@@ -128,7 +128,7 @@ def parser():
     option = group("training")
     option("--epochs", "passes over the training set", 200, type=integer(1, 100_000), metavar="N")
     option("--batch-size", "images per step", 128, type=integer(1, 1_000_000), metavar="N")
-    option("--lr", "peak learning rate [0.2 * sqrt(batch size / 128)]",
+    option("--lr", "learning rate at the start; it falls to zero in a line [0.2 * sqrt(batch size / 128)]",
            type=number(0, 1e6, above=True), metavar="RATE")
     option("--weight-decay", "of the last layer's matrix; convolutions are normalized instead", 5e-4,
            type=number(0, 1), metavar="RATE")
@@ -147,8 +147,8 @@ def parser():
     option = group("machine and files")
     option("--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", "auto",
            type=device_name, metavar="NAME")
-    option("--precision", "fp32, bf16, or auto (bf16 where a GPU, or a CPU with AMX, has instructions for it)", "auto",
-           choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
+    option("--precision", "fp32, bf16, or auto (bf16 where a GPU, or a CPU with AMX or AVX512-BF16, has it built in)",
+           "auto", choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
     option("--compile", "torch.compile the networks for training (needs a C++ compiler, on CUDA Triton) [off]",
            action=argparse.BooleanOptionalAction)
     option("--output-dir", "everything the program writes goes here", "outputs", type=path, metavar="DIR")
@@ -187,6 +187,8 @@ def parse(argv):
             raise Usage("--data-url is for --dataset cifar10")
         if not re.match(r"https?://[^/]|file:///", arguments.data_url):
             raise Usage(f"--data-url: '{arguments.data_url}' does not begin with http://, https:// or file:///")
+    if arguments.batch_size == 1 and arguments.image_size == 16:
+        raise Usage("--batch-size 1 needs --image-size 17 or more: batch norm cannot be trained on a single pixel")
     if arguments.seed + arguments.seeds > 2**31:
         raise Usage("--seed and --seeds together exceed the largest seed, 2147483647")
     arguments.begun = False  # until main.prepare; with --overwrite, earlier runs are removed from then on

@@ -1,7 +1,8 @@
 """The two networks, what each costs, and how a saved one is loaded.
 
-Both are built from one block, convolution - (pooling) - batch norm - ReLU. Pooling comes before batch norm and ReLU, as
-in the speed-run networks for CIFAR-10 (arXiv 2404.00498): those two are bound by memory, and see a quarter of the data.
+Both begin with a whitening of small patches and continue with one block, convolution - (pooling) - batch norm - GELU.
+Pooling comes before batch norm and GELU, as in the speed-run networks for CIFAR-10 (arXiv 2404.00498): those two are
+bound by memory, and see a quarter of the data.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from runs.checkpoints import load_checkpoint, save_checkpoint
@@ -30,25 +32,48 @@ Scale = Annotated[float, Meta(gt=0, le=1)]
 INFERENCE_BATCH = {"cpu": 128, "mps": 500, "cuda": 500}
 
 
+class Whitening(nn.Conv2d):
+    """A fixed 2x2 convolution, (B, 3, S, S) -> (B, 24, S - 1, S - 1): the patches of the training images on the
+    eigenvectors of their covariance, scaled to one variance, each with both signs (arXiv 2404.00498, section 3.2).
+    Only its bias is trained."""
+
+    def __init__(self):
+        super().__init__(3, 24, 2)
+        self.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def fit(self, images):
+        """Computes the weights from normalized images (N, 3, S, S)."""
+        patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+        self.weight.copy_(torch.cat((filters, -filters)))
+
+
 class Block(nn.Sequential):
-    """3x3 convolution, 2x2 max-pooling if `pool`, batch norm, ReLU: (B, inputs, H, W) -> (B, outputs, H, W) or half."""
+    """3x3 convolution, 2x2 max-pooling if `pool`, batch norm with a fixed scale, GELU if `activation`:
+    (B, inputs, H, W) -> (B, outputs, H, W) or half of H and W."""
 
-    def __init__(self, inputs, outputs, pool=False):
+    def __init__(self, inputs, outputs, pool=False, activation=True):
         layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
-        if pool:
-            layers.append(nn.MaxPool2d(2))
-        super().__init__(*layers, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+        layers += [nn.MaxPool2d(2)] * pool
+        layers.append(nn.BatchNorm2d(outputs))
+        layers[-1].weight.requires_grad_(False)  # the next convolution, or the head, has a scale of its own
+        super().__init__(*layers, *[nn.GELU()] * activation)
 
 
-class Residual(nn.Module):
-    """x + Block(Block(... x)): (B, channels, H, W) -> the same shape (He et al., arXiv 1512.03385)."""
+class Stage(nn.Module):
+    """x = Block(x), which halves the image; then GELU(x + branch(x)), the residual branch being `depth` Blocks of which
+    the last has no GELU (He et al., arXiv 1512.03385): (B, inputs, H, W) -> (B, width, H / 2, W / 2)."""
 
-    def __init__(self, channels, depth):
+    def __init__(self, inputs, width, depth):
         super().__init__()
-        self.blocks = nn.Sequential(*(Block(channels, channels) for _ in range(depth)))
+        self.down = Block(inputs, width, pool=True)
+        self.branch = nn.Sequential(*(Block(width, width, activation=number < depth - 1) for number in range(depth)))
 
     def forward(self, x):
-        return x + self.blocks(x)
+        x = self.down(x)
+        return F.gelu(x + self.branch(x))
 
 
 class Network(nn.Module):
@@ -61,8 +86,8 @@ class Network(nn.Module):
 
     def __init__(self, features, channels, classes):
         super().__init__()
-        self.features = features
-        self.head = nn.Linear(channels, classes)
+        self.features = nn.Sequential(Whitening(), nn.GELU(), *features)
+        self.head = nn.Linear(channels, classes, bias=False)
 
     @property
     def scale(self):
@@ -80,26 +105,19 @@ class Network(nn.Module):
 
 
 class Teacher(Network):
-    """A ResNet of three stages, each a widening Block that halves the image and a residual branch."""
+    """A ResNet of three stages."""
 
-    def __init__(self, classes, stem=32, widths=(64, 256, 384), depth=2):
-        layers, inputs = [Block(3, stem)], stem
-        for width in widths:
-            layers += [Block(inputs, width, pool=True), Residual(width, depth)]
-            inputs = width
-        super().__init__(nn.Sequential(*layers), inputs, classes)
+    def __init__(self, classes, widths=(64, 224, 384), depths=(1, 1, 2)):
+        inputs = (24, *widths[:-1])
+        super().__init__(map(Stage, inputs, widths, depths), widths[-1], classes)
 
 
 class Student(Network):
-    """A plain CNN: three stages of Blocks, the first of each stage halving the image, no shortcuts."""
+    """A plain CNN: three pairs of Blocks, the first of each pair halving the image, no shortcuts."""
 
-    def __init__(self, classes, widths=((32, 64), (64, 128), (128, 128))):
-        layers, inputs = [], 3
-        for stage in widths:
-            for position, width in enumerate(stage):
-                layers.append(Block(inputs, width, pool=position == 0))
-                inputs = width
-        super().__init__(nn.Sequential(*layers), inputs, classes)
+    def __init__(self, classes, widths=(32, 32, 96, 96, 128, 128)):
+        inputs = (24, *widths[:-1])
+        super().__init__(map(Block, inputs, widths, (True, False) * 3), widths[-1], classes)
 
 
 ARCHITECTURES = {"teacher": Teacher, "student": Student}
@@ -115,20 +133,27 @@ def generator(*purpose):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def create(architecture, classes, seed):
+def create(architecture, classes, seed, images=None):
     """A new network on the CPU with weights drawn from (architecture, seed); `classes` is their number.
 
-    Convolutions are drawn as He et al. do (arXiv 1502.01852, fan out), the head with a variance of 1 / inputs.
+    3x3 convolutions begin as the identity (Dirac) on as many channels as there are inputs, the others as PyTorch draws
+    them (He et al., arXiv 1502.01852); the head has a variance of 1 / inputs. The whitening is fitted to `images`,
+    normalized ones (N, 3, S, S) of the training set; without them it is drawn as well.
     """
     with torch.random.fork_rng(devices=[]):  # PyTorch's own first weights, which these replace, move the global state
         network = ARCHITECTURES[architecture](classes)
     draws = generator("weights", architecture, seed)
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=draws)
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=draws)
+        if isinstance(layer, Whitening):
+            nn.init.zeros_(layer.bias)
+            if images is not None:
+                layer.fit(images)
+        elif isinstance(layer, nn.Conv2d):
+            nn.init.dirac_(layer.weight.data[: layer.in_channels])
         elif isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features), generator=draws)
-            nn.init.zeros_(layer.bias)
     return network
 
 

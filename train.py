@@ -15,11 +15,11 @@ from distill import distillation_loss
 from models import INFERENCE_BATCH, generator, predict
 from runs.progress import Progress
 
-MOMENTUM = 0.9
-WARMUP = 0.2  # of all steps; the rest is a linear decay to zero
+# Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
+CONVOLUTIONS, HEAD, BIASES = (0.3, 0.6), (1.0, 0.85), (30.0, 0.85)
+WHITENED = 2_000  # training images to which the whitening is fitted
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
-CONVOLUTIONS = 0.15  # learning rate of convolutions, as a share of that of the head, biases and batch norm
 
 
 def train_one_epoch(model, optimizer, views, labels, order, soft_targets, progress):
@@ -60,9 +60,11 @@ def train(run, data, machine, options, teacher=None, title=None, later=0):
     indices, validation = (part.to(machine.device) for part in split(data.train_labels, settings.val_fraction))
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
     views = Views(data.train_images, data.mean, data.std, f"{stream}views")
-    network = models.create(settings.architecture, len(data.classes), settings.seed)
+    some = data.train_images[:: max(1, len(data.train_images) // WHITENED)].cpu()
+    some = models.normalize(some, data.mean, data.std)
+    network = models.create(settings.architecture, len(data.classes), settings.seed, some)
     network = network.to(machine.device, memory_format=torch.channels_last).train()
-    optimizer = Muon(network, settings.learning_rate, settings.weight_decay, MOMENTUM, machine.dtype)
+    optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
 
     with Progress(run, network, optimizer, machine, options, len(indices), title or run.name, later) as progress:
@@ -111,9 +113,8 @@ def accuracy(logits, labels):
 
 
 def schedule(step, steps):
-    """The share of the peak learning rate at `step` of `steps` (from 0): linear warm-up, then linear decay."""
-    warmup = WARMUP * steps
-    return min(1.0, (step + 1) / max(1.0, warmup), (steps - step) / max(1.0, steps - warmup))
+    """The share of the learning rate at `step` of `steps` (from 0): from 1 in a line to zero."""
+    return (steps - step) / steps
 
 
 def compile_network(network):
@@ -129,26 +130,26 @@ class Muon(torch.optim.Optimizer):
 
     For a network's convolutions: Nesterov momentum, made orthogonal (`orthogonalize`); before each step the weights
     (outputs, inputs, 3, 3) are brought to the Frobenius norm sqrt(outputs), which batch norm makes free to choose.
-    For all else: SGD with Nesterov momentum, with weight decay on matrices.
+    For all else: SGD with Nesterov momentum, with weight decay on the head.
 
-    The learning rate of all groups is set to the schedule's; convolutions take CONVOLUTIONS of it. Steps are made
+    The learning rate of all groups is set to the schedule's, of which each takes its own share. Steps are made
     orthogonal in `dtype`; weights and momenta stay float32.
     """
 
-    def __init__(self, network, learning_rate, weight_decay, momentum, dtype=torch.float32):
+    def __init__(self, network, learning_rate, weight_decay, dtype=torch.float32):
         self.dtype = dtype
-        parameters = list(network.parameters())
-        groups = (
-            {"params": [p for p in parameters if p.ndim == 4], "weight_decay": 0.0},
-            {"params": [p for p in parameters if p.ndim == 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        )
-        super().__init__(groups, {"lr": learning_rate, "momentum": momentum})
+        trained = [p for p in network.parameters() if p.requires_grad]
+        groups = []
+        for dimensions, (share, momentum) in ((4, CONVOLUTIONS), (2, HEAD), (1, BIASES)):
+            decay = weight_decay if dimensions == 2 else 0.0
+            parameters = [p for p in trained if p.ndim == dimensions]
+            groups.append({"params": parameters, "share": share, "momentum": momentum, "weight_decay": decay})
+        super().__init__(groups, {"lr": learning_rate})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            parameters = group["params"]
+            parameters, rate = group["params"], group["lr"] * group["share"]
             gradients = [p.grad for p in parameters]
             if group["weight_decay"]:
                 gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
@@ -160,12 +161,12 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(momenta, gradients)
             steps = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
             if parameters[0].ndim < 4:
-                torch._foreach_add_(parameters, steps, alpha=-group["lr"])
+                torch._foreach_add_(parameters, steps, alpha=-rate)
                 continue
             for parameter, step in zip(parameters, steps, strict=True):
                 parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
                 step = orthogonalize(step.flatten(1).to(self.dtype)).view_as(parameter)
-                parameter.add_(step, alpha=-group["lr"] * CONVOLUTIONS)
+                parameter.add_(step, alpha=-rate)
 
 
 def orthogonalize(matrix):

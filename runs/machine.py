@@ -112,7 +112,8 @@ def choose_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cpu":
-        native = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        native = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     else:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "fp32"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 VERSION = "2.0.0"  # of the program
-RECIPE = 3  # of networks, initial weights, optimizer and schedule: raise it with any change of them
+RECIPE = 4  # of networks, initial weights, optimizer and schedule: raise it with any change of them
 VIEWS_VERSION = 1  # of the augmentation in data.Views: raise it with any change of it
 
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -72,8 +72,8 @@ class RunRecord:
 
 
 def default_learning_rate(batch_size):
-    """The peak learning rate for a batch size: 0.2 at 128, and with the square root of the size for others, which went
-    better than in proportion to it, for batches of 32 and of 512 (results/README.md)."""
+    """The learning rate at the start: 0.2 for batches of 128, and with the square root of the size for others, which
+    went better than in proportion to it, for batches of 32 and of 512 (results/README.md)."""
     return 0.2 * (batch_size / 128) ** 0.5
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import models
 import train
+from reports import figures
 from runs.files import Damaged, Failure
 from runs.machine import choose_device, choose_precision
 
@@ -67,6 +68,7 @@ USAGE = {
     "empty path": ("--output-dir", ""),
     "report with a sweep": ("--report", "--temperature", "1", "2"),
     "report of a part": ("--report", "--seeds", "3"),
+    "batch norm of a single pixel": ("--batch-size", "1", "--image-size", "16"),
     "seeds past the last": ("--seed", "2147483647", "--seeds", "2"),
 }
 
@@ -485,7 +487,8 @@ def test_debug_shows_the_traceback(cli, tmp_path):
     assert got.status == 1 and "Traceback" in got.err
 
 
-def test_41_images_at_batch_128(cli, flags, tmp_path):
+def test_41_images_at_batch_128(cli, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
     top = make_images(tmp_path / "p", train=14, test=3)
     (top / "train" / "red" / "00.png").unlink()
     words = (*flags, "--data-dir", top, "--batch-size", 128, "--output-dir", tmp_path / "o")

@@ -1,5 +1,6 @@
 """The networks, their costs, and what model.pt guarantees."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,15 +27,33 @@ def test_any_number_of_classes_and_any_image_size(architecture, classes, size):
     logits = network(torch.zeros(2, 3, size, size))
     assert logits.shape == (2, classes)
     logits.sum().backward()
-    assert all(p.grad is not None for p in network.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
 
 
 def test_a_residual_branch_is_added_to_its_input():
-    """x + ReLU(batch norm(convolution of x)), with convolutions that are the identity: 2x for x above 0."""
-    residual = models.Residual(4, 1).eval()
-    torch.nn.init.dirac_(residual.blocks[0][0].weight)
-    x = torch.rand(2, 4, 5, 5)
-    torch.testing.assert_close(residual(x), x + x / (1 + 1e-5) ** 0.5)
+    """GELU(x + batch norm(convolution of x)), where the convolutions are the identity and batch norm divides by
+    sqrt(1 + 1e-5)."""
+    stage = models.Stage(4, 4, 1).eval()
+    for block in (stage.down, stage.branch[0]):
+        torch.nn.init.dirac_(block[0].weight)
+    images = torch.rand(2, 4, 6, 6)
+    down = torch.nn.functional.gelu(images.reshape(2, 4, 3, 2, 3, 2).amax((3, 5)) / (1 + 1e-5) ** 0.5)
+    expected = torch.nn.functional.gelu(down + down / (1 + 1e-5) ** 0.5)
+    torch.testing.assert_close(stage(images), expected)
+
+
+def test_whitened_patches_are_uncorrelated_and_of_one_variance():
+    """Against NumPy's covariance of all 2x2 patches of the images that it was fitted to."""
+    smooth = torch.nn.functional.avg_pool2d(
+        torch.randn(300, 3, 18, 18, generator=torch.Generator().manual_seed(0)), 3, 1
+    )
+    network = models.create("student", 3, 0, smooth)
+    first = network.features[0]
+    outputs = first(smooth).detach().numpy().transpose(0, 2, 3, 1).reshape(-1, 24)
+    np.testing.assert_allclose(outputs[:, :12], -outputs[:, 12:], atol=1e-5)
+    second_moments = outputs[:, :12].T @ outputs[:, :12] / len(outputs)
+    np.testing.assert_allclose(second_moments, np.eye(12), atol=0.15)  # less 5e-4 over an eigenvalue
+    assert not first.weight.requires_grad and first.bias.requires_grad
 
 
 def test_the_student_is_ten_times_smaller_and_five_times_cheaper():
@@ -43,28 +62,27 @@ def test_the_student_is_ten_times_smaller_and_five_times_cheaper():
     assert teacher.macs >= 5 * student.macs
 
 
-# (inputs, outputs, side of its input) of every convolution, in order, for images of 32x32.
+# (inputs, outputs, side of its input) of every 3x3 convolution, in order, for images of 32x32.
 CONVOLUTIONS = {
-    "student": [(3, 32, 32), (32, 64, 16), (64, 64, 16), (64, 128, 8), (128, 128, 8), (128, 128, 4)],
+    "student": [(24, 32, 31), (32, 32, 15), (32, 96, 15), (96, 96, 7), (96, 128, 7), (128, 128, 3)],
     "teacher": [
-        (3, 32, 32),
-        (32, 64, 32), (64, 64, 16), (64, 64, 16),
-        (64, 256, 16), (256, 256, 8), (256, 256, 8),
-        (256, 384, 8), (384, 384, 4), (384, 384, 4),
+        (24, 64, 31), (64, 64, 15),
+        (64, 224, 15), (224, 224, 7),
+        (224, 384, 7), (384, 384, 3), (384, 384, 3),
     ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", CONVOLUTIONS)
 def test_costs_against_a_count_by_hand(architecture):
-    """A convolution costs inputs x outputs x 9 for each pixel, the head inputs x classes; batch norm has two
-    parameters for each output, the head a bias for each class."""
+    """A 3x3 convolution costs inputs x outputs x 9 for each pixel, the whitening 3 x 24 x 4, the head inputs x classes;
+    batch norm has two parameters for each output, the whitening a bias."""
     convolutions = CONVOLUTIONS[architecture]
     width = convolutions[-1][1]
-    parameters = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs, _ in convolutions) + width * 10 + 10
+    parameters = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs, _ in convolutions) + width * 10
     macs = sum(9 * inputs * outputs * side**2 for inputs, outputs, side in convolutions) + width * 10
     costs = models.costs(architecture, 10, 32)
-    assert (costs.parameters, costs.macs) == (parameters, macs)
+    assert (costs.parameters, costs.macs) == (parameters + 12 * 24 + 24, macs + 12 * 24 * 31**2)
 
 
 def test_initial_weights_are_a_function_of_architecture_and_seed():
@@ -74,9 +92,13 @@ def test_initial_weights_are_a_function_of_architecture_and_seed():
     assert models.digest(models.create("student", 10, 3).state_dict()) == one
     assert torch.equal(torch.random.get_rng_state(), before)
     assert models.digest(models.create("student", 10, 4).state_dict()) != one
-    weights = models.create("student", 10, 3).features[1][0].weight
-    assert weights.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
-    assert weights.flatten()[0] != models.create("teacher", 10, 3).features[1][0].weight.flatten()[0]
+    widening = models.create("student", 10, 3).features[4][0].weight  # (96, 32, 3, 3)
+    identity = torch.zeros(32, 32, 3, 3)
+    identity[torch.arange(32), torch.arange(32), 1, 1] = 1
+    assert torch.equal(widening[:32], identity)
+    assert widening[32:].std().item() == pytest.approx((1 / (3 * 9 * 32)) ** 0.5, rel=0.05)
+    heads = [models.create(name, 10, 3).head.weight.flatten()[0] for name in ("student", "teacher")]
+    assert heads[0] != heads[1]
 
 
 def test_images_are_normalized_by_channel():
@@ -154,7 +176,7 @@ def test_a_malformed_checkpoint_is_refused_with_its_path_and_what_is_wrong(tmp_p
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     network = models.create("student", 3, 1)
-    network.head.bias.data[1] = float("nan")
+    network.head.weight.data[1, 0] = float("nan")
     with pytest.raises(Damaged, match="not finite"):
         models.load(save(tmp_path / "model.pt", network))
 
