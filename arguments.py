@@ -24,7 +24,17 @@ examples:
   python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    students of both together
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
   python main.py --dataset folder --data-dir pets --train-teacher    images in pets/train/CLASS and pets/test/CLASS
+  python main.py --predict photo.jpg holiday/ > classes.csv    what the distilled student sees, in images and folders
+  python main.py --export --model outputs/kd-T4-a0.1-s0        that student for ONNX Runtime, in one file
 """
+
+# What trains nothing: the options that go with it, besides --output-dir, --demo and --debug, and why no others do.
+TASKS = {
+    "list": ((), "which only lists runs"),
+    "report": ((), "which only reads finished runs"),
+    "predict": (("model", "temperature", "device", "num_workers"), "which only uses a finished model"),
+    "export": (("model",), "which only converts a finished model"),
+}
 
 SWITCH = {"action": "store_true"}
 
@@ -110,6 +120,12 @@ def parser():
     option("--train-teacher", "train the teacher (or --seeds N of them); without it, the student with and without "
            "distillation", **SWITCH)
     option("--report", "print and draw the comparison again from a folder's finished runs", **SWITCH)
+    option("--list", "list the output folder's runs: how far each is, and what it reached", **SWITCH)
+    option("--predict", "classify images, and all images in folders, with a trained student; CSV on standard output",
+           type=path, nargs="+", action="extend", metavar="PATH")
+    option("--export", "write a trained student as model.onnx, which runs without this program and PyTorch", **SWITCH)
+    option("--model", "what --predict and --export use: a run's folder or model.pt [the only distilled student]",
+           type=path, metavar="PATH")
     option("--demo", "both steps on small drawn shapes, offline; other options override its settings", **SWITCH)
 
     option = group("distillation")
@@ -161,10 +177,13 @@ def parser():
 
 
 def parse(argv):
-    """The arguments as a namespace, --demo's settings applied; raises Usage."""
+    """The arguments as a namespace, --demo's settings applied; its `task` is the one of TASKS that was asked for, or
+    None, which is to train. Raises Usage."""
     top = parser()
     if "--demo" in argv:
         top.set_defaults(**DEMO)
+    if any(word.partition("=")[0] == "--predict" for word in argv):
+        top.set_defaults(temperature=[1.0])  # as the model was trained to answer
     arguments = top.parse_args(argv)
     arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))
     arguments.sweep = len(arguments.temperature) * len(arguments.alpha) > 1
@@ -174,12 +193,18 @@ def parse(argv):
                 raise Usage(f"{name} is for students and cannot be combined with --train-teacher")
     if arguments.train_teacher and arguments.sweep:
         raise Usage("several temperatures or alphas are for students and cannot be combined with --train-teacher")
-    if arguments.report:
-        allowed = {"report", "output_dir", "debug", "sweep", "demo"}
+    arguments.task = next((name for name in TASKS if getattr(arguments, name)), None)
+    if arguments.task:
+        more, why = TASKS[arguments.task]
+        allowed = {arguments.task, *more, "task", "output_dir", "debug", "sweep", "demo"}
         for name, value in vars(arguments).items():
             if name not in allowed and value != top.get_default(name):
                 option = f"--{name.replace('_', '-')}"
-                raise Usage(f"{option} cannot be combined with --report, which only reads finished runs")
+                raise Usage(f"{option} cannot be combined with --{arguments.task}, {why}")
+        if arguments.sweep:
+            raise Usage(f"several temperatures cannot be combined with --{arguments.task}, {why}")
+    elif arguments.model is not None:
+        raise Usage("--model is for --predict and --export; a teacher is named with --teacher")
     if arguments.val_fraction is not None and not arguments.sweep:
         raise Usage("--val-fraction needs a sweep: several values of --temperature or --alpha")
     if arguments.data_url is not None:
@@ -191,7 +216,6 @@ def parse(argv):
         raise Usage("--batch-size 1 needs --image-size 17 or more: batch norm cannot be trained on a single pixel")
     if arguments.seed + arguments.seeds > 2**31:
         raise Usage("--seed and --seeds together exceed the largest seed, 2147483647")
-    arguments.begun = False  # until main.prepare; with --overwrite, earlier runs are removed from then on
     return arguments
 
 

@@ -49,8 +49,8 @@ class Session:
 def main(arguments, stop):
     """The whole story: the teacher, the student with distillation and without it, the comparison. `stop` is the signal
     handler (runs.signals.Stop)."""
-    if arguments.report:
-        report(arguments)
+    if arguments.task:
+        use_runs(arguments)
         return
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
     paths = [] if arguments.train_teacher or demo else find_teachers(arguments)
@@ -95,7 +95,6 @@ def start(arguments, stop):
 
 def prepare(session, runs):
     """Checks all of `runs` before any is trained, or removes what exists of them with --overwrite."""
-    session.arguments.begun = True
     plan.prepare(runs, session.machine, session.arguments.overwrite)
 
 
@@ -200,14 +199,27 @@ def keep_for_report(session, networks):
         records.save_teacher_logits(output, digest, loaded.digest, test_logits)
 
 
-def report(arguments):
-    """--report: prints and draws what a folder's finished runs say. Needs no PyTorch."""
-    if not Path(arguments.output_dir).is_dir():
-        raise Failure(f"{arguments.output_dir} does not exist: --report needs a folder with finished runs.")
-    from reports.report import report
+def use_runs(arguments):
+    """--list, --report, --predict, --export: what needs no training."""
+    if arguments.task == "list":
+        from reports.listing import list_runs
 
-    with lock(arguments.output_dir):
-        report(arguments.output_dir)
+        list_runs(arguments.output_dir)
+    elif arguments.task == "report":
+        from reports.report import report
+
+        if not Path(arguments.output_dir).is_dir():
+            raise Failure(f"{arguments.output_dir} does not exist: --report needs a folder with finished runs.")
+        with lock(arguments.output_dir):
+            report(arguments.output_dir)
+    elif arguments.task == "predict":
+        from use.predict import predict
+
+        predict(arguments)
+    else:
+        from use.export import export
+
+        export(arguments)
 
 
 if __name__ == "__main__":

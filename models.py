@@ -169,17 +169,20 @@ def costs(architecture, classes, image_size):
 def normalize(images, mean, std):
     """uint8 images (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last order, (x / 255 - mean) / std by channel."""
     count, height, width, _ = images.shape
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), width, images.device)
+    scale, shift = _for_rows(tuple(mean), tuple(std), width, images.device)
     rows = images.reshape(count, height, width * 3).to(torch.float32)  # whole rows are long enough to vectorize
     return torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
+def scale_and_shift(mean, std):
+    """What normalized pixels are: uint8 ones times the first, plus the second; two float32 tensors (3,)."""
+    return torch.tensor([1 / (255 * s) for s in std]), torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+
+
 @functools.lru_cache(maxsize=8)  # on a GPU these would otherwise be copied there, and waited for, at every step
-def _scale_and_shift(mean, std, width, device):
-    """What a row of `width` pixels is multiplied by and added to: two tensors (width * 3,)."""
-    scale = torch.tensor([1 / (255 * s) for s in std])
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
-    return scale.repeat(width).to(device), shift.repeat(width).to(device)
+def _for_rows(mean, std, width, device):
+    """`scale_and_shift` for whole rows of `width` pixels: two tensors (width * 3,)."""
+    return tuple(each.repeat(width).to(device) for each in scale_and_shift(mean, std))
 
 
 @torch.inference_mode()

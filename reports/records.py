@@ -108,6 +108,16 @@ def load_test_set(output, data_digest, teacher_digests):
     return images, labels, classes, logits
 
 
+def find_test_images(model, data_digest):
+    """The test images of the data that a model was trained on, where the output folder of `model`, the path of its
+    model.pt, keeps them: uint8 (N, S, S, 3); else None. Raises Damaged where they are damaged."""
+    for folder in Path(model).resolve().parents[1:3]:  # a run's folder is in the output folder, or in its selection/
+        path = _test_path(folder, data_digest or "")
+        if path.is_file():
+            return load_arrays(path).get("images")
+    return None
+
+
 def check_logits(path, logits, shape):
     """`logits` read from `path`; raises Damaged unless they have `shape`, are float32 and finite."""
     if logits.shape != shape or logits.dtype != np.float32 or not np.isfinite(logits).all():

@@ -30,8 +30,15 @@ def exit_status(main, argv=None):
     except Interrupted as error:
         for number in handlers:  # a further signal has nothing to add
             signal.signal(number, signal.SIG_IGN)
-        overwrite = " without --overwrite" if arguments and arguments.overwrite and arguments.begun else ""
-        print(f"\n{error} The same command{overwrite} resumes it.", file=sys.stderr)
+        if arguments and arguments.task:
+            again = "The same command begins again"
+        elif error.kept and arguments.overwrite:
+            again = "The same command without --overwrite resumes it"
+        elif arguments and arguments.overwrite:
+            again = "To keep what this command has trained so far, repeat it without --overwrite"
+        else:
+            again = "The same command resumes it"
+        print(f"\n{error} {again}.", file=sys.stderr)
         return 128 + error.signal_number
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,6 +67,6 @@ def explain(error, arguments):
         text = f"{type(error).__name__}: {first}\n(--debug shows where)"
         if arguments.compile:
             text += "\nIf torch.compile is what fails, train without --compile."
-    if arguments.overwrite and arguments.begun and "--overwrite" not in text:
-        text += "\nWhat this command has trained is kept: repeat it without --overwrite to go on from there."
+    if arguments.overwrite and "--overwrite" not in text:
+        text += "\nTo keep what this command has trained so far, repeat it without --overwrite."
     return text

@@ -6,7 +6,7 @@ import models
 from runs.files import Damaged, Failure, read_json, remove
 from runs.settings import RunRecord, differences
 
-FILES = ("model.pt", "state.pt", "run.json", "history.csv", "test_logits.npy")  # model.pt first: see Run.remove
+FILES = ("model.pt", "state.pt", "run.json", "history.csv", "test_logits.npy", "model.onnx")  # model.pt first
 
 
 class Run:

@@ -406,10 +406,12 @@ def test_a_gpu_is_used_and_made_current_where_it_is_numbered(gpu, capsys):
     assert current == ["cuda:1"] and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_bfloat16_is_chosen_where_the_machine_has_instructions_for_it(monkeypatch, supported):
+@pytest.mark.parametrize("found", ["amx_bf16", "avx512_bf16", None])
+def test_bfloat16_is_chosen_where_the_machine_has_instructions_for_it(monkeypatch, found):
+    supported = found is not None
+    has = {name: name == found for name in ("amx_bf16", "avx512_bf16")} | {"avx2": True}
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": supported}, False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     for kind in ("cuda", "cpu"):
         assert choose_precision("auto", torch.device(kind)) == ("bf16" if supported else "fp32")
         assert choose_precision("fp32", torch.device(kind)) == "fp32"

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 
 from conftest import ROOT
 
@@ -13,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAM = [
     *ROOT.glob("*.py"),
-    *(path for name in ("runs", "reports", "sources") for path in (ROOT / name).glob("*.py")),
+    *(path for name in ("runs", "reports", "sources", "use") for path in (ROOT / name).glob("*.py")),
 ]
 
 
@@ -68,6 +69,12 @@ def test_the_snippet_classifies_an_image(finished, images, tmp_path):
     assert abs(sum(float(share) for share, _ in rows) - 100) < 0.3
 
 
+def test_the_onnx_snippet_is_the_one_that_test_export_runs():
+    (snippet,) = (text for kind, text in FENCES if kind == "python" and "onnxruntime" in text)
+    lines = textwrap.indent(snippet.replace("\n\n", "\n"), "    ")
+    assert lines in (ROOT / "use" / "export.py").read_text()
+
+
 def test_the_output_files_are_those_of_the_table(finished):
     rows = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
     named = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
@@ -80,6 +87,7 @@ def test_the_requirements_are_what_the_modules_import():
     imported = set()
     for path in PROGRAM:
         imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
-    own = {path.stem for path in ROOT.glob("*.py")} | {"runs", "reports", "sources"}
+    own = {path.stem for path in ROOT.glob("*.py")} | {"runs", "reports", "sources", "use"}
     others = {{"PIL": "pillow"}.get(name, name) for name in imported - own - set(sys.stdlib_module_names)}
-    assert others == required
+    export = {re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements-export.txt").read_text().split()}
+    assert required <= others <= required | export  # torch.onnx imports onnxscript itself

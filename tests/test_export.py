@@ -1,0 +1,156 @@
+"""--export: the ONNX file answers as PyTorch does, and is there whole or not at all."""
+
+import errno
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from reports.statistics import softmax
+from train import evaluate
+from use import export
+
+STUDENT = "kd-T4-a0.1-s0"
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
+
+
+def network(classes, size):
+    """A student of that many classes whose batch norm has seen something, with what models.load adds."""
+    student = models.create("student", classes, 0)
+    student.image_size, student.mean, student.std = size, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    student.classes = [f"class {k}, ü" for k in range(classes)]
+    student.architecture, student.accuracy, student.settings = "student", 0.5, {}
+    student.train()(torch.randn(8, 3, size, size, generator=models.generator("test")))
+    return student.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("classes", "size"), [(2, 64), (100, 16)])
+def test_parity(classes, size):
+    student = network(classes, size)
+    session = onnxruntime.InferenceSession(export.to_onnx(student))
+    images = np.random.default_rng(1).integers(0, 256, (1000, size, size, 3), np.uint8)
+    expected = evaluate(student, torch.from_numpy(images), student.mean, student.std).softmax(1).numpy()
+    for count in (1, 1000):
+        (found,) = session.run(None, {"images": images[:count]})
+        assert found.shape == (count, classes)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected[:count], atol=1e-5)
+    assert [(each.name, each.type, each.shape) for each in session.get_inputs()] == [
+        ("images", "tensor(uint8)", ["N", size, size, 3])
+    ]
+    assert [(each.name, each.type, each.shape) for each in session.get_outputs()] == [
+        ("probabilities", "tensor(float)", ["N", classes])
+    ]
+
+
+@pytest.mark.slow
+def test_export_and_the_lines_that_use_the_file(cli, copy, images):
+    """The lines in use/export.py, which the README repeats, run without this program, on the file alone."""
+    result = cli("--export", "--output-dir", copy)
+    assert result.status == 0
+    assert result.out.startswith(f"{copy / STUDENT / 'model.onnx'}: ")
+    assert "on 24 test images" in result.out
+    assert float(re.search(r"differ by at most (\S+),", result.out)[1]) < 1e-5
+    assert "the class is the same for 24 of 24" in result.out
+    assert {each.name for each in (copy / STUDENT).iterdir()} >= {"model.pt", "model.onnx", "run.json"}
+
+    elsewhere = copy / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(copy / STUDENT / "model.onnx", elsewhere)
+    shutil.copy(images / "test" / "blue" / "00.png", elsewhere / "image.png")
+    lines = textwrap.dedent(re.search(r"(?:^    .*\n)+", export.__doc__, re.MULTILINE)[0])
+    done = subprocess.run([sys.executable, "-c", lines], cwd=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    probabilities = softmax(np.load(copy / STUDENT / "test_logits.npy"))[0]
+    name, probability = done.stdout.split()
+    assert name == ("blue", "green", "red")[probabilities.argmax()]
+    assert float(probability) == pytest.approx(probabilities.max(), abs=1e-5)
+
+    metadata = onnxruntime.InferenceSession(elsewhere / "model.onnx").get_modelmeta().custom_metadata_map
+    record = json.loads((copy / STUDENT / "run.json").read_text())
+    assert json.loads(metadata["classes"]) == ["blue", "green", "red"]
+    assert metadata["image_size"] == "16"
+    assert float(metadata["accuracy"]) == record["accuracy"]
+    assert metadata["weights_sha256"] == record["weights_sha256"]
+    assert metadata["program_version"] == record["environment"]["program"]
+
+
+@pytest.mark.slow
+def test_without_a_test_set_noise_is_compared_and_said(cli, copy):
+    shutil.rmtree(copy / "data")
+    result = cli("--export", "--model", copy / "teacher-s0")
+    assert result.status == 0
+    assert "on 256 images of noise (no test set of this model is kept beside it)" in result.out
+
+
+class TestNothingIsLeft:
+    """Whatever goes wrong is a sentence, and no file is left."""
+
+    @pytest.fixture
+    def says(self, cli, copy, monkeypatch):
+        monkeypatch.setattr(export, "to_onnx", lambda network: self.content)
+
+        def run():
+            before = sorted(copy.rglob("*"))
+            result = cli("--export", "--output-dir", copy)
+            assert (result.status, result.out) == (1, "")
+            assert "Traceback" not in result.err
+            assert sorted(copy.rglob("*")) == before
+            return result.err
+
+        return run
+
+    content = b"no ONNX"
+
+    def test_packages_are_missing(self, says, monkeypatch):
+        there = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else there(name))
+        assert says() == "error: --export needs onnxscript: pip install -r requirements-export.txt\n"
+
+    def test_onnx_runtime_cannot_read_it(self, says):
+        assert "cannot run the model, opset 18" in says()
+
+    def test_the_answers_differ(self, says, monkeypatch):
+        monkeypatch.setattr(export, "compare", lambda *_: (float("nan"), 3))
+        assert "does not answer as PyTorch does: on 24 test images" in says()
+
+    def test_the_disk_is_full(self, says, monkeypatch):
+        monkeypatch.setattr(export, "compare", lambda *_: (0.0, 24))
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        assert "the disk is full. What was there before is unchanged." in says()
+
+    def test_the_test_set_is_damaged(self, says, copy):
+        (path,) = (copy / "data").glob("test-*.npz")
+        path.write_bytes(path.read_bytes()[:-9])
+        assert f"{path} is damaged" in says()
+
+
+@pytest.mark.slow
+def test_an_opset_that_pytorch_does_not_know(cli, copy, monkeypatch):
+    monkeypatch.setattr(export, "OPSET", 99)
+    result = cli("--export", "--output-dir", copy)
+    assert result.status == 1
+    assert "opset 99" in result.err
+    assert not (copy / STUDENT / "model.onnx").exists()
+
+
+def test_overwrite_removes_the_file_of_the_model_before(copy):
+    from runs.run import Run
+
+    (copy / STUDENT / "model.onnx").write_bytes(b"")
+    Run(copy / STUDENT, None).remove()
+    assert not (copy / STUDENT / "model.onnx").exists()

@@ -1,0 +1,1 @@
+"""What a finished model is for: to classify images, and to run elsewhere."""
