@@ -13,12 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RECORD, SPEED = ROOT / "README.md", ROOT / "results" / "jpeg-cpu", ROOT / "results" / "throughput-cpu.json"
-
-DATA = {  # by the digest in a run's settings
-    "f10d7667": "CIFAR-10",
-    "14ae7833": "CIFAR-10 after JPEG compression of quality 75, which takes detail away",
-}
+README, RECORD, SPEED = ROOT / "README.md", ROOT / "results" / "cifar10", ROOT / "results" / "throughput-cpu.json"
 
 
 def table(head, *rows):
@@ -73,7 +68,7 @@ def results():
     epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     return table(head, *rows) + (
         f"\n\nTeacher: {sizes[0]}, {epochs} epochs. Student: {sizes[1]}, {settings['epochs']} epochs. "
-        f"{DATA[settings['data'][:8]]}; {environment['device']}, {environment['precision']}, torch "
+        f"{environment['device']}, {environment['precision']}, torch "
         f"{environment['torch']}."
     )
 
@@ -84,8 +79,9 @@ def speed():
     made_with = found["environment"]
     rows = [[name, f"{ratio:.1f}"] for name, ratio in found["ratios"].items()]
     return table(["", "times as fast"], *rows) + (
-        f"\n\n{made_with['device']}, {made_with['precision']}, torch {made_with['torch']}; medians, both loops "
-        f"measured in turn in one process: `{found['command']}`."
+        f"\n\n{made_with['device']}, {made_with['precision']}, torch {made_with['torch']}; networks of recipe "
+        f"{found['recipe']}; medians, both loops measured in turn in one process: "
+        f"`{found['command'].replace('--pictures', '--images')}`."
     )
 
 

@@ -22,7 +22,7 @@ STYLES = {
 }
 PAIRS = (("#D55E00", "-"), ("#E69F00", "-."), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (5, 1, 1, 1))))
 FEW = 20  # images in a bin of a reliability diagram, below which it is drawn pale
-EXAMPLES = 5
+EXAMPLES = 3
 
 
 def draw(comparison):
