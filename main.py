@@ -95,6 +95,7 @@ def start(arguments, stop):
 
 def prepare(session, runs):
     """Checks all of `runs` before any is trained, or removes what exists of them with --overwrite."""
+    session.options.stop.runs_removed = bool(session.arguments.overwrite)
     plan.prepare(runs, session.machine, session.arguments.overwrite)
 
 

@@ -32,10 +32,8 @@ def exit_status(main, argv=None):
             signal.signal(number, signal.SIG_IGN)
         if arguments and arguments.task:
             again = "The same command begins again"
-        elif error.kept and arguments.overwrite:
+        elif stop.runs_removed:
             again = "The same command without --overwrite resumes it"
-        elif arguments and arguments.overwrite:
-            again = "To keep what this command has trained so far, repeat it without --overwrite"
         else:
             again = "The same command resumes it"
         print(f"\n{error} {again}.", file=sys.stderr)
@@ -47,14 +45,14 @@ def exit_status(main, argv=None):
         if arguments is None or arguments.debug:
             traceback.print_exc()
         else:
-            print(f"error: {explain(error, arguments)}", file=sys.stderr)
+            print(f"error: {explain(error, arguments, stop)}", file=sys.stderr)
         return 1
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def explain(error, arguments):
+def explain(error, arguments, stop):
     """An exception in words: what happened, where, and what to do."""
     if isinstance(error, Failure):
         text = str(error)
@@ -67,6 +65,6 @@ def explain(error, arguments):
         text = f"{type(error).__name__}: {first}\n(--debug shows where)"
         if arguments.compile:
             text += "\nIf torch.compile is what fails, train without --compile."
-    if arguments.overwrite and "--overwrite" not in text:
-        text += "\nTo keep what this command has trained so far, repeat it without --overwrite."
+    if stop.runs_removed and "--overwrite" not in text:
+        text += "\nWhat this command has trained is kept: repeat it without --overwrite to go on from there."
     return text

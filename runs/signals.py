@@ -17,6 +17,7 @@ class Stop:
     loop to act on at its next step; a second signal does not wait."""
 
     signal_number = None
+    runs_removed = False  # whether --overwrite has removed earlier runs, so that resuming is to repeat without it
     _deferring = False
 
     def handle(self, signal_number, frame=None):

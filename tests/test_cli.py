@@ -284,21 +284,19 @@ def test_an_interrupted_overwrite_is_resumed_without_it(quick, flags, copy, monk
     assert quick(*command).status == 0
 
 
-KEEP = "To keep what this command has trained so far, repeat it without --overwrite."
-
-
 def test_an_interruption_after_the_training_is_resumed_without_overwrite(cli, flags, copy, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(figures, "draw", Mock(side_effect=Interrupted(15)))
         got = cli(*flags, "--epochs", 1, "--output-dir", copy, "--overwrite")
-    assert got.status == 143 and got.err.endswith(f"\nStopped. {KEEP}\n")
+    assert got.status == 143 and got.err.endswith("\nStopped. The same command without --overwrite resumes it.\n")
 
 
 def test_a_failure_after_overwrite_began_says_how_to_resume(cli, flags, copy, monkeypatch):
+    advice = "repeat it without --overwrite to go on from there."
     words = (*flags, "--output-dir", copy, "--overwrite")
     with failing_at_the_end(monkeypatch, Failure("the disk is full")):
         got = cli(*words)
-    assert got.status == 1 and got.err.endswith(f"{KEEP}\n"), got
+    assert got.status == 1 and got.err.endswith(f"What this command has trained is kept: {advice}\n"), got
 
     def spoil(optimizer):
         optimizer.param_groups[1]["params"][0].data.fill_(float("nan"))
