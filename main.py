@@ -207,10 +207,10 @@ def use_runs(arguments):
 
         list_runs(arguments.output_dir)
     elif arguments.task == "report":
-        from reports.report import report
-
         if not Path(arguments.output_dir).is_dir():
             raise Failure(f"{arguments.output_dir} does not exist: --report needs a folder with finished runs.")
+        from reports.report import report
+
         with lock(arguments.output_dir):
             report(arguments.output_dir)
     elif arguments.task == "predict":
