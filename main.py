@@ -125,7 +125,7 @@ def train_students(session, teachers):
     )
     if any(arguments.alpha):
         print(f"Soft targets: {arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {folder}", flush=True)
-    keep_for_report(session, networks)
+    keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
 
     pair = choose_pair(session, teacher, targets) if arguments.sweep else plan.pairs(arguments)[0]
     runs = plan.student_runs(arguments, loaded, teacher, [pair])
@@ -190,14 +190,18 @@ def digests_of(session, teachers):
     return {digest: networks[digest].to(**place) for digest in sorted(networks)}
 
 
-def keep_for_report(session, networks):
-    """Keeps the test set and the teachers' test logits, from which --report works without data and PyTorch."""
-    output, loaded = session.arguments.output_dir, session.data
+def keep_for_report(session, networks, teacher_bytes):
+    """Keeps the test set, the teachers' test logits and how fast teacher and student are, from which --report works
+    without data and PyTorch. `networks` are the teachers by digest, `teacher_bytes` the size of their files."""
+    output, loaded, machine = session.arguments.output_dir, session.data, session.machine
     images, labels = loaded.test_images.cpu().numpy(), loaded.test_labels.cpu().numpy()
     records.save_test_set(output, loaded.digest, images, labels, loaded.classes)
     for digest, network in networks.items():
         test_logits = partial(evaluate, network, loaded.test_images, loaded.mean, loaded.std)
         records.save_teacher_logits(output, digest, loaded.digest, test_logits)
+    place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": teacher_bytes}
+    measure = partial(models.speeds, list(networks.values()), loaded.image_size, machine)
+    records.save_speed(output, list(networks), loaded.digest, place, measure)
 
 
 def use_runs(arguments):

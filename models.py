@@ -9,6 +9,8 @@ import functools
 import hashlib
 import json
 import math
+import statistics
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from runs.checkpoints import load_checkpoint, save_checkpoint
 from runs.files import Damaged, decode
-from runs.settings import Costs, Share
+from runs.machine import choose_precision
+from runs.settings import Costs, Share, Speed
 
 FORMAT = 2  # of model.pt; a file with another number is refused
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 64
@@ -30,6 +33,7 @@ Scale = Annotated[float, Meta(gt=0, le=1)]
 # CPU the activations of 128 images stay in its caches: a teacher is half as fast again as with 1,000. On a GPU those of
 # 2,000 images of 64x64 would fill 8 GB.
 INFERENCE_BATCH = {"cpu": 128, "mps": 500, "cuda": 500}
+SPEED_SECONDS = 0.15  # for single images and for batches, in each precision
 
 
 class Whitening(nn.Conv2d):
@@ -174,6 +178,44 @@ def normalize(images, mean, std):
     return torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
+@torch.inference_mode()
+def speeds(teachers, image_size, machine):
+    """How fast `teachers` (networks that answer together, on `machine`'s device) and a student are: `batch`, and for
+    both {precision: Speed}, in float32 and, where the device has instructions for it, in bfloat16.
+
+    The median of a few repeats, about a second in all. Both take turns, so that whatever else the machine does slows
+    them alike; the first turn is a warm-up. Speed depends on shapes, not on weights, so the student is a new one.
+    """
+    student = create("student", teachers[0].head.out_features, seed=0).eval()
+    networks = {"teacher": teachers, "student": [student.to(machine.device, memory_format=torch.channels_last)]}
+    batch = INFERENCE_BATCH[machine.device.type]
+    result = {"batch": batch, "teacher": {}, "student": {}}
+    for precision in dict.fromkeys(("fp32", choose_precision("auto", machine.device))):
+        one, many = (_seconds(networks, count, image_size, machine, precision) for count in (1, batch))
+        for name in networks:
+            result[name][precision] = Speed(1000 * one[name], batch / many[name])
+    return result
+
+
+def _seconds(networks, count, image_size, machine, precision):
+    """{name: median seconds} that each of `networks` takes for `count` images."""
+    images = torch.randn(count, 3, image_size, image_size, generator=generator("speed"))
+    images = images.to(machine.device, memory_format=torch.channels_last)
+    seconds = {name: [] for name in networks}
+    finish, turns = time.perf_counter() + SPEED_SECONDS, 0
+    while turns < 3 or (turns < 200 and time.perf_counter() < finish):
+        for name, members in networks.items():
+            machine.synchronize()
+            started = time.perf_counter()
+            with machine.autocast(precision):
+                for network in members:
+                    network(images)
+            machine.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+        turns += 1
+    return {name: statistics.median(measured[1:]) for name, measured in seconds.items()}
+
+
 def scale_and_shift(mean, std):
     """What normalized pixels are: uint8 ones times the first, plus the second; two float32 tensors (3,)."""
     return torch.tensor([1 / (255 * s) for s in std]), torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
@@ -243,6 +285,14 @@ def save(path, network, architecture, *, classes, image_size, mean, std, setting
 def load(path):
     """The network in a model.pt, on the CPU, in evaluation mode, with the file's `architecture`, `classes` (names),
     `image_size`, `mean`, `std`, `settings` and test `accuracy` as attributes.
+
+        network = models.load("outputs/kd-T4-a0.1-s0/model.pt")
+        with torch.inference_mode():
+            logits = network(network.normalize(images))  # uint8 (B, S, S, 3) -> float32 (B, classes)
+
+    On a GPU: `network.to("cuda", memory_format=torch.channels_last)`; `normalize` brings the images there. To train it
+    further: `network.train()`, which lets batch norm follow the new images; its weights already require gradients.
+    Back to answers: `network.eval()`.
 
     Raises Failure where the file cannot be read, and Damaged where it is not a complete checkpoint of this format and
     one of these architectures. Nothing in the file can run code.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reports.records import comparable, finished_runs, load_test_set
+from reports.records import comparable, finished_runs, load_speed, load_test_set
 from reports.statistics import (
     calibration_error,
     class_accuracies,
@@ -64,6 +64,7 @@ class Comparison:
             **self._measures(self.teacher_logits),
         }
         self.student = dict(vars(self.first.costs["student"]))
+        self._add_speed()
         self.selection = self._selection()
 
     def _teacher_runs(self, runs):
@@ -71,6 +72,16 @@ class Comparison:
             (run for run in runs.values() if run.settings.role == "teacher"), key=lambda r: r.settings.seed
         )
         return [run for run in teachers if run.weights_sha256 in self.settings.teacher.split("+")]
+
+    def _add_speed(self):
+        """Adds to teacher and student what their files and their speed cost: `cost`, None where it was not measured."""
+        speed = load_speed(self.output, self.settings.teacher.split("+"), self.settings.data)
+        sizes = {"teacher": speed and speed.teacher_bytes, "student": (self.first.folder / "model.pt").stat().st_size}
+        for name, size in sizes.items():
+            getattr(self, name)["cost"] = speed and {
+                "bytes": size, "device": speed.device, "threads": speed.threads, "batch": speed.batch,
+                **{precision: vars(measured) for precision, measured in getattr(speed, name).items()},
+            }  # fmt: skip
 
     def _asked_before(self, runs):
         path = self.output / "comparison.json"

@@ -1,7 +1,5 @@
-"""The figures of a comparison. The only module that needs matplotlib, which takes a second to import.
-
-Colours are Okabe and Ito's, which the colour-blind tell apart; line styles and hatches tell roles apart in grey.
-"""
+"""The figures of a comparison. Colours are Okabe and Ito's, which the colour-blind tell apart; line styles and hatches
+tell roles apart in grey."""
 
 import csv
 import io
@@ -11,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from reports.statistics import BINS, reliability, softmax
+from reports.statistics import BINS, paired_test, reliability, softmax
 from runs.files import Damaged, make_folder, read, remove, write
 from runs.settings import pair_name
 
@@ -36,7 +34,7 @@ def draw(comparison):
     make_folder(folder)
     drawn = []
     for name, function in {
-        "curves": curves, "gain": gain, "sweep": sweep, "reliability": reliability_diagrams,
+        "curves": curves, "cost": cost, "gain": gain, "sweep": sweep, "reliability": reliability_diagrams,
         "dark_knowledge": dark_knowledge,
     }.items():  # fmt: skip
         path = folder / f"{name}.png"
@@ -120,6 +118,48 @@ def _history(path):
     if not history:
         raise Damaged(f"{path} is damaged: it has no rows.")
     return history
+
+
+def cost(comparison):
+    """Test accuracy against multiply-adds: the teacher, the baseline and the distilled students, with their means and
+    95% confidence intervals over the seeds."""
+    figure = Figure((6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    teacher, student = comparison.teacher, comparison.student
+    axes.axhline(teacher["accuracy"], color="black", linewidth=0.8, linestyle=":")
+    axes.plot(teacher["macs"], teacher["accuracy"], "s", color="black", label="teacher")
+    _number(axes, teacher["macs"], teacher["accuracy"])
+    groups = [("baseline", STYLES["baseline"]["color"], comparison.baseline)]
+    groups += [(f"KD, {_pair(e)}", PAIRS[k % len(PAIRS)][0], e) for k, e in enumerate(comparison.kd)][::-1]
+    for position, (label, color, entry) in enumerate(groups):
+        place = student["macs"] * 1.12 ** (position - (len(groups) - 1) / 2)  # side by side, though they cost the same
+        interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
+        error = interval and [[entry["mean"] - interval[0]], [interval[1] - entry["mean"]]]
+        axes.plot([place] * len(entry["seeds"]), entry["accuracies"], ".", color=color, alpha=0.4)
+        axes.errorbar(place, entry["mean"], error, fmt="D", color=color, capsize=5, label=label)
+        if position in (0, len(groups) - 1):
+            _number(axes, place, entry["mean"], left=position == 0)
+    ticks = [
+        f"{name}\n{entry['macs'] / 1e6:,.1f} million multiply-adds\n{entry['parameters'] / 1e6:.2f} million parameters"
+        for name, entry in (("student", student), ("teacher", teacher))
+    ]
+    axes.set(xscale="log", xlim=(student["macs"] / 2.2, teacher["macs"] * 2.2), ylabel="test accuracy")
+    axes.minorticks_off()
+    axes.set_xticks([student["macs"], teacher["macs"]], ticks)
+    axes.margins(y=0.15)
+    axes.grid(axis="y", alpha=0.25)
+    seeds = len(comparison.kd[0]["seeds"])
+    figure.suptitle(f"Accuracy against cost ({'one pair' if seeds == 1 else f'{seeds} seeds, 95% intervals'})")
+    _legend(figure, [axes], 3)
+    return figure
+
+
+def _number(axes, place, accuracy, left=False):
+    """Writes an accuracy beside its point."""
+    axes.annotate(
+        f"{accuracy:.4f}", (place, accuracy), (-10 if left else 10, 3), textcoords="offset points",
+        ha="right" if left else "left",
+    )  # fmt: skip
 
 
 def gain(comparison):

@@ -1,13 +1,14 @@
 """What an output folder keeps for its report: finished runs, the test set, and the teachers' test logits."""
 
+import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from runs.files import Damaged, Failure, load_array, load_arrays, make_folder, read_json, save_arrays
-from runs.settings import RunRecord
+from runs.files import Damaged, Failure, load_array, load_arrays, make_folder, read_json, save_arrays, write_json
+from runs.settings import RunRecord, SpeedRecord
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,26 @@ def save_teacher_logits(output, teacher_digest, data_digest, compute):
         save_arrays(path, logits=compute().cpu().numpy())
 
 
+def save_speed(output, teacher_digests, data_digest, place, measure):
+    """Keeps how fast a teacher (or several together) and the student are: what `measure()` returns, and where that was,
+    `place`; unless it was measured there before, so that a repeated command says the same."""
+    path = _speed_path(output, teacher_digests, data_digest)
+    try:
+        kept = path.is_file() and vars(read_json(path, SpeedRecord))
+    except Damaged:
+        kept = None
+    if not kept or any(kept[name] != value for name, value in place.items()):
+        make_folder(path.parent)
+        write_json(path, asdict(SpeedRecord(**place, **measure())))
+
+
+def load_speed(output, teacher_digests, data_digest):
+    """The SpeedRecord of a teacher (or several together) and its student, None where it was not measured; raises
+    Damaged where the file is damaged."""
+    path = _speed_path(output, teacher_digests, data_digest)
+    return read_json(path, SpeedRecord) if path.is_file() else None
+
+
 def load_test_set(output, data_digest, teacher_digests):
     """(images, labels, class names, [test logits of each teacher]) as kept; raises Failure where they are missing."""
     paths = [_test_path(output, data_digest), *(_teacher_path(output, each, data_digest) for each in teacher_digests)]
@@ -138,3 +159,9 @@ def _test_path(output, data_digest):
 
 def _teacher_path(output, teacher_digest, data_digest):
     return Path(output) / "data" / f"teacher-{teacher_digest[:16]}-{data_digest[:16]}.npz"
+
+
+def _speed_path(output, teacher_digests, data_digest):
+    one = len(teacher_digests) == 1
+    teacher = teacher_digests[0] if one else hashlib.sha256("+".join(teacher_digests).encode()).hexdigest()
+    return Path(output) / "data" / f"speed-{teacher[:16]}-{data_digest[:16]}.json"

@@ -2,18 +2,21 @@
 
 from reports import figures
 from reports.comparison import Comparison
+from reports.html import page
 from reports.text import block, details, table
 from runs.files import write, write_json
 
 
 def report(output, asked=None):
-    """Prints the comparison of a folder's finished runs, and writes comparison.json, comparison.csv and figures.
-    `asked` is as for Comparison."""
+    """Prints the comparison of a folder's finished runs, and writes comparison.json, comparison.csv, figures and
+    report.html. `asked` is as for Comparison."""
     comparison = Comparison(output, asked)
     print(f"\n{block(comparison)}\n{details(comparison)}", flush=True)
     write_json(comparison.output / "comparison.json", comparison.as_dict())
     write(comparison.output / "comparison.csv", table(comparison))
     drawn = figures.draw(comparison)
+    write(comparison.output / "report.html", page(comparison, drawn))
     print(
-        f"Written: {comparison.output / 'comparison.json'}, comparison.csv, {len(drawn)} figures in {drawn[0].parent}"
+        f"Written: {comparison.output / 'comparison.json'}, comparison.csv, report.html, "
+        f"{len(drawn)} figures in {drawn[0].parent}"
     )

@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 
+from reports import costs
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
 from runs.settings import pair_name
 
@@ -91,6 +92,11 @@ def details(comparison):
         for each in sorted(comparison.selection, key=lambda each: -each["mean"]):
             name = "Baseline" if each["role"] == "baseline" else f"KD, {_pair(each)}"
             text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
+    text += "\n" + _row("Costs", "parameters", "MACs, M", "MB", "ms / image", "images / s")
+    for name, parameters, macs, *measured in costs.rows(comparison):
+        cells = ("-" if value is None else f"{value:,.1f}" for value in measured)
+        text += _row(name, f"{parameters:,}", f"{macs:,.1f}", *cells)
+    text += f"({costs.where(comparison)})\n{costs.trade(comparison)}\n"
     text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)) + "\n"
     for each in comparison.kd[1:]:
         over = each["first_over_this"]

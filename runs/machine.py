@@ -42,6 +42,8 @@ class Machine:
         """Waits for the GPU, so that a time is the time of what was launched before."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     @property
     def must_match(self):

@@ -55,6 +55,25 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Speed:
+    milliseconds: Annotated[float, Meta(gt=0)]  # for one image
+    images_per_second: Annotated[float, Meta(gt=0)]  # in batches
+
+
+@dataclass(frozen=True)
+class SpeedRecord:
+    """How fast teacher (or ensemble) and student answer side by side on a device, each a Speed by precision; `batch` is
+    the number of images in a batch, `teacher_bytes` the size of the teacher's model.pt."""
+
+    device: str
+    threads: Positive
+    batch: Positive
+    teacher_bytes: Positive
+    teacher: dict[str, Speed]
+    student: dict[str, Speed]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """The content of run.json. What is None in an unfinished run comes after `recorded`."""
 

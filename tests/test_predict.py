@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import CLASSES, ROOT
 from PIL import Image
 
@@ -146,6 +147,26 @@ def test_neither_a_missing_image_nor_a_list_needs_pytorch(finished):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
         assert "PyTorch" not in done.stderr
+
+
+def test_models_load_is_the_way_into_pytorch(finished, images):
+    """What its docstring says: answers, and training further."""
+    network = models.load(finished / STUDENT / "model.pt")
+    paths = sorted((images / "test").rglob("*.png"))
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
+    with torch.inference_mode():
+        logits = network(network.normalize(pixels))
+    np.testing.assert_allclose(logits, np.load(finished / STUDENT / "test_logits.npy"), atol=1e-4)
+    optimizer = torch.optim.SGD(network.train().parameters(), lr=1e-3)
+    labels = torch.arange(3).repeat_interleave(8)
+    losses = []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(network(network.normalize(pixels)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 def test_list(cli, finished, copy, tmp_path):

@@ -188,7 +188,7 @@ def test_a_report_of_logits_made_by_hand(cli, folder):
         likelihood = -accuracy * math.log(confidence) - (1 - accuracy) * math.log((1 - confidence) / 2)
         wanted = [f"{each:.4f}" for each in (accuracy, abs(accuracy - confidence), likelihood)]
         wanted[1:1] = ["1", f"{agreement[title]:.4f}"] if title in agreement else ["1"]
-        (row,) = (line[26:].split() for line in lines if line.startswith(f"{title:<26}"))
+        row = next(line[26:].split() for line in lines if line.startswith(f"{title:<26}"))  # the costs come later
         assert row == wanted
     for number, name in enumerate(CLASSES):
         (row,) = (line[26:].split() for line in lines if line.startswith(f"{name:<26}"))

@@ -129,7 +129,7 @@ def test_the_report_prints_and_draws_again_without_data(cli, swept, tmp_path, mo
     assert got.status == 0, got
     assert "Improvement with KD:" in got.out and "Sweep, on validation" in got.out
     assert {name: (again / name).read_bytes() for name in before} == before
-    assert len(list((again / "figures").iterdir())) == 5
+    assert len(list((again / "figures").iterdir())) == 6
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_figures_are_not_blank_and_carry_their_labels(swept):
         assert not [word for word in words if word not in texts], (name, texts)
     assert len(figures.gain(comparison).axes) == len(comparison.kd) == 2
     drawn = {path.stem: np.asarray(Image.open(path).convert("L")) for path in (swept / "figures").iterdir()}
-    assert set(drawn) == {"curves", "gain", "sweep", "reliability", "dark_knowledge"}
+    assert set(drawn) == {"curves", "gain", "sweep", "reliability", "dark_knowledge", "cost"}
     for name, pixels in drawn.items():
         assert pixels.std() > 10 and min(pixels.shape) > 300, name
 

@@ -1,0 +1,103 @@
+"""report.html: the comparison as one file to hand on, which fetches nothing. Its template is report.html.jinja."""
+
+import base64
+import hashlib
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from reports import costs
+from reports.text import COLUMNS, claim, environments, points
+from runs.settings import pair_name
+
+CAPTIONS = {
+    "cost": "Accuracy against cost.",
+    "gain": "The gain with distillation, seed by seed, and its 95% confidence interval.",
+    "curves": "Training curves.",
+    "sweep": "The sweep: accuracy on the validation part, by temperature and alpha.",
+    "reliability": "Reliability: accuracy against confidence.",
+    "dark_knowledge": "What the soft targets carry.",
+}
+
+
+def page(comparison, figures):
+    """The page, as text: `comparison` is a reports.comparison.Comparison, `figures` the paths of its PNG files.
+
+    Class names, paths and all other text are escaped, and the page's own policy forbids it to load anything or to run
+    any script but its own.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    order = list(CAPTIONS)
+    drawn = sorted((path for path in figures if path.stem in order), key=lambda path: order.index(path.stem))
+    entry = comparison.kd[0]
+    return environment.get_template("report.html.jinja").render(
+        entry=entry,
+        baseline=comparison.baseline,
+        teacher=comparison.teacher,
+        gain=points(entry["improvement"]["mean"], "+"),
+        trade=costs.trade(comparison),
+        claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)),
+        environments=environments([run for run in comparison.runs if not run.settings.val_fraction]),
+        where=costs.where(comparison),
+        tables=_tables(comparison),
+        figures=[(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode()) for path in drawn],
+        settings=comparison.settings.as_dict(),
+        environment=comparison.environment,
+    )
+
+
+def _tables(comparison):
+    """[(title, column names, rows)]: the cells are text, numbers or None."""
+    teacher, baseline = comparison.teacher, comparison.baseline
+
+    def students(name, given):
+        names = ("agreement_with_teacher", "calibration_error", "negative_log_likelihood")
+        means = (f"{np.mean(given[each]):.4f}" for each in names)
+        return (name, *(_decimals(given[each]) for each in ("mean", "std")), len(given["seeds"]), *means)
+
+    own = (_decimals(teacher[each]) for each in ("calibration_error", "negative_log_likelihood"))
+    results = [("Teacher", _decimals(teacher["accuracy"]), None, 1, None, *own)]
+    results += [students(f"KD, {pair_name(each['temperature'], each['alpha'])}", each) for each in comparison.kd]
+    results.append(students("Baseline", baseline))
+    tables = [("Accuracy", ("network", "accuracy", "std", "n", "agreement", "ECE", "NLL"), results)]
+
+    measured = [
+        (name, f"{parameters:,}", f"{macs:,.1f}", *(None if value is None else f"{value:,.1f}" for value in rest))
+        for name, parameters, macs, *rest in costs.rows(comparison)
+    ]
+    columns = ("network", "parameters", "million MACs", "MB", "ms for one image", "images a second")
+    tables.append(("What it costs", columns, measured))
+
+    accuracies = [each["class_accuracies"] for each in (teacher, comparison.kd[0], baseline)]
+    classes = zip(comparison.classes, *accuracies, strict=True)
+    by_class = [(name, *map(_decimals, values)) for name, *values in classes]
+    tables.append(("Accuracy by class", ("class", "teacher", "with KD", "baseline"), by_class))
+
+    if comparison.selection:
+        columns = ("role", "temperature", "alpha", "validation accuracy", "std", "n")
+        sweep = [
+            (e["role"], e["temperature"], e["alpha"], _decimals(e["mean"]), _decimals(e["std"]), len(e["seeds"]))
+            for e in comparison.selection
+        ]
+        tables.append(("Sweep, on the validation part", columns, sweep))
+
+    runs = []
+    for run in comparison.runs:
+        values = {**vars(run), **vars(run.settings), "run": run.folder.relative_to(comparison.output).as_posix()}
+        values |= {name: _decimals(values[name]) for name in ("accuracy", "val_accuracy")}
+        values |= {"seconds": f"{run.seconds:,.0f}", "learning_rate": f"{run.settings.learning_rate:.4g}"}
+        runs.append([values[name] for name in COLUMNS])
+    tables.append(("Runs", [name.replace("_", " ") for name in COLUMNS], runs))
+    return tables
+
+
+def _decimals(value):
+    return None if value is None else f"{value:.4f}"

@@ -1,0 +1,106 @@
+"""What teacher and student cost, in comparison.json, on paper and in words."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from reports import costs
+from runs.files import read_json
+
+
+@pytest.mark.slow
+def test_every_comparison_says_what_it_costs(cli, copy, flags):
+    """Figures exist and are positive; repeated, the command and --report say the same."""
+    before = (copy / "comparison.json").read_text()
+    content = json.loads(before)
+    for name, factor in (("teacher", 1), ("student", 10)):
+        cost = content[name]["cost"]
+        model = copy / {"teacher": "teacher-s0", "student": "kd-T4-a0.1-s0"}[name] / "model.pt"
+        assert cost["bytes"] == model.stat().st_size
+        assert (cost["batch"], cost["threads"] > 0) == (128, True)
+        assert cost["fp32"]["milliseconds"] > 0
+        assert cost["fp32"]["images_per_second"] > 0
+        assert content[name]["parameters"] < 6e6 / factor
+    for words in ((*flags, "--output-dir", copy), ("--report", "--output-dir", copy)):
+        result = cli(*words)
+        assert result.status == 0
+        assert "Beside the teacher the student is 10.5 times smaller" in result.out
+        assert (copy / "comparison.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_measured_again_where_it_is_missing_or_damaged(cli, copy, flags):
+    (path,) = (copy / "data").glob("speed-*.json")
+    path.write_text("{}")
+    damaged = cli("--report", "--output-dir", copy)
+    assert (damaged.status, str(path) in damaged.err) == (1, True)
+    path.unlink()
+    missing = cli("--report", "--output-dir", copy)
+    assert missing.status == 0
+    assert "The speed was not measured yet" in missing.out
+    assert read_json(copy / "comparison.json")["student"]["cost"] is None
+    assert cli(*flags, "--output-dir", copy).status == 0
+    assert path.is_file()
+
+
+def comparison(teacher, kd, baseline, p=None, seeds=5, speeds=(100.0, 710.0), members=1):
+    """What reports.costs reads of a Comparison."""
+    cost = [speed and {"fp32": {"milliseconds": 1.0, "images_per_second": speed}} for speed in speeds]
+    return SimpleNamespace(
+        teacher={"accuracy": teacher, "members": [teacher] * members, "parameters": 1160, "cost": cost[0]},
+        student={"parameters": 100, "cost": cost[1]},
+        baseline={"mean": baseline},
+        kd=[
+            {
+                "mean": kd,
+                "seeds": list(range(seeds)),
+                "improvement": {"mean": 100 * (kd - baseline), "p_value": p},
+            }
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            comparison(0.92, 0.897, 0.884, 0.01),
+            "Beside the teacher the student is 11.6 times smaller, 7.1 times faster and 2.3 points less accurate; "
+            "distillation recovers 1.3 of 3.6 points (mean of 5 seeds).",
+        ),
+        (
+            comparison(0.92, 0.89, 0.8895, 0.4, speeds=(100.0, 97.0), members=3),
+            "Beside the 3 teachers together the student is 11.6 times smaller, as fast and 3.0 points less accurate; "
+            "distillation recovers 0.05 of 3.1 points (mean of 5 seeds, not significant).",
+        ),
+        (
+            comparison(0.92, 0.88, 0.89, 0.02, speeds=(100.0, 50.0)),
+            "Beside the teacher the student is 11.6 times smaller, 2.0 times slower and 4.0 points less accurate; "
+            "distillation costs 1.0 points: the baseline is better (mean of 5 seeds).",
+        ),
+        (
+            comparison(0.92, 0.89, 0.89, seeds=1, speeds=(None, None)),
+            "Beside the teacher the student is 11.6 times smaller and 3.0 points less accurate; "
+            "distillation recovers none of the 3.0 points (one pair of students).",
+        ),
+        (
+            comparison(0.92, 0.93, 0.91, 0.01),
+            "Beside the teacher the student is 11.6 times smaller, 7.1 times faster and 1.0 points more accurate; "
+            "distillation recovers all of the 1.0 points between baseline and teacher (mean of 5 seeds).",
+        ),
+        (
+            comparison(0.92, 0.93, 0.925, 0.2),
+            "Beside the teacher the student is 11.6 times smaller, 7.1 times faster and 1.0 points more accurate; "
+            "distillation adds 0.5 points to a baseline that is no worse than the teacher "
+            "(mean of 5 seeds, not significant).",
+        ),
+        (
+            comparison(0.92, 0.92, 0.92),
+            "Beside the teacher the student is 11.6 times smaller, 7.1 times faster and as accurate; "
+            "distillation changes nothing (mean of 5 seeds).",
+        ),
+    ],
+)
+def test_the_trade_in_words(given, sentence):
+    assert costs.trade(given) == sentence

@@ -1,0 +1,87 @@
+"""report.html: one file that fetches nothing, whose figures load and whose text is only text."""
+
+import base64
+import hashlib
+import io
+import os
+from html.parser import HTMLParser
+
+import pytest
+from conftest import make_images
+from PIL import Image
+
+from reports.comparison import Comparison
+from reports.html import page
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.texts, self.inside = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, text):
+        (self.scripts if self.inside == "script" else self.texts).append(text)
+
+
+def test_one_file_that_fetches_nothing(finished):
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    found = Page(text)
+    for tag, attributes in found.tags:
+        assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
+        for name in ("href", "src", "srcset", "action", "poster"):
+            assert attributes.get(name, "data:").startswith("data:")
+        assert not any(name.startswith("on") for name in attributes)
+    assert "url(" not in text
+    assert "@import" not in text
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert len(images) == len(list((finished / "figures").iterdir()))
+    for image in images:
+        content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
+        Image.open(io.BytesIO(content)).verify()
+        assert image["alt"]
+    (policy,) = (each["content"] for tag, each in found.tags if each.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256("".join(found.scripts).encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; ")
+    assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_it_says_what_the_comparison_says(finished):
+    comparison = Comparison(finished)
+    texts = " ".join(Page((finished / "report.html").read_text(encoding="utf-8")).texts)
+    assert f"{comparison.kd[0]['mean']:.4f}" in texts
+    for words in ("Beside the teacher the student is", "exact McNemar test", "red", "kd-T4-a0.1-s0", "weight decay"):
+        assert words in texts
+    for name in comparison.environment.values():
+        assert str(name) in texts
+
+
+def test_class_names_and_paths_are_escaped(finished):
+    comparison = Comparison(finished)
+    comparison.classes[0] = comparison.environment["device"] = "<script>alert(1)</script>"
+    text = page(comparison, [])
+    assert "<script>alert" not in text
+    assert len(Page(text).scripts) == 1
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_hostile_folder_of_images(cli, tmp_path, flags):
+    """A class is a folder's name, which may hold anything but a slash."""
+    images = make_images(tmp_path / "images")
+    for split in ("train", "test"):
+        (images / split / "red").rename(images / split / "<img src=x onerror=alert(1)>")
+    words = [*flags, "--data-dir", images, "--output-dir", tmp_path / "out"]
+    assert cli(*words, "--train-teacher").status == 0
+    assert cli(*words).status == 0
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in text
+    assert "&lt;img src=x onerror=alert(1)&gt;" in text
