@@ -103,6 +103,7 @@ def test_two_commands_train_and_compare(cli, flags, tmp_path):
     names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
     assert names == {
         "teacher-s0", "kd-T4-a0.1-s0", "baseline-s0", "targets", "data", "comparison.json", "comparison.csv", "figures",
+        "report.html",
     }  # fmt: skip
     # No progress bar where there is no terminal, but one line an epoch for the log.
     assert logged(taught.err) == ["teacher-s0: 1 of 2", "teacher-s0: 2 of 2"]
