@@ -43,12 +43,18 @@ def commands(images, output, epochs=5):
     return [[*words, "--train-teacher"], words]
 
 
-def run(words):
-    """Standard output of main.py, as a process of its own that must succeed."""
-    done = subprocess.run([sys.executable, ROOT / "main.py", *words], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode != 0 or "Traceback" in done.stderr:
-        raise AssertionError(f"exit status {done.returncode} after: {done.stderr}")
-    return done.stdout
+def start(words):
+    """main.py as a process of its own."""
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def finish(process):
+    """Standard output of a process that must succeed."""
+    printed, errors = process.communicate()
+    if process.returncode != 0 or "Traceback" in errors:
+        raise AssertionError(f"exit status {process.returncode} after: {errors}")
+    return printed
 
 
 def outcome(output, printed):
@@ -64,10 +70,22 @@ def outcome(output, printed):
     return found
 
 
+def import_program():
+    """Imports what children would otherwise import each."""
+    import main
+    import models
+
+    main.import_modules()
+    models.costs("student", 2, 16)  # which imports more of PyTorch
+    models.SPEED_SECONDS = 0  # no time is spent on measuring how fast the networks are
+
+
 def child(words, log, kill_at_call=None):
     """The program in a forked child of this process: a multiprocessing.Process. Its standard output and error go to the
     files `log`.out and `log`.err. It kills itself at its n-th call of fsync or rename, if `kill_at_call` is n: with a
     file half made, or between two renames."""
+    import main
+    from runs.command import exit_status
 
     def work():
         for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
@@ -77,12 +95,6 @@ def child(words, log, kill_at_call=None):
             kill_in_a_write(kill_at_call)
         sys.exit(exit_status(main.main, words))
 
-    import main
-    import models
-    from runs.command import exit_status
-
-    main.import_modules()
-    models.costs("student", 2, 16)  # imports more of PyTorch, which no child has to do again
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
@@ -217,8 +229,11 @@ def main():
     top = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         images = make_images(top / "images")
-        printed = [run(words) for words in commands(images, top / "untouched", epochs)][-1]
-        expected = outcome(top / "untouched", printed)
+        teacher, students = commands(images, top / "untouched", epochs)
+        untouched = start(teacher)
+        import_program()  # meanwhile
+        finish(untouched)
+        expected = outcome(top / "untouched", finish(start(students)))
         kills = inside = bad = rounds = 0
         while kills < arguments.kills:
             count = min(20, arguments.kills - kills)

@@ -21,14 +21,15 @@ from reports.comparison import Comparison
 from runs.command import exit_status
 
 
-def draw_nothing(comparison):
-    return [comparison.output / "figures" / "none.png"]
+def leave_out(patch):
+    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
+    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
+    patch.setattr(models, "SPEED_SECONDS", 0)
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Drawing takes longer than all the rest of a command here."""
-    monkeypatch.setattr(figures, "draw", draw_nothing)
+def quick(monkeypatch):
+    leave_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def trained(tmp_path_factory, flags):
     output = tmp_path_factory.mktemp("trained") / "out"
     both = ("--teacher", output / "teacher-s0", output / "teacher-s1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", draw_nothing)
+        leave_out(patch)
         for more in (("--train-teacher", "--seeds", 2), (*both, "--alpha", 0.9, "--seeds", 2)):
             assert exit_status(main.main, [str(word) for word in (*flags, "--output-dir", output, *more)]) == 0
     return output
