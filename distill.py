@@ -67,6 +67,16 @@ class Ensemble:
         logits = [member.epoch(epoch, description).float() for member in self.members]
         return compress(torch.stack(logits).mean(0))
 
+    def share(self, group, epochs):
+        """Before students of a `group` of processes need them: computes and keeps the targets of `epochs`, each in one
+        of the processes. Where the disk is too full for all of them, each process computes what it needs."""
+        targets = [(member, epoch) for epoch in epochs for member in self.members]
+        size = group.agree(lambda: sum(m.bytes_per_epoch for m, epoch in targets if not m.path(epoch).is_file()))
+        if group.agree(lambda: not size or self.members[0].has_room(size)):
+            for member, epoch in group.share(targets):
+                member.epoch(epoch, keep=True)
+        group.barrier()
+
 
 class SoftTargets:
     """A teacher's logits for every view of an epoch, computed once and kept below `folder`.
@@ -75,9 +85,10 @@ class SoftTargets:
     makes the name of their folder: targets of another teacher, data set or recipe are never read.
     """
 
-    def __init__(self, teacher, teacher_digest, data_digest, views, folder, machine):
-        """`teacher` is on the views' device, in evaluation mode; with `folder` None nothing is kept."""
-        self.teacher, self.views, self.machine = teacher, views, machine
+    def __init__(self, teacher, teacher_digest, data_digest, views, folder, machine, shared=False):
+        """`teacher` is on the views' device, in evaluation mode; with `folder` None nothing is kept. If `shared` with
+        other processes, no bar is shown and only `Ensemble.share` keeps targets: two must not write to one file."""
+        self.teacher, self.views, self.machine, self.shared = teacher, views, machine, shared
         self.key = json.dumps(
             {
                 "teacher": teacher_digest,
@@ -100,9 +111,14 @@ class SoftTargets:
     def bytes_per_epoch(self):
         return 2 * math.prod(self.shape)
 
-    def epoch(self, epoch, description="soft targets"):
-        """float16 (N, classes) on the views' device: the targets of all images of the full training set."""
-        path = self.folder and self.folder / f"epoch-{epoch + 1:04d}.npz"
+    def path(self, epoch):
+        """The file that keeps the targets of an epoch, counted from 0; None where nothing is kept."""
+        return self.folder and self.folder / f"epoch-{epoch + 1:04d}.npz"
+
+    def epoch(self, epoch, description="soft targets", keep=None):
+        """float16 (N, classes) on the views' device: the targets of all images of the full training set. If `keep`
+        [unless `shared`], what is not kept yet is kept."""
+        path = self.path(epoch)
         if path and path.is_file():
             try:
                 kept = load_arrays(path)
@@ -113,7 +129,8 @@ class SoftTargets:
             except Failure as error:
                 tqdm.write(f"{error} These soft targets are computed again.", file=sys.stderr)
         logits = self._compute(epoch, description)
-        if path and self._enough_disk():
+        keep = not self.shared if keep is None else keep
+        if path and keep and self.has_room(self.bytes_per_epoch):
             try:
                 make_folder(self.folder)
                 save_arrays(path, key=self.key, logits=logits.cpu().numpy())
@@ -124,14 +141,15 @@ class SoftTargets:
     def _compute(self, epoch, description):
         size = INFERENCE_BATCH[self.machine.device.type]
         batches = torch.arange(self.views.count, device=self.views.device).split(size)
-        with tqdm(batches, desc=description, unit="batch", leave=False, disable=None) as bar:
+        with tqdm(batches, desc=description, unit="batch", leave=False, disable=self.shared or None) as bar:
             views = (self.views.batch(epoch, indices) for indices in bar)
             return compress(predict(self.teacher, views, self.machine.autocast()))
 
-    def _enough_disk(self):
+    def has_room(self, size):
+        """Whether the disk has room for `size` bytes of targets; warns once where it has not."""
         parent = next(parent for parent in [self.folder, *self.folder.parents] if parent.exists())
         free = shutil.disk_usage(parent).free
-        if free > self.bytes_per_epoch + SPARE_DISK:
+        if free > size + SPARE_DISK:
             return True
         self._warn(f"the disk of {self.folder} has {free / 1e6:.0f} MB left.")
         return False

@@ -5,7 +5,10 @@
     python main.py --epochs 200 --temperature 4.0 --alpha 0.1
 
 The first command trains the teacher; the second trains the same student with and without it, and compares. Every
-command can simply be repeated: a finished run is reused, an interrupted one is resumed.
+command can simply be repeated: a finished run is reused, an interrupted one is resumed. Several processes, GPUs or
+machines share the runs of a command:
+
+    torchrun --standalone --nproc-per-node 2 main.py --epochs 200 --seeds 5
 """
 
 import sys
@@ -15,8 +18,9 @@ from pathlib import Path
 
 from runs.command import exit_status
 from runs.files import Failure
-from runs.lock import lock
+from runs.group import Group, Tally, join
 from runs.teachers import check_teacher, find_teachers
+from use.tasks import do_task
 
 
 def import_modules():
@@ -44,31 +48,38 @@ class Session:
     data: "data.Data"  # on the device
     machine: "Machine"
     options: "Options"
+    group: Group
 
 
 def main(arguments, stop):
     """The whole story: the teacher, the student with distillation and without it, the comparison. `stop` is the signal
     handler (runs.signals.Stop)."""
     if arguments.task:
-        use_runs(arguments)
+        do_task(arguments)
         return
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
-    paths = [] if arguments.train_teacher or demo else find_teachers(arguments)
-    with lock(arguments.output_dir):
-        import_modules()
-        teachers = [(path, models.load(path)) for path in paths]
-        session = start(arguments, stop)
-        if arguments.train_teacher or demo:
-            train_teachers(session)
-        if not arguments.train_teacher:
-            teachers = teachers or [(path, models.load(path)) for path in find_teachers(arguments)]
-            asked = train_students(session, teachers)
-            write_report(arguments.output_dir, asked)
+    with join() as group:  # of one process, or of those that torchrun started
+        with group.first():
+            paths = [] if arguments.train_teacher or demo else find_teachers(arguments)
+        with group.lock(arguments.output_dir):
+            import_modules()
+            with group.first():
+                teachers = [(path, models.load(path)) for path in paths]
+                session = start(arguments, stop, group)
+            if arguments.train_teacher or demo:
+                train_teachers(session)
+            if not arguments.train_teacher:
+                teachers = teachers or [(path, models.load(path)) for path in find_teachers(arguments)]
+                asked = train_students(session, teachers)
+                if group.leads:
+                    write_report(arguments.output_dir, asked)
 
 
-def start(arguments, stop):
+def start(arguments, stop, group):
     """Chooses the device and loads the data; prints what the command works with."""
-    device = choose_device(arguments.device)
+    device = choose_device(arguments.device, group.local_rank if group.size > 1 else None)
+    if group.size > 1:
+        torch.set_num_threads(group.threads())
     machine = Machine(device, choose_precision(arguments.precision, device), bool(arguments.compile))
     make_deterministic()
     loaded = data.load(
@@ -79,24 +90,19 @@ def start(arguments, stop):
         workers=arguments.num_workers,
         cache=Path(arguments.output_dir) / "data",
     ).to(device)
-    print(
+    group.say(
         f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
         f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
     )
     for name in models.ARCHITECTURES:
         costs = models.costs(name, len(loaded.classes), loaded.image_size)
         millions = f"{costs.macs / 1e6:.1f} million multiply-adds"
-        print(f"{name.capitalize()}: {costs.parameters:,} parameters, {millions} per image")
-    print(f"Device: {describe(device)}, {machine.precision}", flush=True)
+        group.say(f"{name.capitalize()}: {costs.parameters:,} parameters, {millions} per image")
+    processes = f", shared by {group.size} processes" if group.size > 1 else ""
+    group.say(f"Device: {describe(device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile")
     recorded = {name: getattr(arguments, name) for name in typed}
-    return Session(arguments, loaded, machine, Options(arguments.save_every, stop, recorded))
-
-
-def prepare(session, runs):
-    """Checks all of `runs` before any is trained, or removes what exists of them with --overwrite."""
-    session.options.stop.runs_removed = bool(session.arguments.overwrite)
-    plan.prepare(runs, session.machine, session.arguments.overwrite)
+    return Session(arguments, loaded, machine, Options(arguments.save_every, stop, recorded), group)
 
 
 def train_teachers(session):
@@ -117,15 +123,20 @@ def train_students(session, teachers):
     """Trains the students with distillation and without, after the sweep where there is one. Returns what to report:
     the temperature, alpha and seeds. `teachers` are pairs of the path of a model.pt and its network."""
     arguments, loaded, machine = session.arguments, session.data, session.machine
-    networks = digests_of(session, teachers)
+    with session.group.first():
+        networks = digests_of(session, teachers)
     teacher, views = "+".join(networks), data.Views(loaded.train_images, loaded.mean, loaded.std)
     folder = Path(arguments.output_dir) / "targets"
     targets = distill.Ensemble(
-        [distill.SoftTargets(each, digest, loaded.digest, views, folder, machine) for digest, each in networks.items()]
+        [
+            distill.SoftTargets(network, digest, loaded.digest, views, folder, machine, shared=session.group.size > 1)
+            for digest, network in networks.items()
+        ]
     )
     if any(arguments.alpha):
-        print(f"Soft targets: {arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {folder}", flush=True)
-    keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
+        session.group.say(f"Soft targets: {arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {folder}")
+    if session.group.leads:
+        keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
 
     pair = choose_pair(session, teacher, targets) if arguments.sweep else plan.pairs(arguments)[0]
     runs = plan.student_runs(arguments, loaded, teacher, [pair])
@@ -144,35 +155,60 @@ def choose_pair(session, teacher, targets):
     fraction = selection[0].settings.val_fraction
     if not len(data.split(loaded.train_labels, fraction)[1]):
         raise Failure("A sweep needs at least two training images in some class, to judge on one of them.")
-    print(f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training images")
+    session.group.say(
+        f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training images"
+    )
     candidates = plan.student_runs(arguments, loaded, teacher, pairs)
     if arguments.overwrite:
         # Which pair will be trained on everything is not known yet: of the candidates only the baselines are removed,
         # and those that would stop whoever resumes this command without --overwrite.
-        conflicts = plan.check(candidates, session.machine)
-        candidates = [run for run in candidates if run.settings.role == "baseline" or run in conflicts]
+        conflicts = session.group.agree(lambda: [run.name for run in plan.check(candidates, session.machine)])
+        candidates = [run for run in candidates if run.settings.role == "baseline" or run.name in conflicts]
     prepare(session, selection + candidates)
     train_all(session, selection, targets, later=plan.student_runs(arguments, loaded, teacher, pairs[:1]))
-    pair = records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments))
-    print(f"Best on the validation part: temperature {pair[0]}, alpha {pair[1]}")
+    pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments)))
+    session.group.say(f"Best on the validation part: temperature {pair[0]}, alpha {pair[1]}")
     return pair
 
 
+def prepare(session, runs):
+    """Before any of `runs` is trained: removes what exists of them with --overwrite, or else refuses what differs."""
+    group, overwrite = session.group, session.arguments.overwrite
+    session.options.stop.runs_removed = bool(overwrite)
+    with group.first(), group.once() as is_new:  # where torchrun restarts a group, nothing is removed again
+        if group.leads and (is_new or not overwrite):
+            plan.prepare(runs, session.machine, overwrite)
+
+
 def train_all(session, runs, targets=None, later=()):
-    """Trains what is not yet finished of `runs` and prints each one's accuracy; `targets` are the teachers' soft
-    targets, `later` the runs that the command trains afterwards, for the time left."""
-    images = len(session.data.train_labels)
-    for position, run in enumerate(runs):
-        finished = run.is_finished
-        waiting = [each for each in (*runs[position + 1 :], *later) if not each.is_finished]
+    """Trains what is not yet finished of `runs`, shared by the group, and prints each one's accuracy. `targets` are the
+    teachers' soft targets, `later` the runs that the command trains afterwards, for the time left."""
+    group, images, tally = session.group, len(session.data.train_labels), None
+    left, afterwards = group.agree(lambda: [plan.epochs_left(runs), sum(plan.epochs_left(later))])
+    order = [position for position in range(len(runs)) if left[position]]
+    for run in (runs[position] for position in range(len(runs)) if group.leads and not left[position]):
+        print(f"{accuracy_of(run, run.finished_accuracy())} (finished before)", flush=True)
+    if group.size > 1 and order:
+        order.sort(key=lambda position: -left[position])  # the longest first
+        if any(runs[position].settings.alpha for position in order):
+            targets.share(group, range(session.arguments.epochs - left[order[0]], session.arguments.epochs))
+        tally = Tally(group, len(order), sum(left), afterwards)
+    for position in group.share(order):
+        run = runs[position]
         title = run.name if len(runs) == 1 else f"[{position + 1}/{len(runs)}] {run.name}"
         accuracy = train(
             run, session.data, session.machine, session.options,
-            teacher=targets if run.settings.alpha else None,
-            title=title, later=sum(each.settings.epochs for each in waiting) * images,
+            teacher=targets if run.settings.alpha else None, title=group.prefix + title,
+            later=(sum(left[position + 1 :]) + afterwards) * images, tally=tally,
         )  # fmt: skip
-        kind = "validation" if run.settings.val_fraction else "test"
-        print(f"{run.folder}: {kind} accuracy {accuracy:.4f}{' (finished before)' * finished}", flush=True)
+        print(f"{group.prefix}{accuracy_of(run, accuracy)}", flush=True)
+    group.barrier()
+    group.wait_for_files(lambda: plan.are_finished(runs), f"a run that is finished in {runs[0].folder.parent}")
+
+
+def accuracy_of(run, accuracy):
+    """The line that says how well a run went."""
+    return f"{run.folder}: {'validation' if run.settings.val_fraction else 'test'} accuracy {accuracy:.4f}"
 
 
 def digests_of(session, teachers):
@@ -185,7 +221,7 @@ def digests_of(session, teachers):
         if digest in paths:
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network
-        print(f"{path}: test accuracy {network.accuracy:.4f} (teacher)")
+        session.group.say(f"{path}: test accuracy {network.accuracy:.4f} (teacher)")
     place = {"device": session.machine.device, "memory_format": torch.channels_last}
     return {digest: networks[digest].to(**place) for digest in sorted(networks)}
 
@@ -202,29 +238,6 @@ def keep_for_report(session, networks, teacher_bytes):
     place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": teacher_bytes}
     measure = partial(models.speeds, list(networks.values()), loaded.image_size, machine)
     records.save_speed(output, list(networks), loaded.digest, place, measure)
-
-
-def use_runs(arguments):
-    """--list, --report, --predict, --export: what needs no training."""
-    if arguments.task == "list":
-        from reports.listing import list_runs
-
-        list_runs(arguments.output_dir)
-    elif arguments.task == "report":
-        if not Path(arguments.output_dir).is_dir():
-            raise Failure(f"{arguments.output_dir} does not exist: --report needs a folder with finished runs.")
-        from reports.report import report
-
-        with lock(arguments.output_dir):
-            report(arguments.output_dir)
-    elif arguments.task == "predict":
-        from use.predict import predict
-
-        predict(arguments)
-    else:
-        from use.export import export
-
-        export(arguments)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, progre
         progress.add(loss, logits, targets)  # every few seconds it shows, every few minutes it saves
 
 
-def train(run, data, machine, options, teacher=None, title=None, later=0):
+def train(run, data, machine, options, teacher=None, title=None, later=0, tally=None):
     """Trains a Run, resumes it, or returns what it reached if it is finished: its accuracy on the test set, or on the
     validation part of a run that has one.
 
     `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student with alpha above 0;
-    `options` are runs.progress.Options; `later` is how many images the command trains on after this run. Raises
-    Failure where the folder holds a run with other settings or the training diverges, and Interrupted, with the state
-    saved, on a signal.
+    `options` are runs.progress.Options; `later` is how many images the command trains on after this run, `tally` the
+    runs.group.Tally of a group of processes. Raises Failure where the folder holds a run with other settings or the
+    training diverges, and Interrupted, with the state saved, on a signal.
     """
     settings = run.settings
     if run.is_finished:
@@ -67,7 +67,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0):
     optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
 
-    with Progress(run, network, optimizer, machine, options, len(indices), title or run.name, later) as progress:
+    with Progress(run, network, optimizer, machine, options, len(indices), title or run.name, later, tally) as progress:
         while progress.epoch < settings.epochs:
             soft_targets = None
             if teacher is not None:

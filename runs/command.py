@@ -7,6 +7,7 @@ import traceback
 
 from arguments import Usage, parse
 from runs.files import Failure, reason
+from runs.group import Told
 from runs.signals import Interrupted, Stop
 
 
@@ -14,9 +15,14 @@ def exit_status(main, argv=None):
     """Runs `main(arguments, stop)` with the arguments in `argv` [the command line's]; returns the exit status: 0, 1 for
     a failure, 2 for wrong usage, 130 and 143 when stopped."""
     argv = sys.argv[1:] if argv is None else argv
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = int(os.environ.get("RANK", 0)) if several else 0
+    who = f"[{rank}] " if several else ""  # a process of a group (runs.group)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a class name that this terminal cannot show
+            if several:  # torchrun's Python writes a line and its end apart, and others' lines come between them
+                stream.reconfigure(line_buffering=True, write_through=False)
     stop = Stop()
     handlers = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     arguments = None
@@ -25,7 +31,8 @@ def exit_status(main, argv=None):
         main(arguments, stop)
         return 0
     except Usage as error:
-        print(f"error: {error} (see python main.py --help)", file=sys.stderr)
+        if rank == 0:
+            print(f"error: {error} (see python main.py --help)", file=sys.stderr)
         return 2
     except Interrupted as error:
         for number in handlers:  # a further signal has nothing to add
@@ -36,8 +43,11 @@ def exit_status(main, argv=None):
             again = "The same command without --overwrite resumes it"
         else:
             again = "The same command resumes it"
-        print(f"\n{error} {again}.", file=sys.stderr)
+        if error.kept or rank == 0:
+            print(f"\n{who}{error} {again}.", file=sys.stderr)
         return 128 + error.signal_number
+    except Told:
+        return 1
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -45,7 +55,7 @@ def exit_status(main, argv=None):
         if arguments is None or arguments.debug:
             traceback.print_exc()
         else:
-            print(f"error: {explain(error, arguments, stop)}", file=sys.stderr)
+            print(f"{who}error: {explain(error, arguments, stop)}", file=sys.stderr)
         return 1
     finally:
         for number, handler in handlers.items():

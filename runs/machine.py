@@ -79,20 +79,27 @@ def describe(device):
     return f"{name}, {os.cpu_count()} cores" + (" (MPS)" if device.type == "mps" else "")
 
 
-def choose_device(name):
-    """The torch.device that `name` (auto, cpu, cuda, cuda:N, mps) asks for; raises Failure where there is none."""
+def choose_device(name, local_rank=None):
+    """The torch.device that `name` (auto, cpu, cuda, cuda:N, mps) asks for; raises Failure where there is none. Of
+    several GPUs the process `local_rank` of a group takes its own."""
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     kinds = [kind for kind, is_available in available.items() if is_available()]
     if name == "auto":
         for kind in kinds:
             try:
-                return _usable(torch.device(kind))
+                return _usable(_own(torch.device(kind), local_rank))
             except NoKernels as error:
                 print(f"{error} The next device is used instead.", file=sys.stderr)
     kind, _, index = name.partition(":")
     if kind not in kinds or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         raise Failure(f"This machine has no device {name}. It has: {', '.join(kinds)}.")
-    return _usable(torch.device(name))
+    return _usable(_own(torch.device(name), local_rank))
+
+
+def _own(device, local_rank):
+    if device.type == "cuda" and device.index is None and local_rank is not None:
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return device
 
 
 def _usable(device):

@@ -4,9 +4,9 @@
 import itertools
 from pathlib import Path
 
-from runs.files import Failure
+from runs.files import Failure, read_json
 from runs.run import Run
-from runs.settings import Settings, default_learning_rate
+from runs.settings import RunRecord, Settings, default_learning_rate
 
 
 def _settings(arguments, data, role, seed, **rest):
@@ -52,6 +52,22 @@ def student_runs(arguments, data, teacher, pairs, selection=False):
             settings = _settings(arguments, data, seed=seed, val_fraction=fraction, **rest)
             runs.append(Run(folder / settings.name, settings))
     return runs
+
+
+def epochs_left(runs):
+    """How many epochs each of `runs` has still to train: 0 for a finished one."""
+    left = []
+    for run in runs:
+        begun = run.record.is_file() and run.state.is_file()
+        done = read_json(run.record, RunRecord).epochs_done if begun and not run.is_finished else 0
+        # an unfinished run that has all its epochs has yet to write its results
+        left.append(0 if run.is_finished else max(1, run.settings.epochs - done))
+    return left
+
+
+def are_finished(runs):
+    """Whether this machine sees that all of `runs` are finished."""
+    return all(run.is_finished and run.record.is_file() and read_json(run.record, RunRecord).finished for run in runs)
 
 
 def check(runs, machine):

@@ -39,10 +39,11 @@ class Progress:
     within long ones and on a signal.
     """
 
-    def __init__(self, run, network, optimizer, machine, options, images, title, later=0):
-        """`images` is the number of images in an epoch, `later` how many the command trains on after this run."""
+    def __init__(self, run, network, optimizer, machine, options, images, title, later=0, tally=None):
+        """`images` is the number of images in an epoch, `later` how many the command trains on after this run;
+        `tally` counts the runs of a group of processes."""
         self.run, self.settings, self.machine, self.options = run, run.settings, machine, options
-        self.network, self.optimizer, self.title, self.later = network, optimizer, title, later
+        self.network, self.optimizer, self.title, self.later, self.tally = network, optimizer, title, later, tally
         self.batch_size = min(self.settings.batch_size, images)
         self.steps = images // self.batch_size
         self.machines = [describe(machine.device)]
@@ -64,12 +65,16 @@ class Progress:
         self.started, self.started_at = time.monotonic(), self.steps_done
         self.bar = tqdm(
             desc=self.title, total=self.total_steps * self.batch_size, initial=self.steps_done * self.batch_size,
-            unit=" images", unit_scale=True, disable=None, mininterval=REFRESH,
+            unit=" images", unit_scale=True, disable=self.tally is not None or None, mininterval=REFRESH,
         )  # fmt: skip
+        if self.tally:
+            self.tally.add("started")
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
+        if self.tally and error is None:
+            self.tally.add("done")
         torch.set_num_threads(self.threads)
         if isinstance(error, Interrupted):
             raise Interrupted(error.signal_number, self._how_far()) from None
@@ -156,6 +161,8 @@ class Progress:
         self._save()
         self._write_history()
         self._write_record()
+        if self.tally:
+            self.tally.add("epochs")
         if self.bar.disable:  # no terminal: a line in a log instead
             self._log(row)
 
@@ -199,10 +206,11 @@ class Progress:
         done = (self.steps_done - self.started_at) * self.batch_size
         left = (self.total_steps - self.steps_done) * self.batch_size + self.later
         left = tqdm.format_interval(left * (time.monotonic() - self.started) / done)
+        left += " left for all runs" if self.later else " left"
+        left = self.tally.words() if self.tally else left
         print(
             f"{self.title}: epoch {row.epoch} of {self.settings.epochs}, loss {row.train_loss:.4f}{parts}, training "
-            f"accuracy {row.train_accuracy:.4f}{validation}, {row.seconds + row.teacher_seconds:.1f} s, {left} left"
-            + (" for all runs" if self.later else ""),
+            f"accuracy {row.train_accuracy:.4f}{validation}, {row.seconds + row.teacher_seconds:.1f} s, {left}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 

@@ -1,0 +1,367 @@
+"""Several processes share a command's runs (runs/group.py), as torchrun starts them: on loopback, 2 or 3 of them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from runs.group import Group
+from runs.lock import lock
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun stops processes by POSIX signals")
+
+LIMIT = 400  # seconds after which a launch counts as hanging
+THREADS = Group(local_size=2).threads()  # of each of two processes
+
+PROGRAM = """
+import os, shutil, signal, sys, time
+sys.path.insert(0, {root!r})
+import main
+from runs import group
+from runs.command import exit_status
+rank = int(os.environ["RANK"])
+{code}
+sys.exit(exit_status(main.main))
+"""
+
+
+class Launch:
+    """torchrun with a program (main.py, or a `code` that changes something before), stopped if it hangs."""
+
+    def __init__(self, *words, processes=2, agent=("--standalone",), code=None, before=(), cores=None):
+        program = [str(ROOT / "main.py")]
+        if code is not None:
+            program = ["--no-python", sys.executable, "-c", PROGRAM.format(root=str(ROOT), code=code)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node", str(processes)]
+        self.process = subprocess.Popen(
+            [*before, *torchrun, *program, *map(str, words)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
+            preexec_fn=cores and (lambda: os.sched_setaffinity(0, cores)),
+        )  # fmt: skip
+
+    def wait(self):
+        try:
+            self.out, self.err = self.process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()  # torchrun stops its processes
+            self.out, self.err = self.process.communicate(timeout=60)
+            pytest.fail(f"hangs\n{self}")
+        self.status = self.process.returncode
+        return self
+
+    def __repr__(self):
+        return f"status {self.process.returncode}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+def launch(*words, **rest):
+    return Launch(*words, **rest).wait()
+
+
+def digests(output):
+    """{run: SHA-256 of its weights} of all finished runs."""
+    records = {path.parent: json.loads(path.read_text()) for path in output.rglob("run.json")}
+    assert not list(output.rglob("state.pt")) and all(record["finished"] for record in records.values())
+    return {str(folder.relative_to(output)): record["weights_sha256"] for folder, record in records.items()}
+
+
+def runs_of(output):
+    return {name: digest for name, digest in digests(output).items() if not name.startswith("teacher")}
+
+
+STUDENTS = ("--seeds", 2)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory, flags):
+    """What the plain command gives with as many threads as each of two processes: `one` with two teachers, and students
+    of the first; `sweep` with a sweep, its students those of both teachers."""
+    import main
+    from runs.command import exit_status
+
+    top, threads = tmp_path_factory.mktemp("plain"), torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        for words in (
+            ("--train-teacher", "--seeds", 2, "--output-dir", top / "one"),
+            ("--teacher", top / "one" / "teacher-s0", *STUDENTS, "--output-dir", top / "one"),
+            sweep(top / "one", top / "sweep"),
+        ):
+            assert exit_status(main.main, [str(word) for word in (*flags, *words)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return top
+
+
+def sweep(teachers, output):
+    named = (teachers / "teacher-s0", teachers / "teacher-s1")
+    return ("--teacher", *named, "--temperature", 1, 4, *STUDENTS, "--output-dir", output)
+
+
+@pytest.fixture
+def output(plain, tmp_path):
+    """An output folder with a finished teacher."""
+    shutil.copytree(plain / "one" / "teacher-s0", tmp_path / "out" / "teacher-s0")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def students(flags, output):
+    """The command that trains the four students of `plain`'s folder `one`."""
+    return (*flags, *STUDENTS, "--output-dir", output)
+
+
+# The same files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_teachers_more_processes_than_runs_and_images_decoded_once(flags, plain, tmp_path):
+    code = """
+from sources import folders
+decoded = folders._decoded
+folders._decoded = lambda *words: print("images are decoded", flush=True) or decoded(*words)
+"""
+    words = ("--train-teacher", "--seeds", 2, "--output-dir", tmp_path)
+    got = launch(*flags, *words, processes=3, code=code)
+    assert got.status == 0, got
+    assert got.out.count("images are decoded") == 1 and got.out.count("training and") == 1, got
+    found, wanted = digests(tmp_path), digests(plain / "one")
+    if Group(local_size=3).threads() == THREADS:
+        assert found == {name: digest for name, digest in wanted.items() if name.startswith("teacher")}
+    assert got.err.count("epoch 2 of 2") == 2 and "] [2/2] teacher-s1: " in got.err and "of 2 runs done, " in got.err, (
+        got
+    )
+
+
+@pytest.mark.slow
+def test_a_sweep_of_an_ensemble_gives_the_same_bits_and_the_same_comparison(flags, plain, tmp_path):
+    got = launch(*flags, *sweep(plain / "one", tmp_path))
+    assert got.status == 0 and got.out.count("Final Test Accuracies") == 1, got
+    assert digests(tmp_path) == digests(plain / "sweep")
+    assert got.err.count("epoch 2 of 2") == len(digests(tmp_path)), got  # each run was trained once
+    assert compared(tmp_path) == compared(plain / "sweep")
+    kept = [
+        {path.name + path.parent.name: path.read_bytes() for path in (each / "targets").rglob("*.npz")}
+        for each in (tmp_path, plain / "sweep")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 2 * 2  # teachers and epochs
+
+
+def compared(output):
+    """What comparison.json says, the times apart."""
+    found = json.loads((output / "comparison.json").read_text())
+    for entry in (found["baseline"], *found["kd"]):
+        del entry["seconds"]
+    del found["teacher"]["cost"]  # which holds times
+    return {part: found[part] for part in ("settings", "teacher", "baseline", "kd", "selection")}
+
+
+@pytest.mark.slow
+def test_targets_that_do_not_fit_the_disk_are_computed_by_each(students, output, plain):
+    code = "shutil.disk_usage = lambda path, usage=shutil.disk_usage: usage(path)._replace(free=1 << 20)"
+    got = launch(*students, code=code)
+    assert got.status == 0 and got.err.count("The soft targets are not kept") == 1, got
+    assert not list(output.rglob("epoch-*.npz")) and digests(output).items() <= digests(plain / "one").items()
+
+
+# Killed, stopped, lost -----------------------------------------------------------------------------------------------
+
+KILLED = """
+from runs.progress import Progress
+end_epoch = Progress.end_epoch
+def end_and_die(self, *words):
+    end_epoch(self, *words)
+    if rank == 1 and self.epoch == 1 and not os.path.exists({marker!r}):
+        open({marker!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+Progress.end_epoch = end_and_die
+"""  # the last process, after the first epoch that it trains
+
+
+def epochs_trained(*launches):
+    """How often each run's epochs were trained, from the logs."""
+    lines = [line for got in launches for line in got.err.splitlines() if ": epoch " in line]
+    return sorted(line.split("] ")[-1].split(",")[0] for line in lines)
+
+
+EPOCHS = sorted(
+    f"{role}-s{seed}: epoch {epoch} of 2" for role in ("kd-T4-a0.1", "baseline") for seed in (0, 1) for epoch in (1, 2)
+)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_restarts_or_the_same_command_go_on(students, output, plain, tmp_path):
+    first = launch(*students, code=KILLED.format(marker=str(tmp_path / "first")))
+    assert first.status != 0 and (tmp_path / "first").exists() and "error:" not in first.err, first
+    assert not (output / "comparison.json").exists()
+    agent = ("--standalone", "--max-restarts", "1")
+    second = launch(*students, agent=agent, code=KILLED.format(marker=str(tmp_path / "second")))
+    assert second.status == 0 and (tmp_path / "second").exists(), second
+    assert digests(output).items() <= digests(plain / "one").items() and len(runs_of(output)) == 4
+    assert epochs_trained(first, second) == EPOCHS, (first, second)  # each once: all were continued
+
+
+def two_nodes(words, address, before, code):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    cores = sorted(os.sched_getaffinity(0))  # each machine has half of them
+    nodes = [
+        Launch(
+            *words, processes=1, code=code, before=prefix, cores=part,
+            agent=(
+                "--nnodes", "2", "--max-restarts", "1", "--rdzv-backend", "c10d", "--local-addr", local,
+                "--rdzv-conf", f"is_host={hosts}", "--rdzv-endpoint", f"{address[0]}:{port}",
+            ),
+        )
+        for prefix, local, part, hosts in zip(
+            before, address, (cores[:THREADS], cores[-THREADS:]), ("true", "false"), strict=True
+        )
+    ]  # fmt: skip
+    return [node.wait() for node in nodes]
+
+
+def check_two_nodes(students, output, plain, tmp_path, address, before):
+    """Two machines retrain what is there already, and one process of them is killed meanwhile: what the others have
+    trained is not removed again."""
+    for name in runs_of(plain / "one"):
+        shutil.copytree(plain / "one" / name, output / name)
+    code = KILLED.format(marker=str(tmp_path / "killed"))
+    nodes = two_nodes((*students, "--overwrite"), address, before, code)
+    assert [node.status for node in nodes] == [0, 0] and (tmp_path / "killed").exists(), nodes
+    assert digests(output).items() <= digests(plain / "one").items() and len(runs_of(output)) == 4
+    assert epochs_trained(*nodes) == EPOCHS and sum("Improvement with KD" in node.out for node in nodes) == 1, nodes
+
+
+two_machines = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores cannot be shared out here")
+
+
+@two_machines
+@pytest.mark.slow
+def test_two_machines_on_loopback(students, output, plain, tmp_path):
+    check_two_nodes(students, output, plain, tmp_path, ("127.0.0.1", "127.0.0.1"), ((), ()))
+
+
+@two_machines
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("ALLOW_MOUNTS"), reason="ALLOW_MOUNTS does not allow network namespaces")
+def test_two_machines_in_network_namespaces(students, output, plain, tmp_path):
+    ip, names = shutil.which("ip"), [f"kd{os.getpid()}{letter}" for letter in "ab"]
+
+    def call(*words):
+        return subprocess.run([ip, *words], capture_output=True).returncode == 0
+
+    if not ip or not call("netns", "add", names[0]):
+        pytest.skip("ip netns does not work here")
+    try:
+        made = [call("netns", "add", names[1])]
+        made += [call("link", "add", names[0], "netns", names[0], "type", "veth", "peer", names[1], "netns", names[1])]
+        for name, address in zip(names, ("10.77.0.1", "10.77.0.2"), strict=True):
+            made += [call("-n", name, "address", "add", f"{address}/24", "dev", name)]
+            made += [call("-n", name, "link", "set", device, "up") for device in (name, "lo")]
+        if not all(made):
+            pytest.skip("a pair of network interfaces cannot be made here")
+        before = [(ip, "netns", "exec", name) for name in names]
+        check_two_nodes(students, output, plain, tmp_path, ("10.77.0.1", "10.77.0.2"), before)
+    finally:
+        for name in names:
+            call("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_a_rendezvous_that_nobody_joins_ends_with_a_sentence(tmp_path):
+    code = """
+def wait(arguments, stop):
+    with group.join(timeout=2):
+        pass
+main.main = wait
+"""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    waiting = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(root=str(ROOT), code=code)],
+            env=os.environ | place | {"RANK": rank, "MASTER_PORT": number}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, number in (("0", port), ("1", port[:-1] + "0"), ("0", "nothing"))
+    ]  # fmt: skip
+    first, second, third = (each.communicate(timeout=LIMIT)[1] for each in waiting)
+    assert [each.returncode for each in waiting] == [1, 1, 1]
+    assert first.startswith("[0] error: 1 of the 2 processes are missing at 127.0.0.1:"), first
+    assert second.startswith("[1] error: the first process is missing at 127.0.0.1:"), second
+    assert "Start the same number of processes on every machine" in first and "Start the same" in second
+    assert third.startswith("[0] error: WORLD_SIZE is set, but not"), third
+
+
+# One voice ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_failure_in_one_process_ends_all_with_one_sentence(students, output):
+    folder = output / "baseline-s0"
+    shutil.copytree(output / "teacher-s0", folder)
+    (folder / "model.pt").rename(folder / "state.pt")  # a state that is none, found only when its turn comes
+    (folder / "run.json").unlink()
+    got = launch(*students)
+    assert got.status != 0 and got.err.count(" error: ") == 1, got
+    assert f"{folder}/state.pt is a state of another version of this program" in got.err, got
+
+
+@pytest.mark.slow
+def test_what_ends_before_training_is_said_once(flags, plain, tmp_path):
+    """Several commands in one launch, torchrun not knowing of their ends: as on two machines, the group itself ends the
+    process that did not fail."""
+    folder = shutil.copytree(plain / "one", tmp_path / "out")
+    students = (*flags, *STUDENTS, "--output-dir", folder, "--teacher", folder / "teacher-s0")
+    commands = {
+        "usage": (*flags, "--alpha", 3),
+        "locked": (*flags, "--output-dir", tmp_path / "locked", "--teacher", folder / "teacher-s0"),
+        "no teacher": (*flags, "--output-dir", tmp_path / "new"),
+        "other settings": (*students, "--epochs", 3),
+        "finished": students,
+    }
+    code = f"""
+import torch._dynamo  # before: an import that is interrupted cannot be repeated in the same process
+main.import_modules()
+group.BEAT = group.GRACE = 0.1
+for name, words in { ({name: [*map(str, words)] for name, words in commands.items()})!r}.items():
+    print(f"{{name}} {{rank}} ends with {{exit_status(main.main, words)}}", flush=True)
+
+def lose(arguments, stop):
+    group.LOST = 1
+    if rank == 1:
+        group.Group._watch = lambda self, ended: ended.wait()
+    with group.join() as joined:
+        joined.barrier()
+        time.sleep(3600 * rank)
+main.main, sys.argv = lose, sys.argv[:1]
+"""
+    with lock(tmp_path / "locked"):
+        got = launch(code=code)
+    for name, status in (("usage", 2), ("locked", 1), ("no teacher", 1), ("other settings", 1), ("finished", 0)):
+        others = status if name in ("usage", "finished") else 128 + signal.SIGTERM
+        assert f"{name} 0 ends with {status}\n" in got.out and f"{name} 1 ends with {others}\n" in got.out, got
+    for text in ("error: ", "argument --alpha: ", "is in use by process", "There is no teacher in", "other settings: "):
+        assert got.err.count(text) == (4 if text == "error: " else 1), (text, got)
+    assert got.out.count("(finished before)") == 4 and got.out.count("Improvement with KD") == 1, got
+    assert got.err.count("[1] This process stops: another process has failed or was stopped") == 3, got
+    assert got.status != 0 and "[0] This process stops: process 1 has not been heard of for 1 seconds" in got.err, got
+
+
+def test_a_plain_command_is_a_group_of_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    from runs.group import join
+
+    with join() as group, group.first(), group.once() as is_new, group.lock(tmp_path):
+        assert is_new and group.leads and group.prefix == "" and group.agree(lambda: (1, 2)) == (1, 2)
+        assert [*group.share("abc")] == [*"abc"]
+        group.barrier()
