@@ -25,7 +25,7 @@ from use.tasks import do_task
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global Machine, Options, choose_device, choose_precision, describe, make_deterministic, write_report
+    global Machine, Options, choose_device, choose_precision, describe, keep_memory, make_deterministic, write_report
     global data, distill, evaluate, models, plan, records, torch, train
     import torch
 
@@ -35,7 +35,7 @@ def import_modules():
     from reports import records
     from reports.report import report as write_report
     from runs import plan
-    from runs.machine import Machine, choose_device, choose_precision, describe, make_deterministic
+    from runs.machine import Machine, choose_device, choose_precision, describe, keep_memory, make_deterministic
     from runs.progress import Options
     from train import evaluate, train
 
@@ -82,6 +82,7 @@ def start(arguments, stop, group):
         torch.set_num_threads(group.threads())
     machine = Machine(device, choose_precision(arguments.precision, device), bool(arguments.compile))
     make_deterministic()
+    keep_memory()
     loaded = data.load(
         arguments.dataset,
         data_dir=arguments.data_dir,

@@ -26,7 +26,7 @@ from reports.records import comparable, finished_runs
 from reports.statistics import paired_test, spread
 from runs.files import Failure, write_json
 from runs.lock import lock
-from runs.machine import Machine, choose_device, describe, make_deterministic
+from runs.machine import Machine, choose_device, describe, keep_memory, make_deterministic
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import RECIPE, VIEWS_VERSION
@@ -76,6 +76,7 @@ def main():
     made_with = pairs[seeds[0]].environment
     machine = Machine(choose_device(arguments.device), made_with["precision"], made_with["compiled"])
     make_deterministic()
+    keep_memory()
     if describe(machine.device) != made_with["device"]:
         raise Failure(f"the runs were trained on {made_with['device']}, and this is {describe(machine.device)}.")
     size, kept = settings[0].image_size, output / "data"

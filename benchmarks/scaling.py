@@ -31,7 +31,7 @@ import data
 import models
 from distill import Ensemble, SoftTargets
 from runs.files import write
-from runs.machine import Machine, choose_precision, make_deterministic
+from runs.machine import Machine, choose_precision, keep_memory, make_deterministic
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import Settings
@@ -50,6 +50,7 @@ def measure(device, threads, images):
     """Seconds for one image in an epoch of the teacher, of the targets and of a student: a dict."""
     torch.set_num_threads(threads)
     make_deterministic()
+    keep_memory()
     device = torch.device(device)
     machine = Machine(device, choose_precision("auto", device))
     draws = torch.Generator().manual_seed(0)

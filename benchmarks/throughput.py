@@ -35,7 +35,7 @@ import data
 import models
 from distill import SoftTargets, distillation_loss
 from runs.files import Failure
-from runs.machine import DTYPES, Machine, choose_device, choose_precision, make_deterministic
+from runs.machine import DTYPES, Machine, choose_device, choose_precision, keep_memory, make_deterministic
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import RECIPE, Settings
@@ -274,6 +274,7 @@ def main():
     precision = choose_precision(arguments.precision, device)
     machine = Machine(device, precision)
     make_deterministic()
+    keep_memory()  # the textbook loop gains by it as well
     if arguments.peak_memory:
         peak_memory(machine)
         return

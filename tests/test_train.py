@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import platform
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ from distill import SoftTargets, compress
 from reports import figures
 from runs.checkpoints import load_checkpoint, save_checkpoint
 from runs.files import Damaged, Failure, read_json
-from runs.machine import Machine, make_deterministic
+from runs.machine import Machine, keep_memory, make_deterministic
 from runs.plan import check
 from runs.progress import Options
 from runs.run import Run
@@ -552,6 +553,22 @@ def test_float32_on_cuda_is_full_float32():
     finally:
         for (backend, name, _), value in zip(flags, before, strict=True):
             setattr(backend, name, value)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory as they see fit")
+def test_memory_that_a_step_frees_is_kept_for_the_next():
+    """As the processor sees it: hardly a new page for blocks of 64 MB that are freed and asked for again."""
+    import resource
+
+    def new_pages(blocks):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(blocks):
+            torch.ones(1 << 24)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
+
+    keep_memory()
+    new_pages(20)  # the first ones are new
+    assert new_pages(5) < 1 << 26
 
 
 # What is shown -------------------------------------------------------------------------------------------------------
