@@ -1,5 +1,6 @@
 """Several processes share a command's runs (runs/group.py), as torchrun starts them: on loopback, 2 or 3 of them."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -228,51 +229,48 @@ def two_nodes(words, address, before, code):
     return [node.wait() for node in nodes]
 
 
-def check_two_nodes(students, output, plain, tmp_path, address, before):
+@contextlib.contextmanager
+def machines():
+    """The addresses of two machines and what to write before a command there: two network namespaces where they are
+    allowed and can be made, else the loopback address twice."""
+    ip, names = shutil.which("ip"), [f"kd{os.getpid()}{letter}" for letter in "ab"]
+    first, second = names
+
+    def call(*words):
+        return subprocess.run([ip, *words], capture_output=True).returncode == 0
+
+    addresses = dict(zip(names, ("10.77.0.1", "10.77.0.2"), strict=True))
+    links = ("link", "add", first, "netns", first, "type", "veth", "peer", second, "netns", second)
+    try:
+        if (
+            ip
+            and os.environ.get("ALLOW_MOUNTS")
+            and all([*(call("netns", "add", name) for name in names), call(*links)])
+        ):
+            for name, address in addresses.items():
+                assert call("-n", name, "address", "add", f"{address}/24", "dev", name)
+                assert all(call("-n", name, "link", "set", device, "up") for device in (name, "lo"))
+            yield [*addresses.values()], [(ip, "netns", "exec", name) for name in names]
+        else:
+            yield ("127.0.0.1", "127.0.0.1"), ((), ())
+    finally:
+        for name in names if ip else ():
+            call("netns", "delete", name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores cannot be shared out here")
+def test_two_machines(students, output, plain, tmp_path):
     """Two machines retrain what is there already, and one process of them is killed meanwhile: what the others have
     trained is not removed again."""
     for name in runs_of(plain / "one"):
         shutil.copytree(plain / "one" / name, output / name)
     code = KILLED.format(marker=str(tmp_path / "killed"))
-    nodes = two_nodes((*students, "--overwrite"), address, before, code)
+    with machines() as (addresses, before):
+        nodes = two_nodes((*students, "--overwrite"), addresses, before, code)
     assert [node.status for node in nodes] == [0, 0] and (tmp_path / "killed").exists(), nodes
     assert digests(output).items() <= digests(plain / "one").items() and len(runs_of(output)) == 4
     assert epochs_trained(*nodes) == EPOCHS and sum("Improvement with KD" in node.out for node in nodes) == 1, nodes
-
-
-two_machines = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores cannot be shared out here")
-
-
-@two_machines
-@pytest.mark.slow
-def test_two_machines_on_loopback(students, output, plain, tmp_path):
-    check_two_nodes(students, output, plain, tmp_path, ("127.0.0.1", "127.0.0.1"), ((), ()))
-
-
-@two_machines
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("ALLOW_MOUNTS"), reason="ALLOW_MOUNTS does not allow network namespaces")
-def test_two_machines_in_network_namespaces(students, output, plain, tmp_path):
-    ip, names = shutil.which("ip"), [f"kd{os.getpid()}{letter}" for letter in "ab"]
-
-    def call(*words):
-        return subprocess.run([ip, *words], capture_output=True).returncode == 0
-
-    if not ip or not call("netns", "add", names[0]):
-        pytest.skip("ip netns does not work here")
-    try:
-        made = [call("netns", "add", names[1])]
-        made += [call("link", "add", names[0], "netns", names[0], "type", "veth", "peer", names[1], "netns", names[1])]
-        for name, address in zip(names, ("10.77.0.1", "10.77.0.2"), strict=True):
-            made += [call("-n", name, "address", "add", f"{address}/24", "dev", name)]
-            made += [call("-n", name, "link", "set", device, "up") for device in (name, "lo")]
-        if not all(made):
-            pytest.skip("a pair of network interfaces cannot be made here")
-        before = [(ip, "netns", "exec", name) for name in names]
-        check_two_nodes(students, output, plain, tmp_path, ("10.77.0.1", "10.77.0.2"), before)
-    finally:
-        for name in names:
-            call("netns", "delete", name)
 
 
 @pytest.mark.slow
