@@ -1,6 +1,7 @@
 """What results/ claims is so."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ def test_the_record_holds_what_its_plan_names():
     assert comparison["baseline"]["seeds"] == [0, 1, 2] and comparison["settings"]["epochs"] == 8
     lengths = {path.parent.name: len(path.read_text().splitlines()) - 1 for path in RECORD.glob("*/history.csv")}
     assert lengths.pop("teacher-s0") == 7 and len(lengths) == 6 and set(lengths.values()) == {8}
+
+
+def test_compute_is_counted_as_the_record_says():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import compute
+
+    points = {point.role: point for point in compute.record(RECORD)}
+    assert points["teacher"].pflop == pytest.approx(134_838_816 * 6 * 50_000 * 7 / 1e15)
+    assert points["kd"].pflop == points["baseline"].pflop == pytest.approx(26_025_248 * 6 * 50_000 * 8 / 1e15)
+    assert points["kd"].half == pytest.approx(4.3027 * 0.00162 / 3**0.5, rel=0.01)  # Student's t of 2 degrees
 
 
 @pytest.mark.slow

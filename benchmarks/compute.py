@@ -1,0 +1,128 @@
+"""Test accuracy against the compute of training: this program's records beside the speed-run records for CIFAR-10.
+
+    python benchmarks/compute.py    draws results/compute.png and prints its points
+
+It reads results/*/comparison.json, their teachers' history.csv and results/other_trainings.csv.
+
+Compute is counted alike for all: multiply-adds x 2 operations x 3 (forward, and backward twice) x images x epochs, in
+PFLOP. A distilled student's is that of its own training: its teacher's soft targets are computed once for all students.
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from reports.figures import STYLES
+from reports.statistics import paired_test
+from runs.settings import pair_name
+
+RESULTS = ROOT / "results"
+IMAGES = 50_000  # of an epoch
+
+
+@dataclass
+class Point:
+    """Test accuracy, the mean of `n` runs, and the half-width of its 95% interval where there are several."""
+
+    what: str
+    role: str  # teacher, kd, baseline, or "speed run"
+    pflop: float
+    accuracy: float
+    n: int = 1
+    half: float | None = None
+    augmented: bool = False  # with views of the test images averaged
+
+
+def pflop(macs, epochs):
+    """PFLOP of a training on all images."""
+    return macs * 2 * 3 * IMAGES * epochs / 1e15
+
+
+def record(folder):
+    """The Points of a record: its teacher (or the mean of several), its distilled students and its baselines."""
+    found = json.loads((folder / "comparison.json").read_text())
+    teacher, macs, epochs = found["teacher"], found["student"]["macs"], found["settings"]["epochs"]
+    members = teacher["members"]
+    lengths = {len(path.read_text().splitlines()) - 1 for path in folder.glob("teacher-s*/history.csv")}
+    (teacher_epochs,) = lengths  # all alike
+    cost = pflop(teacher["macs"] / len(members), teacher_epochs)
+    points = [Point(f"teacher, {teacher_epochs} epochs", "teacher", cost, sum(members) / len(members), len(members))]
+    for role, entries in (("kd", found["kd"]), ("baseline", [found["baseline"]])):
+        for entry in entries:
+            pair = f" {pair_name(entry['temperature'], entry['alpha'])}," if role == "kd" else ""
+            interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
+            half = interval and (interval[1] - interval[0]) / 2
+            what = f"{STYLES[role]['label']},{pair} {epochs} epochs"
+            points.append(Point(what, role, pflop(macs, epochs), entry["mean"], len(entry["seeds"]), half))
+    return points
+
+
+def other_trainings():
+    """The Points of results/other_trainings.csv."""
+    with open(RESULTS / "other_trainings.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    numbers = [(float(row["pflop"]), float(row["accuracy"])) for row in rows]
+    return [
+        Point(row["what"], row["role"], *pair, augmented=row["augmented"] == "yes")
+        for row, pair in zip(rows, numbers, strict=True)
+    ]
+
+
+def draw(points):
+    """The figure: accuracy against PFLOP on a logarithmic axis, every point with its name."""
+    figure = Figure((8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    markers = {"teacher": "s", "kd": "D", "baseline": "o", "speed run": "^"}
+    labels = {role: style["label"] for role, style in STYLES.items()} | {"speed run": "speed runs of others"}
+    colors = {role: style["color"] for role, style in STYLES.items()} | {"speed run": "#009E73"}
+    named = set()
+    for point in points:
+        side = -1 if point.role == "kd" else 1
+        place = point.pflop * {"kd": 0.97, "baseline": 1.03}.get(
+            point.role, 1
+        )  # side by side, though they cost the same
+        label = labels[point.role] + (", test images also mirrored and moved" if point.augmented else "")
+        axes.errorbar(
+            place, point.accuracy, point.half, fmt=markers[point.role], color=colors[point.role], capsize=4,
+            markerfacecolor="white" if point.augmented else colors[point.role],
+            label=None if label in named else label,
+        )  # fmt: skip
+        named.add(label)
+        axes.annotate(
+            f"{point.what.removeprefix('student with KD, ').removeprefix('student, baseline, ')}: {point.accuracy:.4f}",
+            (place, point.accuracy), (7 * side, 0), textcoords="offset points", fontsize=7, va="center",
+            ha="left" if side > 0 else "right",
+        )  # fmt: skip
+    axes.set(xscale="log", xlabel="PFLOP of training (logarithmic)", ylabel="test accuracy")
+    low, high = min(point.pflop for point in points), max(point.pflop for point in points)
+    axes.set_xlim(low / 8, high * 6)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    figure.suptitle("CIFAR-10: accuracy against the compute of training")
+    return figure
+
+
+def main():
+    records = [record(path.parent) for path in sorted(RESULTS.glob("*/comparison.json"))]
+    points = [point for points in (*records, other_trainings()) for point in points]
+    print("| what | n | PFLOP | test accuracy |\n| --- | --- | --- | --- |")
+    for point in sorted(points, key=lambda point: point.pflop):
+        half = f" ± {point.half:.4f}" if point.half else ""
+        views = ", with views of the test images averaged" if point.augmented else ""
+        print(f"| {point.what}{views} | {point.n} | {point.pflop:.3f} | {point.accuracy:.4f}{half} |")
+    path = RESULTS / "compute.png"
+    draw(points).savefig(path, dpi=150)
+    print(f"Written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
