@@ -13,7 +13,7 @@ import torch
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from runs.files import Damaged, Failure, reason, remove
+from runs.files import Damaged, Failure, reason, remove, replace
 from runs.lock import lock
 
 NETWORK_TIMEOUT = 30  # seconds without a byte
@@ -95,7 +95,7 @@ def _download(url, path, md5):
     if _md5(part) != md5:
         remove(part)
         raise Failure(_unreachable(url, path, f"what it sent does not have the MD5 {md5}"))
-    os.replace(part, path)
+    replace(part, path)
 
 
 def _fetch(url, part):

@@ -467,6 +467,15 @@ def test_a_compressed_archive_is_refused(copy):
 UNEXPECTED = {
     "memory": (MemoryError(), "there is not enough memory. Try a smaller --batch-size or --image-size."),
     "GPU memory": (torch.OutOfMemoryError("CUDA"), "there is not enough memory. Try a smaller --batch-size"),
+    "CPU memory": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        "there is not enough memory. Try a smaller --batch-size or --image-size.",
+    ),
+    "MPS memory": (
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.1 GB, max allowed: 9.07 GB). Tried to allocate 1 GB"),
+        "there is not enough memory. Try a smaller --batch-size or --image-size.",
+    ),
+    "memory of the system": (OSError(12, "Cannot allocate memory"), "there is not enough memory."),
     "file": (OSError(13, "Permission denied", "here/it"), "here/it: Permission denied."),
     "disk": (OSError(28, "No space left on device"), "the disk is full."),
     "other": (RuntimeError("the first line\nthe second"), "RuntimeError: the first line\n(--debug shows where)"),
