@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from runs.checkpoints import load_checkpoint, save_checkpoint
+from runs.checkpoints import save_checkpoint
 from runs.files import Damaged, decode
+from runs.foreign import load_own
 from runs.machine import choose_precision
 from runs.settings import Costs, Share, Speed
 
@@ -299,13 +300,7 @@ def load(path):
     Raises Failure where the file cannot be read, and Damaged where it is not a complete checkpoint of this format and
     one of these architectures. Nothing in the file can run code.
     """
-    content = load_checkpoint(path)
-    if content.get("format") != FORMAT:
-        raise Damaged(
-            f"{path} is not a model of this program: its format is {content.get('format')!r}, and this version reads "
-            f"{FORMAT}."
-        )
-    file = decode(content, ModelFile, path)
+    file = decode(load_own(path, FORMAT), ModelFile, path)
     if file.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise Damaged(f"{path} holds the unknown architecture '{file.architecture}'; known are: {known}.")

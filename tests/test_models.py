@@ -142,8 +142,8 @@ def changed(path, **entries):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"format": 99}, "its format is 99"),
-        ({"format": None}, "its format is None"),
+        ({"format": 99}, "another version of this program: its format is 99"),
+        ({"format": None}, "not a model of this program: it is a checkpoint of another program"),
         ({"architecture": "transformer"}, "unknown architecture 'transformer'"),
         ({"architecture": "teacher"}, "weights do not fit this architecture"),
         ({"classes": ["a", "b"]}, "class names do not match"),
