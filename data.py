@@ -111,7 +111,7 @@ class Views:
         return rows, columns, (half ^ bool(epoch % 2)).to(self.device)
 
     def batch(self, epoch, indices):
-        """The views of the images `indices` (B,) in `epoch`: float32 (B, 3, S, S), channels_last."""
+        """The views of the images `indices` (B,) in `epoch`: float32 (B, 3, S, S) in the device's memory format."""
         rows, columns, flips = (each[indices] for each in self.draws(epoch))
         rows, columns = self.windows[rows], self.windows[columns]  # (B, S): where each pixel of the view comes from
         columns = torch.where(flips[:, None], self.size - 1 - columns, columns)

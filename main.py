@@ -25,7 +25,8 @@ from use.tasks import do_task
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global Machine, Options, choose_device, choose_precision, describe, make_deterministic, write_report
+    global Machine, Options, check_arithmetic, choose_device, choose_precision, describe, make_deterministic
+    global write_report
     global data, distill, evaluate, models, plan, records, torch, train
     import torch
 
@@ -35,7 +36,7 @@ def import_modules():
     from reports import records
     from reports.report import report as write_report
     from runs import plan
-    from runs.machine import Machine, choose_device, choose_precision, describe, make_deterministic
+    from runs.machine import Machine, check_arithmetic, choose_device, choose_precision, describe, make_deterministic
     from runs.progress import Options
     from train import evaluate, train
 
@@ -82,6 +83,7 @@ def start(arguments, stop, group):
         torch.set_num_threads(group.threads())
     machine = Machine(device, choose_precision(arguments.precision, device), bool(arguments.compile))
     make_deterministic()
+    check_arithmetic(device)
     loaded = data.load(
         arguments.dataset,
         data_dir=arguments.data_dir,
@@ -222,8 +224,7 @@ def digests_of(session, teachers):
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network
         session.group.say(f"{path}: test accuracy {network.accuracy:.4f} (teacher)")
-    place = {"device": session.machine.device, "memory_format": torch.channels_last}
-    return {digest: networks[digest].to(**place) for digest in sorted(networks)}
+    return {digest: networks[digest].to(**session.machine.place) for digest in sorted(networks)}
 
 
 def keep_for_report(session, networks, teacher_bytes):

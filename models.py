@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from runs.checkpoints import save_checkpoint
 from runs.files import Damaged, decode
 from runs.foreign import load_own
-from runs.machine import choose_precision
+from runs.machine import choose_precision, memory_format
 from runs.settings import Costs, Share, Speed
 
 FORMAT = 2  # of model.pt; a file with another number is refused
@@ -172,11 +172,13 @@ def costs(architecture, classes, image_size):
 
 
 def normalize(images, mean, std):
-    """uint8 images (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last order, (x / 255 - mean) / std by channel."""
+    """uint8 images (B, H, W, 3) -> float32 (B, 3, H, W) in the device's `memory_format`, (x / 255 - mean) / std by
+    channel."""
     count, height, width, _ = images.shape
     scale, shift = _for_rows(tuple(mean), tuple(std), width, images.device)
     rows = images.reshape(count, height, width * 3).to(torch.float32)  # whole rows are long enough to vectorize
-    return torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
+    images = torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=memory_format(images.device))
 
 
 @torch.inference_mode()
@@ -188,7 +190,7 @@ def speeds(teachers, image_size, machine):
     them alike; the first turn is a warm-up. Speed depends on shapes, not on weights, so the student is a new one.
     """
     student = create("student", teachers[0].head.out_features, seed=0).eval()
-    networks = {"teacher": teachers, "student": [student.to(machine.device, memory_format=torch.channels_last)]}
+    networks = {"teacher": teachers, "student": [student.to(**machine.place)]}
     batch = INFERENCE_BATCH[machine.device.type]
     result = {"batch": batch, "teacher": {}, "student": {}}
     for precision in dict.fromkeys(("fp32", choose_precision("auto", machine.device))):
@@ -201,7 +203,7 @@ def speeds(teachers, image_size, machine):
 def _seconds(networks, count, image_size, machine, precision):
     """{name: median seconds} that each of `networks` takes for `count` images."""
     images = torch.randn(count, 3, image_size, image_size, generator=generator("speed"))
-    images = images.to(machine.device, memory_format=torch.channels_last)
+    images = images.to(**machine.place)
     seconds = {name: [] for name in networks}
     calls = 5 if count == 1 else 1  # in a turn: of single images the first finds the other network in the caches
     finish, turns = time.perf_counter() + SPEED_SECONDS, 0
@@ -293,7 +295,7 @@ def load(path):
         with torch.inference_mode():
             logits = network(network.normalize(images))  # uint8 (B, S, S, 3) -> float32 (B, classes)
 
-    On a GPU: `network.to("cuda", memory_format=torch.channels_last)`; `normalize` brings the images there. To train it
+    On CUDA: `network.to("cuda", memory_format=torch.channels_last)`; `normalize` brings the images there. To train it
     further: `network.train()`, which lets batch norm follow the new images; its weights already require gradients.
     Back to answers: `network.eval()`.
 

@@ -63,7 +63,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     some = data.train_images[:: max(1, len(data.train_images) // WHITENED)].cpu()
     some = models.normalize(some, data.mean, data.std)
     network = models.create(settings.architecture, len(data.classes), settings.seed, some)
-    network = network.to(machine.device, memory_format=torch.channels_last).train()
+    network = network.to(**machine.place).train()
     optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
 

@@ -12,8 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -87,8 +85,8 @@ def main():
         raise Failure(f"the runs in {output} were trained on other images than those in {arguments.data_dir}.")
     if any(each.teacher != "+".join(sorted(teachers)) for each in settings):
         raise Failure(f"the runs in {output} were not distilled from this teacher. Name theirs with --teacher.")
-    place = {"device": machine.device, "memory_format": torch.channels_last}
-    targets = Ensemble([FixedTargets(teachers[digest].to(**place), loaded, machine) for digest in sorted(teachers)])
+    networks = [teachers[digest].to(**machine.place) for digest in sorted(teachers)]
+    targets = Ensemble([FixedTargets(network, loaded, machine) for network in networks])
     fixed = []
     for each in settings:
         with lock(output):

@@ -57,7 +57,7 @@ def measure(device, threads, images):
     labels = torch.arange(images) % CLASSES
     names, gray = tuple(f"class {k}" for k in range(CLASSES)), (0.5, 0.5, 0.5)
     loaded = data.Data(names, pixels, labels, pixels[:128], labels[:128], gray, gray, "noise").to(device)
-    network = models.create("teacher", CLASSES, 0).to(device, memory_format=torch.channels_last).eval()
+    network = models.create("teacher", CLASSES, 0).to(**machine.place).eval()
     views = data.Views(loaded.train_images, loaded.mean, loaded.std)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -187,8 +187,8 @@ def student_step(machine, compiled):
     """Milliseconds of a student's forward and backward pass for one batch, the median of 20; None where it cannot be
     compiled."""
     device = machine.device
-    network = models.create("student", CLASSES, 0).to(device, memory_format=torch.channels_last).train()
-    images = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
+    network = models.create("student", CLASSES, 0).to(**machine.place).train()
+    images = torch.randn(BATCH, 3, SIZE, SIZE).to(**machine.place)
     labels = torch.arange(BATCH, device=device) % CLASSES
 
     def step():
@@ -243,14 +243,14 @@ def peak_memory(machine):
     """GB at the peak of a process that distils a student on 50,000 images: of a GPU's memory, in a whole epoch; else of
     the process, in a few steps."""
     loaded = noise(50_000, machine.device)
-    teacher = models.create("teacher", CLASSES, 0).eval().to(machine.device, memory_format=torch.channels_last)
+    teacher = models.create("teacher", CLASSES, 0).eval().to(**machine.place)
     ours = Ours(loaded, machine, teacher)
     if machine.device.type == "cuda":
         ours.epoch("kd", targets=ours.targets(fresh=True))
         print(torch.cuda.max_memory_allocated() / 1e9)
         return
     views = ours.views()
-    network = models.create("student", CLASSES, 0).to(memory_format=torch.channels_last)
+    network = models.create("student", CLASSES, 0).to(**machine.place)
     for indices in torch.arange(5 * BATCH).split(BATCH):
         images = views.batch(0, indices)
         with torch.inference_mode():
@@ -280,7 +280,7 @@ def main():
     images = arguments.images or (512 if arguments.quick else 3_072 if device.type == "cpu" else 50_000)
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     loaded = noise(images, device)
-    teacher = models.create("teacher", CLASSES, 0).eval().to(device, memory_format=torch.channels_last)
+    teacher = models.create("teacher", CLASSES, 0).eval().to(**machine.place)
     plain_teacher = models.create("teacher", CLASSES, 0).eval().to(device)
     ours = Ours(loaded, machine, teacher)
 

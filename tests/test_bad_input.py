@@ -11,14 +11,16 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_images
 from PIL import Image
 
 import models
+import runs.machine
 import train
 from reports import figures
 from runs.files import Damaged, Failure
-from runs.machine import choose_device, choose_precision
+from runs.machine import check_arithmetic, choose_device, choose_precision
 
 
 def explained(got):
@@ -431,6 +433,79 @@ def test_a_gpu_that_this_pytorch_has_no_kernels_for(gpu, capsys):
     assert capsys.readouterr().err == f"{told} The next device is used instead.\n"
     with pytest.raises(Failure, match=r"^The device cuda:0 cannot be used: CUDA error: no kernel"):
         choose_device("cuda:0")
+
+
+class Other:
+    """A device that is not the CPU, for whoever asks."""
+
+    type = "mps"
+
+    def __str__(self):
+        return "mps"
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """A device other than the CPU that computes as the CPU does."""
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **rest: to(tensor, **rest) if rest else tensor)
+    return Other()
+
+
+def wrong(function):
+    """`function`, whose second result, the one of the device, is twice as large as it should be."""
+    calls = []
+
+    def call(*given, **rest):
+        calls.append(given)
+        return function(*given, **rest) * len(calls)
+
+    return call
+
+
+class WrongSlope(torch.autograd.Function):
+    """The identity, whose gradient is wrong."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, slope):
+        return slope.flip(0)
+
+
+def test_a_device_that_computes_rightly_may_train(other):
+    check_arithmetic(other)
+
+
+@pytest.mark.parametrize(("name", "what"), [("conv2d", "a convolution"), ("batch_norm", "batch norm")])
+def test_a_device_that_computes_wrongly_is_named(other, monkeypatch, name, what):
+    monkeypatch.setattr(F, name, wrong(getattr(F, name)))
+    with pytest.raises(Failure, match=f"The device mps computes wrongly: {what} differs from the CPU's by 1 of"):
+        check_arithmetic(other)
+
+
+def test_a_wrong_gradient_is_named(other, monkeypatch):
+    convolve, calls = F.conv2d, []
+
+    def convolution(images, *given, **rest):
+        calls.append(images)
+        return convolve(WrongSlope.apply(images) if len(calls) == 2 else images, *given, **rest)
+
+    monkeypatch.setattr(F, "conv2d", convolution)
+    with pytest.raises(Failure, match="the gradient of a convolution's input differs from the CPU's by"):
+        check_arithmetic(other)
+
+
+def test_a_device_that_computes_wrongly_does_not_train(cli, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.machine, "choose_device", lambda *_: torch.device("mps"))
+    samples = {"cpu": torch.ones(2), "mps": torch.full((2,), float("nan"))}
+    monkeypatch.setattr(runs.machine, "_sample", lambda device: {"a convolution": samples[device.type]})
+    got = cli(*flags, "--train-teacher", "--output-dir", tmp_path / "out")
+    assert got.status == 1 and explained(got), got
+    assert "The device mps computes wrongly: a convolution differs" in got.err and "--device cpu" in got.err
+    assert not (tmp_path / "out" / "teacher-s0").exists()
 
 
 @pytest.mark.parametrize("error", ["CUDA out of memory. Tried to allocate", ""])

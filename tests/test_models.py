@@ -6,6 +6,7 @@ import torch
 
 import models
 from runs.files import Damaged
+from runs.machine import Machine, memory_format
 
 CLASSES = ["a", "b", "c"]
 SETTINGS = {"epochs": 1, "temperature": 4.0, "teacher": None, "role": "kd"}
@@ -108,6 +109,23 @@ def test_images_are_normalized_by_channel():
     got = models.normalize(pixels, mean, std)
     torch.testing.assert_close(got, expected)
     assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_on_mps_networks_and_images_are_contiguous():
+    """PyTorch computed wrong results for channels last there (pytorch issues 175189 and 192212)."""
+    wanted = {"cpu": torch.channels_last, "cuda": torch.channels_last, "mps": torch.contiguous_format}
+    for name, layout in wanted.items():
+        device = torch.device(name)
+        assert memory_format(device) is layout
+        assert Machine(device).place == {"device": device, "memory_format": layout}
+
+
+def test_normalized_images_follow_the_memory_format(monkeypatch):
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    expected = models.normalize(pixels, (0.4,) * 3, (0.2,) * 3)
+    monkeypatch.setattr(models, "memory_format", lambda device: torch.contiguous_format)
+    got = models.normalize(pixels, (0.4,) * 3, (0.2,) * 3)
+    assert got.is_contiguous() and torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("architecture", ["teacher", "student"])

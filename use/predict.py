@@ -27,13 +27,14 @@ def predict(arguments):
     import torch  # takes seconds, so only once the paths are known to be good
 
     import models
-    from runs.machine import choose_device, make_deterministic
+    from runs.machine import check_arithmetic, choose_device, make_deterministic, memory_format
     from train import evaluate
 
     network = models.load(path)
     device = choose_device(arguments.device)
     make_deterministic()
-    network.to(device, memory_format=torch.channels_last)
+    check_arithmetic(device)
+    network.to(device, memory_format=memory_format(device))
     classes, labelled, right, failures = network.classes, 0, 0, 0
     numbers = {name: number for number, name in enumerate(classes)}
     _write([COLUMNS])
