@@ -156,8 +156,8 @@ def parser():
     option("--data-dir", "where CIFAR-10 is or is downloaded to, or the folder with train/CLASS/ and test/CLASS/",
            "data", type=path, metavar="DIR")
     option("--data-url", "a mirror to download the CIFAR-10 archive from", metavar="URL")
-    option("--image-size", "height and width that images are resized to, 16 to 64", 32,
-           type=integer(16, 64), metavar="N")
+    option("--image-size", "height and width that images are resized to, 16 to 256", 32,
+           type=integer(16, 256), metavar="N")
     option("--num-workers", "threads that decode images in folders", 2, type=integer(0, 256), metavar="N")
 
     option = group("machine and files")

@@ -26,7 +26,7 @@ from use.tasks import do_task
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
     global Machine, Options, check_arithmetic, choose_device, choose_precision, describe, make_deterministic
-    global write_report
+    global describe_memory, write_report
     global data, distill, evaluate, models, plan, records, torch, train
     import torch
 
@@ -36,6 +36,7 @@ def import_modules():
     from reports import records
     from reports.report import report as write_report
     from runs import plan
+    from runs.costs import describe_memory
     from runs.machine import Machine, check_arithmetic, choose_device, choose_precision, describe, make_deterministic
     from runs.progress import Options
     from train import evaluate, train
@@ -98,8 +99,13 @@ def start(arguments, stop, group):
     )
     for name in models.ARCHITECTURES:
         costs = models.costs(name, len(loaded.classes), loaded.image_size)
-        millions = f"{costs.macs / 1e6:.1f} million multiply-adds"
+        millions = f"{costs.macs / 1e6:,.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs.parameters:,} parameters, {millions} per image")
+    if loaded.image_size > models.FULL_BATCH:
+        largest = "teacher" if arguments.train_teacher or arguments.demo else "student"
+        batch = min(arguments.batch_size, len(loaded.train_labels))
+        network = models.create(largest, len(loaded.classes), seed=0)
+        group.say(describe_memory(largest, network, loaded.image_size, batch, machine))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile")

@@ -18,22 +18,22 @@ import torch
 from msgspec import Meta
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from runs.checkpoints import save_checkpoint
+from runs.costs import any_macs, layers_macs
 from runs.files import Damaged, decode
 from runs.foreign import load_own
 from runs.machine import choose_precision, memory_format
 from runs.settings import Costs, Share, Speed
 
 FORMAT = 2  # of model.pt; a file with another number is refused
-SMALLEST_IMAGE, LARGEST_IMAGE = 16, 64
+SMALLEST_IMAGE, LARGEST_IMAGE = 16, 256
 Scale = Annotated[float, Meta(gt=0, le=1)]
 
-# Images in an inference batch: one fixed size per device, so that a view's logits are the same bits whoever asks. On a
-# CPU the activations of 128 images stay in its caches: a teacher is half as fast again as with 1,000. On a GPU those of
-# 2,000 images of 64x64 would fill 8 GB.
+# Images in an inference batch, of up to FULL_BATCH pixels a side. On a CPU the activations of 128 images of 32x32 stay
+# in its caches: a teacher is half as fast again as with 1,000. On a GPU those of 2,000 images of 64x64 would fill 8 GB.
 INFERENCE_BATCH = {"cpu": 128, "mps": 500, "cuda": 500}
+FULL_BATCH = 64
 SPEED_SECONDS = 0.15  # for single images and for batches, in each precision
 
 
@@ -82,7 +82,7 @@ class Stage(nn.Module):
 
 
 class Network(nn.Module):
-    """What teacher and student share: normalized images (B, 3, S, S), S from 16 to 64 -> logits (B, classes).
+    """What teacher and student share: normalized images (B, 3, S, S), S from 16 up -> logits (B, classes).
 
     A network read with `load` also knows `classes` (their names), `image_size`, `mean` and `std`.
     """
@@ -162,13 +162,22 @@ def create(architecture, classes, seed, images=None):
     return network
 
 
+@functools.lru_cache
 def costs(architecture, classes, image_size):
     """The Costs of an architecture: parameters, and multiply-adds of convolutions and matrix products for one image."""
-    with torch.device("meta"):  # shapes without memory and without arithmetic
-        network = ARCHITECTURES[architecture](classes).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.empty(1, 3, image_size, image_size))
-    return Costs(sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)
+    return costs_of(create(architecture, classes, seed=0), image_size)
+
+
+def costs_of(network, image_size):
+    """The Costs of any network on the CPU that takes images (B, 3, S, S)."""
+    count = layers_macs if isinstance(network, Network) else any_macs
+    return Costs(sum(each.numel() for each in network.parameters()), count(network, image_size))
+
+
+def inference_batch(device, image_size):
+    """How many images are put through a network at a time: one fixed number for a device and size, so that a view's
+    logits are the same bits whoever asks; of large images fewer, so that all sizes take about as much memory."""
+    return max(1, INFERENCE_BATCH[device.type] * FULL_BATCH**2 // max(FULL_BATCH, image_size) ** 2)
 
 
 def normalize(images, mean, std):
@@ -191,7 +200,7 @@ def speeds(teachers, image_size, machine):
     """
     student = create("student", teachers[0].head.out_features, seed=0).eval()
     networks = {"teacher": teachers, "student": [student.to(**machine.place)]}
-    batch = INFERENCE_BATCH[machine.device.type]
+    batch = inference_batch(machine.device, image_size)
     result = {"batch": batch, "teacher": {}, "student": {}}
     for precision in dict.fromkeys(("fp32", choose_precision("auto", machine.device))):
         one, many = (_seconds(networks, count, image_size, machine, precision) for count in (1, batch))

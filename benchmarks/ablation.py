@@ -19,7 +19,7 @@ import data
 import models
 from arguments import parse
 from distill import Ensemble, compress
-from models import INFERENCE_BATCH, predict
+from models import inference_batch, predict
 from reports.records import comparable, finished_runs
 from reports.statistics import paired_test, spread
 from runs.files import Failure, write_json
@@ -36,7 +36,7 @@ class FixedTargets:
     """The teacher's logits of the clean training images: what SoftTargets is, but the same for every epoch."""
 
     def __init__(self, teacher, loaded, machine):
-        parts = loaded.train_images.split(INFERENCE_BATCH[machine.device.type])
+        parts = loaded.train_images.split(inference_batch(machine.device, loaded.image_size))
         self.asked = teacher, (models.normalize(part, loaded.mean, loaded.std) for part in parts), machine.autocast()
         self.logits = None
 

@@ -169,9 +169,8 @@ def verified_archive(path):
 
 def save_arrays(path, **arrays):
     """Writes NumPy arrays as an .npz archive, which has checksums, whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write(path, buffer.getvalue())
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # no copy: a test set may be large
+        np.savez(file, **arrays)
 
 
 def load_arrays(path):

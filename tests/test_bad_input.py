@@ -39,7 +39,7 @@ NUMBERS = {
     "--seeds": ("0", "-2", "1.5", "nan"),
     "--lr": ("0", "-0.1", "nan", "inf", "fast"),
     "--weight-decay": ("-1e-4", "nan", "inf", "2"),
-    "--image-size": ("15", "65", "nan", "32.0"),
+    "--image-size": ("15", "257", "nan", "32.0"),
     "--val-fraction": ("0", "0.6", "nan", "-0.1"),
     "--save-every": ("-1", "nan", "inf"),
     "--device": ("gpu", "cuda:", "cuda:x", "tpu", "cuda:-1"),

@@ -42,7 +42,7 @@ def predict(arguments):
         tqdm(total=len(found), desc=f"{path.parent.name}: predicting", unit=" images", disable=None) as bar,
         ThreadPoolExecutor(max(1, arguments.num_workers)) as pool,
     ):
-        size = models.INFERENCE_BATCH[device.type]  # as for the test set; and memory is bounded
+        size = models.inference_batch(device, network.image_size)  # as for the test set; and memory is bounded
         for start in range(0, len(found), size):
             part = found[start : start + size]
             images = _decode(part, network.image_size, pool)
