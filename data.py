@@ -1,7 +1,7 @@
 """A data set as tensors, and the augmented views of an epoch.
 
-CIFAR-10, images in folders or drawn shapes (`sources/`) all become one uint8 tensor (N, S, S, 3) per split; a whole
-batch is cropped, flipped and normalized at a time, on the device, without workers.
+CIFAR, images in folders or drawn shapes (`sources/`) all become one uint8 tensor (N, S, S, 3) per split; a whole batch
+is cropped, flipped and normalized at a time, on the device, without workers.
 """
 
 import functools
@@ -42,15 +42,15 @@ class Data:
 
 
 def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None):
-    """The Data of `dataset` ("cifar10", "folder" or "shapes").
+    """The Data of `dataset` ("cifar10", "cifar100", "folder" or "shapes").
 
     `cache` is the folder where decoded images of a "folder" are kept. Raises Failure where the data cannot be read or
     are damaged, with the path and what to do.
     """
-    if dataset == "cifar10":
-        from sources import cifar10  # only here, since importing torchvision takes a second
+    if dataset in ("cifar10", "cifar100"):
+        from sources import cifar  # only here, since importing torchvision takes a second
 
-        return from_arrays(*cifar10.load(data_dir, data_url, image_size))
+        return from_arrays(*cifar.load(data_dir, data_url, image_size, cifar.DATASETS[dataset]))
     if dataset == "folder":
         from sources import folders
 
@@ -111,7 +111,7 @@ class Views:
         return rows, columns, (half ^ bool(epoch % 2)).to(self.device)
 
     def batch(self, epoch, indices):
-        """The views of the images `indices` (B,) in `epoch`: float32 (B, 3, S, S), channels_last."""
+        """The views of the images `indices` (B,) in `epoch`: float32 (B, 3, S, S) in the device's memory format."""
         rows, columns, flips = (each[indices] for each in self.draws(epoch))
         rows, columns = self.windows[rows], self.windows[columns]  # (B, S): where each pixel of the view comes from
         columns = torch.where(flips[:, None], self.size - 1 - columns, columns)

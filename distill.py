@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models import INFERENCE_BATCH, predict
+from models import inference_batch, predict
 from runs.files import Damaged, Failure, load_arrays, make_folder, save_arrays
 from runs.machine import describe
 from runs.settings import VIEWS_VERSION
@@ -97,7 +97,7 @@ class SoftTargets:
                 "precision": machine.precision,
                 "device": describe(machine.device),
                 "torch": str(torch.__version__),
-                "batch": INFERENCE_BATCH[machine.device.type],
+                "batch": inference_batch(machine.device, views.size),
             }
         )
         self.folder = folder and Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]
@@ -139,7 +139,7 @@ class SoftTargets:
         return logits
 
     def _compute(self, epoch, description):
-        size = INFERENCE_BATCH[self.machine.device.type]
+        size = inference_batch(self.machine.device, self.views.size)
         batches = torch.arange(self.views.count, device=self.views.device).split(size)
         with tqdm(batches, desc=description, unit="batch", leave=False, disable=self.shared or None) as bar:
             views = (self.views.batch(epoch, indices) for indices in bar)

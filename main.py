@@ -25,7 +25,7 @@ from use.tasks import do_task
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global Machine, Options, choose_device, choose_precision, describe, keep_memory, make_deterministic, write_report
+    global Machine, Options, describe, describe_memory, start_machine, write_report
     global data, distill, evaluate, models, plan, records, torch, train
     import torch
 
@@ -35,7 +35,8 @@ def import_modules():
     from reports import records
     from reports.report import report as write_report
     from runs import plan
-    from runs.machine import Machine, choose_device, choose_precision, describe, keep_memory, make_deterministic
+    from runs.costs import describe_memory
+    from runs.machine import Machine, describe, start_machine
     from runs.progress import Options
     from train import evaluate, train
 
@@ -77,12 +78,10 @@ def main(arguments, stop):
 
 def start(arguments, stop, group):
     """Chooses the device and loads the data; prints what the command works with."""
-    device = choose_device(arguments.device, group.local_rank if group.size > 1 else None)
+    rank = group.local_rank if group.size > 1 else None
+    machine = start_machine(arguments.device, arguments.precision, arguments.compile, rank)
     if group.size > 1:
         torch.set_num_threads(group.threads())
-    machine = Machine(device, choose_precision(arguments.precision, device), bool(arguments.compile))
-    make_deterministic()
-    keep_memory()
     loaded = data.load(
         arguments.dataset,
         data_dir=arguments.data_dir,
@@ -90,17 +89,22 @@ def start(arguments, stop, group):
         image_size=arguments.image_size,
         workers=arguments.num_workers,
         cache=Path(arguments.output_dir) / "data",
-    ).to(device)
+    ).to(machine.device)
     group.say(
         f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
         f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
     )
     for name in models.ARCHITECTURES:
         costs = models.costs(name, len(loaded.classes), loaded.image_size)
-        millions = f"{costs.macs / 1e6:.1f} million multiply-adds"
+        millions = f"{costs.macs / 1e6:,.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs.parameters:,} parameters, {millions} per image")
+    if loaded.image_size > models.FULL_BATCH:
+        largest = "teacher" if arguments.train_teacher or arguments.demo else "student"
+        batch = min(arguments.batch_size, len(loaded.train_labels))
+        network = models.create(largest, len(loaded.classes), seed=0)
+        group.say(describe_memory(largest, network, loaded.image_size, batch, machine))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
-    group.say(f"Device: {describe(device)}, {machine.precision}{processes}")
+    group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile")
     recorded = {name: getattr(arguments, name) for name in typed}
     return Session(arguments, loaded, machine, Options(arguments.save_every, stop, recorded), group)
@@ -223,8 +227,7 @@ def digests_of(session, teachers):
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network
         session.group.say(f"{path}: test accuracy {network.accuracy:.4f} (teacher)")
-    place = {"device": session.machine.device, "memory_format": torch.channels_last}
-    return {digest: networks[digest].to(**place) for digest in sorted(networks)}
+    return {digest: networks[digest].to(**session.machine.place) for digest in sorted(networks)}
 
 
 def keep_for_report(session, networks, teacher_bytes):

@@ -18,21 +18,22 @@ import torch
 from msgspec import Meta
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from runs.checkpoints import load_checkpoint, save_checkpoint
+from runs.checkpoints import save_checkpoint
+from runs.costs import any_macs, layers_macs
 from runs.files import Damaged, decode
-from runs.machine import choose_precision
+from runs.foreign import load_own
+from runs.machine import choose_precision, memory_format
 from runs.settings import Costs, Share, Speed
 
 FORMAT = 2  # of model.pt; a file with another number is refused
-SMALLEST_IMAGE, LARGEST_IMAGE = 16, 64
+SMALLEST_IMAGE, LARGEST_IMAGE = 16, 256
 Scale = Annotated[float, Meta(gt=0, le=1)]
 
-# Images in an inference batch: one fixed size per device, so that a view's logits are the same bits whoever asks. On a
-# CPU the activations of 128 images stay in its caches: a teacher is half as fast again as with 1,000. On a GPU those of
-# 2,000 images of 64x64 would fill 8 GB.
+# Images in an inference batch, of up to FULL_BATCH pixels a side. On a CPU the activations of 128 images of 32x32 stay
+# in its caches: a teacher is half as fast again as with 1,000. On a GPU those of 2,000 images of 64x64 would fill 8 GB.
 INFERENCE_BATCH = {"cpu": 128, "mps": 500, "cuda": 500}
+FULL_BATCH = 64
 SPEED_SECONDS = 0.15  # for single images and for batches, in each precision
 
 
@@ -81,7 +82,7 @@ class Stage(nn.Module):
 
 
 class Network(nn.Module):
-    """What teacher and student share: normalized images (B, 3, S, S), S from 16 to 64 -> logits (B, classes).
+    """What teacher and student share: normalized images (B, 3, S, S), S from 16 up -> logits (B, classes).
 
     A network read with `load` also knows `classes` (their names), `image_size`, `mean` and `std`.
     """
@@ -161,21 +162,32 @@ def create(architecture, classes, seed, images=None):
     return network
 
 
+@functools.lru_cache
 def costs(architecture, classes, image_size):
     """The Costs of an architecture: parameters, and multiply-adds of convolutions and matrix products for one image."""
-    with torch.device("meta"):  # shapes without memory and without arithmetic
-        network = ARCHITECTURES[architecture](classes).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.empty(1, 3, image_size, image_size))
-    return Costs(sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)
+    return costs_of(create(architecture, classes, seed=0), image_size)
+
+
+def costs_of(network, image_size):
+    """The Costs of any network on the CPU that takes images (B, 3, S, S)."""
+    count = layers_macs if isinstance(network, Network) else any_macs
+    return Costs(sum(each.numel() for each in network.parameters()), count(network, image_size))
+
+
+def inference_batch(device, image_size):
+    """How many images are put through a network at a time: one fixed number for a device and size, so that a view's
+    logits are the same bits whoever asks; of large images fewer, so that all sizes take about as much memory."""
+    return max(1, INFERENCE_BATCH[device.type] * FULL_BATCH**2 // max(FULL_BATCH, image_size) ** 2)
 
 
 def normalize(images, mean, std):
-    """uint8 images (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last order, (x / 255 - mean) / std by channel."""
+    """uint8 images (B, H, W, 3) -> float32 (B, 3, H, W) in the device's `memory_format`, (x / 255 - mean) / std by
+    channel."""
     count, height, width, _ = images.shape
     scale, shift = _for_rows(tuple(mean), tuple(std), width, images.device)
     rows = images.reshape(count, height, width * 3).to(torch.float32)  # whole rows are long enough to vectorize
-    return torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
+    images = torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=memory_format(images.device))
 
 
 @torch.inference_mode()
@@ -187,8 +199,8 @@ def speeds(teachers, image_size, machine):
     them alike; the first turn is a warm-up. Speed depends on shapes, not on weights, so the student is a new one.
     """
     student = create("student", teachers[0].head.out_features, seed=0).eval()
-    networks = {"teacher": teachers, "student": [student.to(machine.device, memory_format=torch.channels_last)]}
-    batch = INFERENCE_BATCH[machine.device.type]
+    networks = {"teacher": teachers, "student": [student.to(**machine.place)]}
+    batch = inference_batch(machine.device, image_size)
     result = {"batch": batch, "teacher": {}, "student": {}}
     for precision in dict.fromkeys(("fp32", choose_precision("auto", machine.device))):
         one, many = (_seconds(networks, count, image_size, machine, precision) for count in (1, batch))
@@ -200,7 +212,7 @@ def speeds(teachers, image_size, machine):
 def _seconds(networks, count, image_size, machine, precision):
     """{name: median seconds} that each of `networks` takes for `count` images."""
     images = torch.randn(count, 3, image_size, image_size, generator=generator("speed"))
-    images = images.to(machine.device, memory_format=torch.channels_last)
+    images = images.to(**machine.place)
     seconds = {name: [] for name in networks}
     calls = 5 if count == 1 else 1  # in a turn: of single images the first finds the other network in the caches
     finish, turns = time.perf_counter() + SPEED_SECONDS, 0
@@ -292,20 +304,14 @@ def load(path):
         with torch.inference_mode():
             logits = network(network.normalize(images))  # uint8 (B, S, S, 3) -> float32 (B, classes)
 
-    On a GPU: `network.to("cuda", memory_format=torch.channels_last)`; `normalize` brings the images there. To train it
+    On CUDA: `network.to("cuda", memory_format=torch.channels_last)`; `normalize` brings the images there. To train it
     further: `network.train()`, which lets batch norm follow the new images; its weights already require gradients.
     Back to answers: `network.eval()`.
 
     Raises Failure where the file cannot be read, and Damaged where it is not a complete checkpoint of this format and
     one of these architectures. Nothing in the file can run code.
     """
-    content = load_checkpoint(path)
-    if content.get("format") != FORMAT:
-        raise Damaged(
-            f"{path} is not a model of this program: its format is {content.get('format')!r}, and this version reads "
-            f"{FORMAT}."
-        )
-    file = decode(content, ModelFile, path)
+    file = decode(load_own(path, FORMAT), ModelFile, path)
     if file.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise Damaged(f"{path} holds the unknown architecture '{file.architecture}'; known are: {known}.")

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 import models
 from data import Views, split
 from distill import distillation_loss
-from models import INFERENCE_BATCH, generator, predict
+from models import generator, inference_batch, predict
 from runs.progress import Progress
 
 # Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
 CONVOLUTIONS, HEAD, BIASES = (0.3, 0.6), (1.0, 0.85), (30.0, 0.85)
-WHITENED = 2_000  # training images to which the whitening is fitted
+WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
 
@@ -60,10 +60,11 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     indices, validation = (part.to(machine.device) for part in split(data.train_labels, settings.val_fraction))
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
     views = Views(data.train_images, data.mean, data.std, f"{stream}views")
-    some = data.train_images[:: max(1, len(data.train_images) // WHITENED)].cpu()
+    count = WHITENED * 64**2 // max(64, data.image_size) ** 2
+    some = data.train_images[:: max(1, len(data.train_images) // count)].cpu()
     some = models.normalize(some, data.mean, data.std)
     network = models.create(settings.architecture, len(data.classes), settings.seed, some)
-    network = network.to(machine.device, memory_format=torch.channels_last).train()
+    network = network.to(**machine.place).train()
     optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
 
@@ -93,7 +94,7 @@ def evaluate(network, images, mean, std):
     whatever the training's precision: bfloat16 is so coarse that equal logits would decide images."""
     training = network.training
     network.eval()
-    batches = images.split(INFERENCE_BATCH[images.device.type])
+    batches = images.split(inference_batch(images.device, images.shape[1]))
     logits = predict(network, (models.normalize(batch, mean, std) for batch in batches), nullcontext())
     network.train(training)
     return logits

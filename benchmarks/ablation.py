@@ -12,8 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -21,12 +19,12 @@ import data
 import models
 from arguments import parse
 from distill import Ensemble, compress
-from models import INFERENCE_BATCH, predict
+from models import inference_batch, predict
 from reports.records import comparable, finished_runs
 from reports.statistics import paired_test, spread
 from runs.files import Failure, write_json
 from runs.lock import lock
-from runs.machine import Machine, choose_device, describe, keep_memory, make_deterministic
+from runs.machine import describe, start_machine
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import RECIPE, VIEWS_VERSION
@@ -38,7 +36,7 @@ class FixedTargets:
     """The teacher's logits of the clean training images: what SoftTargets is, but the same for every epoch."""
 
     def __init__(self, teacher, loaded, machine):
-        parts = loaded.train_images.split(INFERENCE_BATCH[machine.device.type])
+        parts = loaded.train_images.split(inference_batch(machine.device, loaded.image_size))
         self.asked = teacher, (models.normalize(part, loaded.mean, loaded.std) for part in parts), machine.autocast()
         self.logits = None
 
@@ -74,9 +72,7 @@ def main():
     if {(each.recipe, each.views) for each in settings} != {(RECIPE, VIEWS_VERSION)}:
         raise Failure(f"the runs in {output} are of another recipe than this version of the program trains.")
     made_with = pairs[seeds[0]].environment
-    machine = Machine(choose_device(arguments.device), made_with["precision"], made_with["compiled"])
-    make_deterministic()
-    keep_memory()
+    machine = start_machine(arguments.device, made_with["precision"], made_with["compiled"])
     if describe(machine.device) != made_with["device"]:
         raise Failure(f"the runs were trained on {made_with['device']}, and this is {describe(machine.device)}.")
     size, kept = settings[0].image_size, output / "data"
@@ -88,8 +84,8 @@ def main():
         raise Failure(f"the runs in {output} were trained on other images than those in {arguments.data_dir}.")
     if any(each.teacher != "+".join(sorted(teachers)) for each in settings):
         raise Failure(f"the runs in {output} were not distilled from this teacher. Name theirs with --teacher.")
-    place = {"device": machine.device, "memory_format": torch.channels_last}
-    targets = Ensemble([FixedTargets(teachers[digest].to(**place), loaded, machine) for digest in sorted(teachers)])
+    networks = [teachers[digest].to(**machine.place) for digest in sorted(teachers)]
+    targets = Ensemble([FixedTargets(network, loaded, machine) for network in networks])
     fixed = []
     for each in settings:
         with lock(output):

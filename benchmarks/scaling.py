@@ -31,7 +31,7 @@ import data
 import models
 from distill import Ensemble, SoftTargets
 from runs.files import write
-from runs.machine import Machine, choose_precision, keep_memory, make_deterministic
+from runs.machine import start_machine
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import Settings
@@ -49,16 +49,14 @@ PLANS = {  # name: [(students that are trained together, their part of the image
 def measure(device, threads, images):
     """Seconds for one image in an epoch of the teacher, of the targets and of a student: a dict."""
     torch.set_num_threads(threads)
-    make_deterministic()
-    keep_memory()
-    device = torch.device(device)
-    machine = Machine(device, choose_precision("auto", device))
+    machine = start_machine(device, "auto")
+    device = machine.device
     draws = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, SIZE, SIZE, 3), dtype=torch.uint8, generator=draws)
     labels = torch.arange(images) % CLASSES
     names, gray = tuple(f"class {k}" for k in range(CLASSES)), (0.5, 0.5, 0.5)
     loaded = data.Data(names, pixels, labels, pixels[:128], labels[:128], gray, gray, "noise").to(device)
-    network = models.create("teacher", CLASSES, 0).to(device, memory_format=torch.channels_last).eval()
+    network = models.create("teacher", CLASSES, 0).to(**machine.place).eval()
     views = data.Views(loaded.train_images, loaded.mean, loaded.std)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ import data
 import models
 from distill import SoftTargets, distillation_loss
 from runs.files import Failure
-from runs.machine import DTYPES, Machine, choose_device, choose_precision, keep_memory, make_deterministic
+from runs.machine import DTYPES, start_machine
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import RECIPE, Settings
@@ -187,8 +187,8 @@ def student_step(machine, compiled):
     """Milliseconds of a student's forward and backward pass for one batch, the median of 20; None where it cannot be
     compiled."""
     device = machine.device
-    network = models.create("student", CLASSES, 0).to(device, memory_format=torch.channels_last).train()
-    images = torch.randn(BATCH, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
+    network = models.create("student", CLASSES, 0).to(**machine.place).train()
+    images = torch.randn(BATCH, 3, SIZE, SIZE).to(**machine.place)
     labels = torch.arange(BATCH, device=device) % CLASSES
 
     def step():
@@ -243,14 +243,14 @@ def peak_memory(machine):
     """GB at the peak of a process that distils a student on 50,000 images: of a GPU's memory, in a whole epoch; else of
     the process, in a few steps."""
     loaded = noise(50_000, machine.device)
-    teacher = models.create("teacher", CLASSES, 0).eval().to(machine.device, memory_format=torch.channels_last)
+    teacher = models.create("teacher", CLASSES, 0).eval().to(**machine.place)
     ours = Ours(loaded, machine, teacher)
     if machine.device.type == "cuda":
         ours.epoch("kd", targets=ours.targets(fresh=True))
         print(torch.cuda.max_memory_allocated() / 1e9)
         return
     views = ours.views()
-    network = models.create("student", CLASSES, 0).to(memory_format=torch.channels_last)
+    network = models.create("student", CLASSES, 0).to(**machine.place)
     for indices in torch.arange(5 * BATCH).split(BATCH):
         images = views.batch(0, indices)
         with torch.inference_mode():
@@ -270,18 +270,15 @@ def main():
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--peak-memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device = choose_device(arguments.device)
-    precision = choose_precision(arguments.precision, device)
-    machine = Machine(device, precision)
-    make_deterministic()
-    keep_memory()  # the textbook loop gains by it as well
+    machine = start_machine(arguments.device, arguments.precision)  # memory is kept for the textbook loop as well
+    device, precision = machine.device, machine.precision
     if arguments.peak_memory:
         peak_memory(machine)
         return
     images = arguments.images or (512 if arguments.quick else 3_072 if device.type == "cpu" else 50_000)
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     loaded = noise(images, device)
-    teacher = models.create("teacher", CLASSES, 0).eval().to(device, memory_format=torch.channels_last)
+    teacher = models.create("teacher", CLASSES, 0).eval().to(**machine.place)
     plain_teacher = models.create("teacher", CLASSES, 0).eval().to(device)
     ours = Ours(loaded, machine, teacher)
 

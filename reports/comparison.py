@@ -7,6 +7,7 @@ import numpy as np
 
 from reports.records import comparable, finished_runs, load_speed, load_test_set
 from reports.statistics import (
+    balanced_accuracy,
     calibration_error,
     class_accuracies,
     mcnemar_test,
@@ -46,6 +47,8 @@ class Comparison:
             self.output, self.settings.data, self.settings.teacher.split("+")
         )
         self.teacher_logits = np.mean(self.member_logits, axis=0)  # as distill.Ensemble has them for views
+        self.counts = np.bincount(self.labels, minlength=len(self.classes))  # test images by class
+        self.balanced = {}  # balanced accuracy of a run, by its folder
         baselines = {key[3]: run for key, run in matching.items() if key[0] == "baseline"}
         students = {key: run for key, run in matching.items() if key[0] == "kd"}
         self.runs = self._teacher_runs(runs)
@@ -66,6 +69,15 @@ class Comparison:
         self.student = dict(vars(self.first.costs["student"]))
         self._add_speed()
         self.selection = self._selection()
+        for run in self.runs:
+            if run.settings.role == "teacher":
+                logits = self.member_logits[self.settings.teacher.split("+").index(run.weights_sha256)]
+                self.balanced[run.folder] = self._measures(logits)["balanced_accuracy"]
+
+    @property
+    def is_balanced(self):
+        """Whether all classes have equally many test images, so that balanced accuracy is the accuracy."""
+        return bool((self.counts == self.counts[0]).all())
 
     def _teacher_runs(self, runs):
         teachers = sorted(
@@ -106,10 +118,12 @@ class Comparison:
         return {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
 
     def _measures(self, logits):
+        by_class = class_accuracies(logits, self.labels, len(self.classes))
         return {
+            "balanced_accuracy": balanced_accuracy(by_class),
             "calibration_error": calibration_error(softmax(logits), self.labels),
             "negative_log_likelihood": negative_log_likelihood(logits, self.labels),
-            "class_accuracies": class_accuracies(logits, self.labels, len(self.classes)),
+            "class_accuracies": by_class,
         }
 
     def _several(self, runs):
@@ -119,12 +133,14 @@ class Comparison:
         logits = [run.logits(teacher_logits.shape) for run in runs]
         accuracies = [run.accuracy for run in runs]
         measures = [self._measures(each) for each in logits]
+        self.balanced |= {run.folder: each["balanced_accuracy"] for run, each in zip(runs, measures, strict=True)}
         by_class = np.array([m["class_accuracies"] for m in measures], dtype=float)
         return {
             "seeds": [run.settings.seed for run in runs],
             "accuracies": accuracies,
             "mean": float(np.mean(accuracies)),
             "std": spread(accuracies),
+            "balanced_accuracy": [m["balanced_accuracy"] for m in measures],
             "agreement_with_teacher": [float((each.argmax(1) == teacher_logits.argmax(1)).mean()) for each in logits],
             "calibration_error": [m["calibration_error"] for m in measures],
             "negative_log_likelihood": [m["negative_log_likelihood"] for m in measures],
@@ -210,6 +226,7 @@ class Comparison:
             "settings": self.settings.as_dict(),
             "environment": self.environment,
             "classes": self.classes,
+            "test_images_by_class": self.counts.tolist(),
             "teacher": self.teacher,
             "student": self.student,
             "baseline": self.baseline,

@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 
 from reports import costs
-from reports.text import COLUMNS, claim, environments, points
+from reports.text import COLUMNS, claim, environments, largest_class, points
 from runs.settings import pair_name
 
 CAPTIONS = {
@@ -45,6 +45,7 @@ def page(comparison, figures):
         gain=points(entry["improvement"]["mean"], "+"),
         trade=costs.trade(comparison),
         claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)),
+        note=largest_class(comparison),
         environments=environments([run for run in comparison.runs if not run.settings.val_fraction]),
         where=costs.where(comparison),
         tables=_tables(comparison),
@@ -61,13 +62,18 @@ def _tables(comparison):
     def students(name, given):
         names = ("agreement_with_teacher", "calibration_error", "negative_log_likelihood")
         means = (f"{np.mean(given[each]):.4f}" for each in names)
-        return (name, *(_decimals(given[each]) for each in ("mean", "std")), len(given["seeds"]), *means)
+        accuracy = (_decimals(value) for value in (given["mean"], given["std"], np.mean(given["balanced_accuracy"])))
+        return (name, *accuracy, len(given["seeds"]), *means)
 
     own = (_decimals(teacher[each]) for each in ("calibration_error", "negative_log_likelihood"))
-    results = [("Teacher", _decimals(teacher["accuracy"]), None, 1, None, *own)]
+    accuracy = (_decimals(value) for value in (teacher["accuracy"], None, teacher["balanced_accuracy"]))
+    results = [("network", "accuracy", "std", "balanced", "n", "agreement", "ECE", "NLL")]
+    results.append(("Teacher", *accuracy, 1, None, *own))
     results += [students(f"KD, {pair_name(each['temperature'], each['alpha'])}", each) for each in comparison.kd]
     results.append(students("Baseline", baseline))
-    tables = [("Accuracy", ("network", "accuracy", "std", "n", "agreement", "ECE", "NLL"), results)]
+    if comparison.is_balanced:  # it would be the accuracy again
+        results = [(*row[:3], *row[4:]) for row in results]
+    tables = [("Accuracy", results[0], results[1:])]
 
     measured = [
         (name, f"{parameters:,}", f"{macs:,.1f}", *(None if value is None else f"{value:,.1f}" for value in rest))
@@ -92,7 +98,8 @@ def _tables(comparison):
     runs = []
     for run in comparison.runs:
         values = {**vars(run), **vars(run.settings), "run": run.folder.relative_to(comparison.output).as_posix()}
-        values |= {name: _decimals(values[name]) for name in ("accuracy", "val_accuracy")}
+        values["balanced_accuracy"] = comparison.balanced.get(run.folder)
+        values |= {name: _decimals(values[name]) for name in ("accuracy", "balanced_accuracy", "val_accuracy")}
         values |= {"seconds": f"{run.seconds:,.0f}", "learning_rate": f"{run.settings.learning_rate:.4g}"}
         runs.append([values[name] for name in COLUMNS])
     tables.append(("Runs", [name.replace("_", " ") for name in COLUMNS], runs))

@@ -2,6 +2,7 @@
 
 - Agreement: the share of test images for which student and teacher choose the same class.
 - Expected calibration error: Guo et al., arXiv 1706.04599, equation 3, with 15 bins of equal width.
+- Balanced accuracy: the mean of the accuracies by class.
 - Negative log-likelihood: the mean of -log p(label), in nats.
 - Paired t-test over seeds (Student 1908), the pairs being students of one seed with and without distillation.
 - Exact McNemar test (McNemar 1947) for a single pair: a binomial test over the test images on which they differ.
@@ -48,6 +49,12 @@ def class_accuracies(logits, labels, classes):
     """The accuracy on each class's images: a list of floats, None for a class without images."""
     right = logits.argmax(1) == labels
     return [float(right[labels == k].mean()) if (labels == k).any() else None for k in range(classes)]
+
+
+def balanced_accuracy(by_class):
+    """The mean of `class_accuracies` over the classes that have images (Brodersen et al., ICPR 2010): to answer the
+    largest class always gains nothing here."""
+    return float(np.mean([value for value in by_class if value is not None]))
 
 
 def spread(values):

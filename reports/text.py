@@ -9,6 +9,9 @@ from reports import costs
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
 from runs.settings import pair_name
 
+BETTER = 0.1  # a network is hardly better than a guess that corrects less than this share of the guess's errors
+MANY, ENDS = 20, 5  # of more classes, only so many of the lowest and highest accuracy are printed
+
 
 def _pair(entry):
     return pair_name(entry["temperature"], entry["alpha"])
@@ -50,6 +53,9 @@ def details(comparison):
     """The table below the block, the gain with its interval, and what can be claimed."""
     teacher, baseline, entry = comparison.teacher, comparison.baseline, comparison.kd[0]
 
+    def balanced(cell):
+        return [] if comparison.is_balanced else [cell]  # it would be the accuracy again
+
     def students(name, given):
         means = (
             np.mean(given[key]) for key in ("agreement_with_teacher", "calibration_error", "negative_log_likelihood")
@@ -59,18 +65,20 @@ def details(comparison):
             name,
             f"{given['mean']:.4f}",
             _std(given),
+            *balanced(f"{np.mean(given['balanced_accuracy']):.4f}"),
             len(given["seeds"]),
             f"{agreement:.4f}",
             f"{error:.4f}",
             f"{likelihood:.4f}",
         )
 
-    text = _row("", "accuracy", "std", "n", "agreement", "ECE", "NLL")
+    text = _row("", "accuracy", "std", *balanced("balanced"), "n", "agreement", "ECE", "NLL")
     several = len(teacher["members"]) > 1
     text += _row(
         f"Teacher, {len(teacher['members'])} networks" if several else "Teacher",
         f"{teacher['accuracy']:.4f}",
         "",
+        *balanced(f"{teacher['balanced_accuracy']:.4f}"),
         1,
         "",
         f"{teacher['calibration_error']:.4f}",
@@ -78,15 +86,16 @@ def details(comparison):
     )
     if several:
         alone = teacher["members"]
-        text += _row("  each alone", f"{np.mean(alone):.4f}", f"{spread(alone):.4f}", len(alone))
+        text += _row("  each alone", f"{np.mean(alone):.4f}", f"{spread(alone):.4f}", *balanced(""), len(alone))
     for each in comparison.kd:
         text += students(f"KD, {_pair(each)}", each)
     text += students("Baseline", baseline)
-    text += "(agreement: same class as the teacher; ECE: expected calibration error, 15 bins; NLL in nats)\n\n"
-    text += _row("Accuracy by class", "teacher", "with KD", "baseline")
-    for number, name in enumerate(comparison.classes):
-        values = (each["class_accuracies"][number] for each in (teacher, entry, baseline))
-        text += _row(name[:25], *("-" if value is None else f"{value:.4f}" for value in values))
+    text += "(agreement: same class as the teacher; ECE: expected calibration error, 15 bins; NLL in nats)\n"
+    if not comparison.is_balanced:
+        text += "(balanced: the mean of the accuracies by class, in which every class counts alike)\n"
+    if note := largest_class(comparison):
+        text += f"{note}\n"
+    text += "\n" + _by_class(comparison)
     if comparison.selection:
         text += "\n" + _row("Sweep, on validation", "accuracy", "std", "n")
         for each in sorted(comparison.selection, key=lambda each: -each["mean"]):
@@ -111,6 +120,29 @@ def details(comparison):
         if len(differing) > 1:
             text += f"Note that {who} were not all trained alike: " + "; ".join(differing) + ".\n"
     return text
+
+
+def largest_class(comparison):
+    """The line that says how good the answer is that is always the largest class, where a network shown is hardly
+    better; else ""."""
+    share = float(comparison.counts.max() / comparison.counts.sum())
+    name = comparison.classes[int(comparison.counts.argmax())]
+    shown = (comparison.teacher["accuracy"], comparison.kd[0]["mean"], comparison.baseline["mean"])
+    if comparison.is_balanced or min(shown) - share >= BETTER * (1 - share):
+        return ""
+    return f"Note that always answering '{name}', the largest class, is right on {share:.4f} of the test images."
+
+
+def _by_class(comparison):
+    """The table of accuracies by class; of many classes those of the lowest and highest accuracy with KD."""
+    each = (comparison.teacher, comparison.kd[0], comparison.baseline)
+    rows = list(zip(comparison.classes, *(entry["class_accuracies"] for entry in each), strict=True))
+    lines = [_row(name[:25], *("-" if v is None else f"{v:.4f}" for v in values)) for name, *values in rows]
+    if len(rows) > MANY:
+        order = sorted((k for k in range(len(rows)) if rows[k][2] is not None), key=lambda k: rows[k][2])
+        rest = f"({len(order) - 2 * ENDS} classes lie between; all are in report.html)\n"
+        lines = [*(lines[k] for k in order[:ENDS]), rest, *(lines[k] for k in order[-ENDS:])]
+    return _row("Accuracy by class", "teacher", "with KD", "baseline") + "".join(lines)
 
 
 def environments(runs):
@@ -160,8 +192,8 @@ def _p(value):
 
 
 COLUMNS = (
-    "run", "role", "temperature", "alpha", "seed", "accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate",
-    "weight_decay", "image_size", "val_fraction", "seconds",
+    "run", "role", "temperature", "alpha", "seed", "accuracy", "balanced_accuracy", "val_accuracy", "epochs",
+    "batch_size", "learning_rate", "weight_decay", "image_size", "val_fraction", "seconds",
 )  # fmt: skip
 
 
@@ -172,5 +204,6 @@ def table(comparison):
     rows.writeheader()
     for run in comparison.runs:
         name = run.folder.relative_to(comparison.output).as_posix()
-        rows.writerow({**vars(run), **vars(run.settings), "run": name})
+        balanced = comparison.balanced.get(run.folder)  # None for a sweep's runs, which do not read the test set
+        rows.writerow({**vars(run), **vars(run.settings), "run": name, "balanced_accuracy": balanced})
     return text.getvalue()

@@ -10,6 +10,11 @@ from runs.files import Failure, reason
 from runs.group import Told
 from runs.signals import Interrupted, Stop
 
+# How it is said that there is not enough memory: on CUDA by a type of its own, on MPS and a CPU in words.
+OUT_OF_MEMORY = (
+    "OutOfMemoryError", "MPS backend out of memory", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
+)  # fmt: skip
+
 
 def exit_status(main, argv=None):
     """Runs `main(arguments, stop)` with the arguments in `argv` [the command line's]; returns the exit status: 0, 1 for
@@ -66,10 +71,10 @@ def explain(error, arguments, stop):
     """An exception in words: what happened, where, and what to do."""
     if isinstance(error, Failure):
         text = str(error)
+    elif isinstance(error, MemoryError) or any(words in f"{type(error).__name__}: {error}" for words in OUT_OF_MEMORY):
+        text = "there is not enough memory. Try a smaller --batch-size or --image-size."
     elif isinstance(error, OSError):
         text = f"{error.filename}: {reason(error)}." if error.filename else f"{reason(error)}."
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        text = "there is not enough memory. Try a smaller --batch-size or --image-size."
     else:
         first = str(error).splitlines()[0] if str(error) else ""
         text = f"{type(error).__name__}: {first}\n(--debug shows where)"

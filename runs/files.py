@@ -12,11 +12,14 @@ import hashlib
 import io
 import json
 import os
+import time
 import zipfile
 from pathlib import Path
 
 import msgspec
 import numpy as np
+
+PATIENCE = 2.0  # seconds for which a refused rename is tried again
 
 
 class Failure(Exception):
@@ -57,6 +60,19 @@ def _sync_folder(folder):
         os.close(descriptor)
 
 
+def replace(source, target):
+    """Renames a file over another, or over nothing. What is refused is tried again for PATIENCE seconds: on Windows a
+    virus scanner or an indexer that looks at a new file holds it for a moment."""
+    finish = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > finish:
+                raise
+            time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path beside `path` for the caller to write; it replaces `path` when the block ends without an error.
@@ -68,7 +84,7 @@ def replacing(path):
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            replace(temporary, path)
             _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -153,9 +169,8 @@ def verified_archive(path):
 
 def save_arrays(path, **arrays):
     """Writes NumPy arrays as an .npz archive, which has checksums, whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write(path, buffer.getvalue())
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # no copy: a test set may be large
+        np.savez(file, **arrays)
 
 
 def load_arrays(path):

@@ -34,6 +34,11 @@ class Told(Exception):
     """This process failed, too, but another one of the group failed first and has said why."""
 
 
+def available_cores():
+    """How many cores this process may use: a container or a scheduler may give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Group:
     """`rank` of `size` processes, `local_rank` of `local_size` on this machine. `launch` is the store
@@ -65,8 +70,7 @@ class Group:
 
     def threads(self):
         """This process's share of the machine's cores."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return max(1, cores // self.local_size)
+        return max(1, available_cores() // self.local_size)
 
     # Steps: all processes take them in the same order, so a step's number names its key in the store. -----------------
 

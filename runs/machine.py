@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from runs.files import Failure
 from runs.settings import VERSION
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt, from its malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LARGEST_ERROR = 0.01  # of `check_arithmetic`, as a share of the largest value; TF32, the coarsest, makes a thousandth
 
 
 class NoKernels(Failure):
@@ -33,6 +35,11 @@ class Machine:
     @property
     def dtype(self):
         return DTYPES[self.precision]
+
+    @property
+    def place(self):
+        """What a network's, or an image's, `to` is given."""
+        return {"device": self.device, "memory_format": memory_format(self.device)}
 
     def autocast(self, precision=None):
         """The context in which a network runs in `precision` [the machine's]."""
@@ -68,6 +75,17 @@ class Machine:
             "compiled": self.compiled,
             "threads": torch.get_num_threads(),
         }
+
+
+def start_machine(device, precision, compiled=False, local_rank=None):
+    """The Machine of `device` and `precision` as the command line names them, with this process set up for it; of
+    several GPUs the process `local_rank` of a group takes its own. Raises Failure where the device is missing, cannot
+    be used, or computes wrongly."""
+    device = choose_device(device, local_rank)
+    make_deterministic()
+    keep_memory()
+    check_arithmetic(device)
+    return Machine(device, choose_precision(precision, device), bool(compiled))
 
 
 def describe(device):
@@ -115,6 +133,45 @@ def _usable(device):
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for calls that ask about the current device
     return device
+
+
+def memory_format(device):
+    """How networks and images lie in the memory of `device`: channels last, but contiguous on MPS, where PyTorch has
+    computed wrong convolutions and gradients of batch norm for channels last (pytorch issues 175189 and 192212)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def check_arithmetic(device):
+    """Computes a convolution, batch norm and their gradients on `device` and on the CPU, in some milliseconds; raises
+    Failure where they differ by more than rounding, which a training would show only as a network that learns badly."""
+    if device.type == "cpu":
+        return
+    expected = _sample(torch.device("cpu"))
+    for name, value in _sample(device).items():
+        error = ((value - expected[name]).abs().max() / expected[name].abs().max()).item()
+        if not error <= LARGEST_ERROR:  # nor NaN
+            raise Failure(
+                f"The device {device} computes wrongly: {name} differs from the CPU's by {error:.2g} of its largest "
+                f"value.\nThis is an error of PyTorch {torch.__version__} or of the driver. Try another version of "
+                "them, or train with --device cpu."
+            )
+
+
+def _sample(device):
+    """{name: result on the CPU} of a small piece of a training step, as the networks compute it."""
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"images": (8, 16, 12, 12), "weight": (32, 16, 3, 3), "bias": (32,), "slope": (8, 32, 12, 12)}
+    given = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+    for name, tensor in given.items():
+        place = {"memory_format": memory_format(device)} if tensor.ndim == 4 else {}
+        given[name] = tensor.to(device, **place).requires_grad_(name != "slope")
+    convolved = F.conv2d(given["images"], given["weight"], padding=1)
+    normalized = F.batch_norm(convolved, None, None, None, given["bias"], training=True)
+    F.gelu(normalized).backward(given["slope"])
+    results = {"a convolution": convolved, "batch norm": normalized, "the gradient of batch norm": given["bias"].grad}
+    results["the gradient of a convolution's input"] = given["images"].grad
+    results["the gradient of a convolution's weights"] = given["weight"].grad
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
 def choose_precision(name, device):

@@ -16,8 +16,9 @@ def load(image_size=32, train=2400, test=1200):
         kinds = np.arange(count) % len(SHAPES)
         random.shuffle(kinds)
         drawn = np.empty((count, image_size, image_size, 3), np.uint8)
-        for start in range(0, count, 400):  # in parts, to stay in the cache
-            drawn[start : start + 400] = _draw(kinds[start : start + 400], image_size, random)
+        part = 400 * 64**2 // max(64, image_size) ** 2  # in parts, to stay in the cache
+        for start in range(0, count, part):
+            drawn[start : start + part] = _draw(kinds[start : start + part], image_size, random)
         images.append(drawn)
         labels.append(kinds.astype(np.int64))
     return SHAPES, images[0], labels[0], images[1], labels[1]

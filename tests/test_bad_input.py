@@ -11,14 +11,16 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_images
 from PIL import Image
 
 import models
+import runs.machine
 import train
 from reports import figures
 from runs.files import Damaged, Failure
-from runs.machine import choose_device, choose_precision
+from runs.machine import check_arithmetic, choose_device, choose_precision
 
 
 def explained(got):
@@ -37,12 +39,12 @@ NUMBERS = {
     "--seeds": ("0", "-2", "1.5", "nan"),
     "--lr": ("0", "-0.1", "nan", "inf", "fast"),
     "--weight-decay": ("-1e-4", "nan", "inf", "2"),
-    "--image-size": ("15", "65", "nan", "32.0"),
+    "--image-size": ("15", "257", "nan", "32.0"),
     "--val-fraction": ("0", "0.6", "nan", "-0.1"),
     "--save-every": ("-1", "nan", "inf"),
     "--device": ("gpu", "cuda:", "cuda:x", "tpu", "cuda:-1"),
     "--precision": ("fp8", "fp16"),
-    "--dataset": ("cifar100", ""),
+    "--dataset": ("cifar1000", ""),
 }
 
 
@@ -433,6 +435,79 @@ def test_a_gpu_that_this_pytorch_has_no_kernels_for(gpu, capsys):
         choose_device("cuda:0")
 
 
+class Other:
+    """A device that is not the CPU, for whoever asks."""
+
+    type = "mps"
+
+    def __str__(self):
+        return "mps"
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """A device other than the CPU that computes as the CPU does."""
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **rest: to(tensor, **rest) if rest else tensor)
+    return Other()
+
+
+def wrong(function):
+    """`function`, whose second result, the one of the device, is twice as large as it should be."""
+    calls = []
+
+    def call(*given, **rest):
+        calls.append(given)
+        return function(*given, **rest) * len(calls)
+
+    return call
+
+
+class WrongSlope(torch.autograd.Function):
+    """The identity, whose gradient is wrong."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, slope):
+        return slope.flip(0)
+
+
+def test_a_device_that_computes_rightly_may_train(other):
+    check_arithmetic(other)
+
+
+@pytest.mark.parametrize(("name", "what"), [("conv2d", "a convolution"), ("batch_norm", "batch norm")])
+def test_a_device_that_computes_wrongly_is_named(other, monkeypatch, name, what):
+    monkeypatch.setattr(F, name, wrong(getattr(F, name)))
+    with pytest.raises(Failure, match=f"The device mps computes wrongly: {what} differs from the CPU's by 1 of"):
+        check_arithmetic(other)
+
+
+def test_a_wrong_gradient_is_named(other, monkeypatch):
+    convolve, calls = F.conv2d, []
+
+    def convolution(images, *given, **rest):
+        calls.append(images)
+        return convolve(WrongSlope.apply(images) if len(calls) == 2 else images, *given, **rest)
+
+    monkeypatch.setattr(F, "conv2d", convolution)
+    with pytest.raises(Failure, match="the gradient of a convolution's input differs from the CPU's by"):
+        check_arithmetic(other)
+
+
+def test_a_device_that_computes_wrongly_does_not_train(cli, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.machine, "choose_device", lambda *_: torch.device("mps"))
+    samples = {"cpu": torch.ones(2), "mps": torch.full((2,), float("nan"))}
+    monkeypatch.setattr(runs.machine, "_sample", lambda device: {"a convolution": samples[device.type]})
+    got = cli(*flags, "--train-teacher", "--output-dir", tmp_path / "out")
+    assert got.status == 1 and explained(got), got
+    assert "The device mps computes wrongly: a convolution differs" in got.err and "--device cpu" in got.err
+    assert not (tmp_path / "out" / "teacher-s0").exists()
+
+
 @pytest.mark.parametrize("error", ["CUDA out of memory. Tried to allocate", ""])
 def test_a_gpu_that_is_busy_is_no_reason_to_train_on_the_cpu(gpu, error):
     gpu(error)
@@ -467,6 +542,15 @@ def test_a_compressed_archive_is_refused(copy):
 UNEXPECTED = {
     "memory": (MemoryError(), "there is not enough memory. Try a smaller --batch-size or --image-size."),
     "GPU memory": (torch.OutOfMemoryError("CUDA"), "there is not enough memory. Try a smaller --batch-size"),
+    "CPU memory": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        "there is not enough memory. Try a smaller --batch-size or --image-size.",
+    ),
+    "MPS memory": (
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.1 GB, max allowed: 9.07 GB). Tried to allocate 1 GB"),
+        "there is not enough memory. Try a smaller --batch-size or --image-size.",
+    ),
+    "memory of the system": (OSError(12, "Cannot allocate memory"), "there is not enough memory."),
     "file": (OSError(13, "Permission denied", "here/it"), "here/it: Permission denied."),
     "disk": (OSError(28, "No space left on device"), "the disk is full."),
     "other": (RuntimeError("the first line\nthe second"), "RuntimeError: the first line\n(--debug shows where)"),

@@ -49,6 +49,30 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, name):
     assert path.read_bytes() == b"after" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("refusals", [3, 10**6])
+def test_a_rename_that_is_refused_for_a_moment_is_tried_again(tmp_path, monkeypatch, refusals):
+    """As Windows does while a virus scanner looks at the new file; what is refused for good says so."""
+    asked, rename, path = [], os.replace, tmp_path / "file"
+    write(path, b"before")
+
+    def refuse(source, target):
+        asked.append(target)
+        if len(asked) <= refusals:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(runs.files, "PATIENCE", 0.3)
+    if refusals == 3:
+        write(path, b"after")
+        assert path.read_bytes() == b"after" and len(asked) == 4
+    else:
+        with pytest.raises(Failure, match="Permission denied. What was there before is unchanged"):
+            write(path, b"after")
+        assert path.read_bytes() == b"before" and len(asked) > 3
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @posix
 def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch):
     sync = os.fsync

@@ -1,5 +1,7 @@
 """The report of output folders written by hand, against results worked by hand."""
 
+import csv
+import io
 import itertools
 import json
 import math
@@ -13,8 +15,9 @@ from conftest import CLASSES, process
 
 from reports import figures, records
 from reports.comparison import Comparison
+from reports.html import page
 from reports.statistics import paired_test, seeds_needed
-from reports.text import block, claim, details, points
+from reports.text import block, claim, details, points, table
 from runs.files import Damaged, Failure, load_arrays, save_array, save_arrays, write, write_json
 from runs.settings import Costs, RunRecord, Settings
 
@@ -193,6 +196,88 @@ def test_a_report_of_logits_made_by_hand(cli, folder):
     for number, name in enumerate(CLASSES):
         (row,) = (line[26:].split() for line in lines if line.startswith(f"{name:<26}"))
         assert row == [f"{answers[number == LABELS].mean():.4f}" for answers in right.values()]
+
+
+UNEQUAL = np.array([2] * 20 + [0] * 3 + [1])  # of the 24 test images 20 are of class 2, "red"
+ALWAYS_RED = np.full(24, 2)
+
+
+def answer(path, logits, labels):
+    """Gives a run of `Folder.add` other test logits."""
+    accuracy = float((logits.argmax(1) == labels).mean())
+    digest = save_array(path.parent / "test_logits.npy", logits.astype(np.float32))
+    rewrite(path, lambda run: run.update(test_logits_sha256=digest, accuracy=accuracy))
+
+
+def unequal(folder, kd, baseline):
+    """The Comparison of networks that give these answers, arrays (24,), on the labels UNEQUAL; the teacher is right."""
+    shutil.rmtree(folder.path / "data")
+    records.save_test_set(folder.path, DATA, np.zeros((24, 16, 16, 3), np.uint8), UNEQUAL, CLASSES)
+    logits = torch.eye(3)[torch.from_numpy(UNEQUAL)]
+    records.save_teacher_logits(folder.path, TEACHER, DATA, lambda: logits)
+    answer(folder.add("kd", 0, 4.0, 0.1), np.eye(3)[kd], UNEQUAL)
+    answer(folder.add("baseline", 0), np.eye(3)[baseline], UNEQUAL)
+    return Comparison(folder.path)
+
+
+def test_balanced_accuracy_counts_every_class_alike(folder):
+    """The student is right on all of red, a third of blue and on green; the baseline answers red always."""
+    kd = UNEQUAL.copy()
+    kd[20:22] = 2
+    comparison = unequal(folder, kd, ALWAYS_RED)
+    rows = [line[26:].split() for line in details(comparison).splitlines()[:4]]
+    assert [row[:2] for row in rows[1:]] == [["1.0000", "1.0000"], ["0.9167", "0.7778"], ["0.8333", "0.3333"]]
+    assert rows[0][:4] == ["accuracy", "std", "balanced", "n"]
+    content = comparison.as_dict()
+    assert content["teacher"]["balanced_accuracy"] == 1
+    assert content["kd"][0]["balanced_accuracy"] == [pytest.approx((1 + 1 / 3 + 1) / 3)]
+    assert content["baseline"]["balanced_accuracy"] == [pytest.approx(1 / 3)]
+    assert content["test_images_by_class"] == [3, 1, 20]
+    runs = {row["run"]: float(row["balanced_accuracy"]) for row in csv.DictReader(io.StringIO(table(comparison)))}
+    assert runs == pytest.approx({"kd-T4-a0.1-s0": 7 / 9, "baseline-s0": 1 / 3})
+    assert "<th><button>balanced</button></th>" in page(comparison, [])
+
+
+def test_what_the_largest_class_alone_would_reach_is_said_where_a_network_is_hardly_better(folder):
+    comparison = unequal(folder, UNEQUAL, ALWAYS_RED)
+    told = "Note that always answering 'red', the largest class, is right on 0.8333 of the test images."
+    assert f"\n{told}\n" in details(comparison)
+    assert told.replace("'", "&#39;") in page(comparison, [])
+
+
+def test_good_networks_get_no_such_note(folder):
+    """The baseline corrects one of four errors of the answer that is always red."""
+    better = ALWAYS_RED.copy()
+    better[20] = 0
+    text = details(unequal(folder, UNEQUAL, better))
+    assert "balanced" in text and "Note that always" not in text
+
+
+def test_equal_classes_have_no_column_of_balanced_accuracy(folder):
+    folder.add("kd", 8, 4.0, 0.1), folder.add("baseline", 8)  # as good as a guess
+    comparison = Comparison(folder.path)
+    assert "balanced" not in details(comparison) and "Note that always" not in details(comparison)
+    assert "<th><button>balanced</button></th>" not in page(comparison, [])
+    entry = comparison.as_dict()["kd"][0]
+    assert entry["balanced_accuracy"] == [pytest.approx(entry["mean"])]
+
+
+def test_of_many_classes_the_ends_are_printed(folder):
+    """Thirty classes of one image each: the student is right on the first ten."""
+    labels = np.arange(30)
+    shutil.rmtree(folder.path / "data")
+    names = [f"class {number:02d}" for number in labels]
+    records.save_test_set(folder.path, DATA, np.zeros((30, 16, 16, 3), np.uint8), labels, names)
+    records.save_teacher_logits(folder.path, TEACHER, DATA, lambda: torch.eye(30))
+    answer(folder.add("kd", 0, 4.0, 0.1), np.eye(30)[np.where(labels < 10, labels, (labels + 1) % 30)], labels)
+    answer(folder.add("baseline", 0), np.eye(30)[(labels + 1) % 30], labels)
+    comparison = Comparison(folder.path)
+    lines = details(comparison).split("Accuracy by class")[1].split("\n\n")[0].splitlines()
+    assert [line.split()[1] for line in lines[1:6]] == ["10", "11", "12", "13", "14"]  # of equals the first
+    assert lines[6] == "(20 classes lie between; all are in report.html)"
+    assert [line.split()[1] for line in lines[7:]] == ["05", "06", "07", "08", "09"]
+    assert all(line.split()[3] == "0.0000" for line in lines[1:6])
+    assert all(name in page(comparison, []) for name in names)
 
 
 def test_runs_with_other_settings_are_not_compared(folder):

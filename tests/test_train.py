@@ -234,6 +234,7 @@ def test_a_resumed_run_has_as_many_threads_as_before(loaded, unfinished, stop_at
     before = torch.get_num_threads()
     assert load_checkpoint(unfinished / "state.pt")["threads"] == before
     change_state(unfinished, {"threads": before + 1})
+    monkeypatch.setattr(runs.progress, "available_cores", lambda: before + 1)
     try:
         with pytest.raises(Interrupted):
             train_run(loaded, unfinished, options=Options(stop=stop_at(1)))
@@ -245,6 +246,17 @@ def test_a_resumed_run_has_as_many_threads_as_before(loaded, unfinished, stop_at
         assert used == [before + 1] and torch.get_num_threads() == before
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_resumed_run_has_no_more_threads_than_cores(loaded, unfinished, monkeypatch, capsys):
+    change_state(unfinished, {"threads": 16})
+    monkeypatch.setattr(runs.progress, "available_cores", lambda: 1)
+    before, used, batch = torch.get_num_threads(), [], Views.batch
+    monkeypatch.setattr(Views, "batch", lambda *rest: used.append(torch.get_num_threads()) or batch(*rest))
+    train_run(loaded, unfinished)
+    assert used and set(used) == {1} and torch.get_num_threads() == before
+    told = f"{unfinished} was begun with 16 threads; with 1, one for each core that is available here, the last bits"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, 1 + 2 * 3), (1e6, 1 + 2)])

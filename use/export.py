@@ -127,7 +127,7 @@ def compare(network, content, images):
     import onnxruntime
     import torch
 
-    from models import INFERENCE_BATCH
+    from models import inference_batch
     from train import evaluate
 
     options = onnxruntime.SessionOptions()
@@ -136,8 +136,9 @@ def compare(network, content, images):
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         largest, same = 0.0, 0
         with tqdm(total=len(images), desc="comparing with PyTorch", unit=" images", disable=None) as bar:
-            for start in range(0, len(images), INFERENCE_BATCH["cpu"]):
-                batch = images[start : start + INFERENCE_BATCH["cpu"]]
+            size = inference_batch(torch.device("cpu"), network.image_size)
+            for start in range(0, len(images), size):
+                batch = images[start : start + size]
                 logits = evaluate(network, torch.from_numpy(batch), network.mean, network.std)
                 expected = logits.softmax(1).numpy()
                 found = session.run(["probabilities"], {"images": batch})[0]

@@ -27,13 +27,13 @@ def predict(arguments):
     import torch  # takes seconds, so only once the paths are known to be good
 
     import models
-    from runs.machine import choose_device, make_deterministic
+    from runs.machine import start_machine
     from train import evaluate
 
     network = models.load(path)
-    device = choose_device(arguments.device)
-    make_deterministic()
-    network.to(device, memory_format=torch.channels_last)
+    machine = start_machine(arguments.device, "fp32")
+    device = machine.device
+    network.to(**machine.place)
     classes, labelled, right, failures = network.classes, 0, 0, 0
     numbers = {name: number for number, name in enumerate(classes)}
     _write([COLUMNS])
@@ -41,7 +41,7 @@ def predict(arguments):
         tqdm(total=len(found), desc=f"{path.parent.name}: predicting", unit=" images", disable=None) as bar,
         ThreadPoolExecutor(max(1, arguments.num_workers)) as pool,
     ):
-        size = models.INFERENCE_BATCH[device.type]  # as for the test set; and memory is bounded
+        size = models.inference_batch(device, network.image_size)  # as for the test set; and memory is bounded
         for start in range(0, len(found), size):
             part = found[start : start + size]
             images = _decode(part, network.image_size, pool)

@@ -1,0 +1,84 @@
+"""What a network costs, found by running it on the CPU once: multiply-adds, and the memory of training."""
+
+import torch
+from torch import nn
+
+
+def layers_macs(network, image_size):
+    """Multiply-adds for one image of a network that computes nothing but its Conv2d and Linear layers, each once."""
+    total = 0
+
+    def count(layer, _, output):
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()
+
+    hooks = [each.register_forward_hook(count) for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    _answer(network, image_size)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def any_macs(network, image_size):
+    """Multiply-adds for one image of convolutions and matrix products in any network, attention included: those of
+    PyTorch's FlopCounterMode, which takes longer to import than `layers_macs` to count."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not counted on a CPU
+        _answer(network, image_size, torch.enable_grad())  # without gradients attention takes a path of its own
+    return counter.get_total_flops() // 2
+
+
+def _answer(network, image_size, context=None):
+    """The logits of a network on the CPU for one black image."""
+    training = network.training
+    with context or torch.no_grad():
+        network.eval()(torch.zeros(1, 3, image_size, image_size))
+    network.train(training)
+
+
+def training_memory(network, image_size, batch_size, precision="fp32"):
+    """About how many bytes it takes to train a network on the CPU: those that autograd keeps of a forward pass for the
+    backward pass, measured for two images; as much again as the largest of them, for gradients; and weights, gradients
+    and momenta. A kernel's workspace and the images of the data set are not in it."""
+    kept = {}
+
+    def keep(tensor):
+        if tensor.ndim == 4 and len(tensor) == 2:  # features of the images, and not weights
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    training, images = network.training, torch.zeros(2, 3, image_size, image_size)
+    images = images.contiguous(memory_format=torch.channels_last)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        answer = network.train()(images)
+    network.train(training)
+    del answer  # not earlier: storage that is freed gives its address to the next
+    one = (sum(kept.values()) + max(kept.values())) / 2
+    return round(batch_size * one + 3 * sum(each.nbytes for each in network.parameters()))
+
+
+def describe_memory(name, network, image_size, batch_size, machine):
+    """In words how much memory it takes to train the network called `name`, and how much `machine` has free."""
+    takes = training_memory(network, image_size, batch_size, machine.precision)
+    text = f"Memory: about {takes / 1e9:.1f} GB to train the {name} with batches of {batch_size:,}"
+    free = free_memory(machine.device)
+    if free is None:
+        return text
+    if takes > free:
+        return f"{text}, but only {free / 1e9:.1f} GB are free: choose a smaller --batch-size"
+    return f"{text}, of {free / 1e9:.1f} GB that are free"
+
+
+def free_memory(device):
+    """How many bytes of memory are free on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # no Linux
+        return None
