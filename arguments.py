@@ -138,6 +138,10 @@ def parser():
            type=path, nargs="+", action="extend", metavar="PATH")
     option("--seeds", "pairs of students, or teachers, to train, from --seed up; more pairs give a narrower interval",
            1, type=integer(1, 1000), metavar="N")
+    option("--train-fraction", "students see this part of each class's training images, always the same ones", 1.0,
+           type=number(0, 1, above=True), metavar="F")
+    option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
+           nargs="+", action="extend", metavar="NAME")
     option("--val-fraction", "part of the training set on which a sweep is judged [0.1]",
            type=number(0, 0.5, above=True), metavar="F")
 
@@ -188,7 +192,10 @@ def parse(argv):
     arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))
     arguments.sweep = len(arguments.temperature) * len(arguments.alpha) > 1
     if arguments.train_teacher:
-        for name, given in (("--report", arguments.report), ("--teacher", arguments.teacher)):
+        for name, given in (
+            ("--report", arguments.report), ("--teacher", arguments.teacher),
+            ("--train-fraction", arguments.train_fraction != 1), ("--omit-class", arguments.omit_class),
+        ):  # fmt: skip
             if given:
                 raise Usage(f"{name} is for students and cannot be combined with --train-teacher")
     if arguments.train_teacher and arguments.sweep:

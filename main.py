@@ -46,6 +46,7 @@ class Session:
 
     arguments: object
     data: "data.Data"  # on the device
+    transfer_set: "torch.Tensor"  # the training images that students see
     machine: "Machine"
     options: "Options"
     group: Group
@@ -94,6 +95,9 @@ def start(arguments, stop, group):
         f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
         f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
     )
+    transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
+    if len(transfer_set) < len(loaded.train_labels):
+        group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
     for name in models.ARCHITECTURES:
         costs = models.costs(name, len(loaded.classes), loaded.image_size)
         millions = f"{costs.macs / 1e6:.1f} million multiply-adds"
@@ -102,7 +106,7 @@ def start(arguments, stop, group):
     group.say(f"Device: {describe(device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile")
     recorded = {name: getattr(arguments, name) for name in typed}
-    return Session(arguments, loaded, machine, Options(arguments.save_every, stop, recorded), group)
+    return Session(arguments, loaded, transfer_set, machine, Options(arguments.save_every, stop, recorded), group)
 
 
 def train_teachers(session):
@@ -129,10 +133,13 @@ def train_students(session, teachers):
     folder = Path(arguments.output_dir) / "targets"
     targets = distill.Ensemble(
         [
-            distill.SoftTargets(network, digest, loaded.digest, views, folder, machine, shared=session.group.size > 1)
+            distill.SoftTargets(
+                network, digest, loaded.digest, views, folder, machine,
+                shared=session.group.size > 1, transfer_set=session.transfer_set,
+            )
             for digest, network in networks.items()
         ]
-    )
+    )  # fmt: skip
     if any(arguments.alpha):
         session.group.say(f"Soft targets: {arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {folder}")
     if session.group.leads:
@@ -144,7 +151,8 @@ def train_students(session, teachers):
     again = [run for run in runs if run.settings.role == "kd"] if arguments.sweep else runs
     prepare(session, again)
     train_all(session, runs, targets)
-    return {"temperature": pair[0], "alpha": pair[1], "seeds": list(plan.seeds(arguments))}
+    asked = {"temperature": pair[0], "alpha": pair[1], "seeds": list(plan.seeds(arguments))}
+    return asked | {"shared": runs[0].settings.shared}
 
 
 def choose_pair(session, teacher, targets):
@@ -153,10 +161,11 @@ def choose_pair(session, teacher, targets):
     arguments, loaded, pairs = session.arguments, session.data, plan.pairs(session.arguments)
     selection = plan.student_runs(arguments, loaded, teacher, pairs, selection=True)
     fraction = selection[0].settings.val_fraction
-    if not len(data.split(loaded.train_labels, fraction)[1]):
+    if not len(data.split(loaded.train_labels.cpu()[session.transfer_set], fraction)[1]):
         raise Failure("A sweep needs at least two training images in some class, to judge on one of them.")
+    of_these = " that students see" if len(session.transfer_set) < len(loaded.train_labels) else ""
     session.group.say(
-        f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training images"
+        f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training images{of_these}"
     )
     candidates = plan.student_runs(arguments, loaded, teacher, pairs)
     if arguments.overwrite:
@@ -166,7 +175,8 @@ def choose_pair(session, teacher, targets):
         candidates = [run for run in candidates if run.settings.role == "baseline" or run.name in conflicts]
     prepare(session, selection + candidates)
     train_all(session, selection, targets, later=plan.student_runs(arguments, loaded, teacher, pairs[:1]))
-    pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments)))
+    shared = selection[0].settings.shared
+    pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments), shared))
     session.group.say(f"Best on the validation part: temperature {pair[0]}, alpha {pair[1]}")
     return pair
 
@@ -183,7 +193,8 @@ def prepare(session, runs):
 def train_all(session, runs, targets=None, later=()):
     """Trains what is not yet finished of `runs`, shared by the group, and prints each one's accuracy. `targets` are the
     teachers' soft targets, `later` the runs that the command trains afterwards, for the time left."""
-    group, images, tally = session.group, len(session.data.train_labels), None
+    students = runs[0].settings.role != "teacher"
+    group, images, tally = session.group, len(session.transfer_set if students else session.data.train_labels), None
     left, afterwards = group.agree(lambda: [plan.epochs_left(runs), sum(plan.epochs_left(later))])
     order = [position for position in range(len(runs)) if left[position]]
     for run in (runs[position] for position in range(len(runs)) if group.leads and not left[position]):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import models
 from data import Views, split
-from distill import distillation_loss
+from distill import distillation_loss, omitted_bias
 from models import INFERENCE_BATCH, generator, predict
 from runs.progress import Progress
 
@@ -57,10 +57,13 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     settings = run.settings
     if run.is_finished:
         return run.finished_accuracy()
-    indices, validation = (part.to(machine.device) for part in split(data.train_labels, settings.val_fraction))
+    transfer_set = data.transfer_set(settings.train_fraction, settings.omit_class)
+    parts = split(data.train_labels.cpu()[transfer_set], settings.val_fraction)
+    indices, validation = (transfer_set[part].to(machine.device) for part in parts)
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
     views = Views(data.train_images, data.mean, data.std, f"{stream}views")
-    some = data.train_images[:: max(1, len(data.train_images) // WHITENED)].cpu()
+    some = transfer_set[:: max(1, len(transfer_set) // WHITENED)].to(machine.device)
+    some = data.train_images[some].cpu()
     some = models.normalize(some, data.mean, data.std)
     network = models.create(settings.architecture, len(data.classes), settings.seed, some)
     network = network.to(machine.device, memory_format=torch.channels_last).train()
@@ -85,7 +88,8 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
         if settings.val_fraction:
             return progress.finish(data)
         logits = evaluate(network, data.test_images, data.mean, data.std)  # the test set, read once
-        return progress.finish(data, logits, accuracy(logits, data.test_labels))
+        bias = bias_of_omitted(network, data, settings.omit_class) if settings.omit_class else None
+        return progress.finish(data, logits, accuracy(logits, data.test_labels), bias)
 
 
 def evaluate(network, images, mean, std):
@@ -105,6 +109,13 @@ def validate(network, data, indices):
         return None
     logits = evaluate(network, data.train_images[indices], data.mean, data.std)
     return accuracy(logits, data.train_labels[indices])
+
+
+def bias_of_omitted(network, data, names):
+    """What to add to the logits of the classes `names`, which the transfer set lacks (distill.omitted_bias)."""
+    classes = [data.classes.index(name) for name in names]
+    count = sum((data.train_labels == number).sum().item() for number in classes)
+    return omitted_bias(evaluate(network, data.train_images, data.mean, data.std), classes, count)
 
 
 def accuracy(logits, labels):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reports.records import comparable, finished_runs, load_speed, load_test_set
+from reports.omitted import omitted_classes
+from reports.records import all_finished_runs, comparable, finished_runs, load_speed, load_test_set
 from reports.statistics import (
     calibration_error,
     class_accuracies,
@@ -15,22 +16,24 @@ from reports.statistics import (
     softmax,
     spread,
 )
-from runs.files import Damaged, Failure, read_json
-from runs.settings import run_name
+from runs.files import Damaged, Failure, decode, read_json
+from runs.settings import PLAIN, Settings, run_name
 
 
 class Comparison:
     """All that the finished runs of an output folder say, for one teacher (or one ensemble of teachers)."""
 
     def __init__(self, output, asked=None):
-        """`asked` is {"temperature", "alpha", "seeds"}. Without it they are taken from comparison.json or, where there
-        is none, from the first students that have a baseline.
+        """`asked` is {"temperature", "alpha", "seeds", "shared": Settings.shared}, the last one PLAIN if it is missing.
+        Without it they are taken from comparison.json or, where there is none, from the first students that have a
+        baseline.
 
         Raises Failure where there is nothing to compare.
         """
         self.output = Path(output)
-        runs = finished_runs(self.output)
-        asked = asked or self._asked_before(runs)
+        everything = all_finished_runs(self.output)
+        asked = {"shared": PLAIN, **(asked or self._asked_before(everything))}
+        runs = {run.key: run for run in everything if run.settings.shared == tuple(asked["shared"])}
         pair, seeds = (asked["temperature"], asked["alpha"]), asked["seeds"]
         self.first = runs.get(("kd", *pair, seeds[0]))
         matching = {k: run for k, run in runs.items() if self.first and comparable(self.first.settings, run.settings)}
@@ -38,7 +41,7 @@ class Comparison:
         missing = next((key for key in wanted if key not in matching), None)
         if missing:
             raise Failure(
-                f"{self.output} holds no finished {run_name(*missing)} that this comparison can use.\n"
+                f"{self.output} holds no finished {run_name(*missing, asked['shared'])} that this comparison can use.\n"
                 "The command that trains it again (or resumes it) prints the comparison, too."
             )
         self.settings, self.environment = self.first.settings, self.first.environment
@@ -48,7 +51,7 @@ class Comparison:
         self.teacher_logits = np.mean(self.member_logits, axis=0)  # as distill.Ensemble has them for views
         baselines = {key[3]: run for key, run in matching.items() if key[0] == "baseline"}
         students = {key: run for key, run in matching.items() if key[0] == "kd"}
-        self.runs = self._teacher_runs(runs)
+        self.runs = self._teacher_runs(everything)
         self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds])
         self.kd, self.kd_logits = [], []
         self._add(*pair, seeds, students, baselines)
@@ -68,9 +71,7 @@ class Comparison:
         self.selection = self._selection()
 
     def _teacher_runs(self, runs):
-        teachers = sorted(
-            (run for run in runs.values() if run.settings.role == "teacher"), key=lambda r: r.settings.seed
-        )
+        teachers = sorted((run for run in runs if run.settings.role == "teacher"), key=lambda r: r.settings.seed)
         return [run for run in teachers if run.weights_sha256 in self.settings.teacher.split("+")]
 
     def _add_speed(self):
@@ -87,15 +88,20 @@ class Comparison:
         path = self.output / "comparison.json"
         if path.is_file():
             try:
-                before = read_json(path)["kd"][0]
-                asked = {name: before[name] for name in ("temperature", "alpha", "seeds")}
-                if ("kd", asked["temperature"], asked["alpha"], asked["seeds"][0]) in runs:
+                content = read_json(path)
+                asked = {name: content["kd"][0][name] for name in ("temperature", "alpha", "seeds")}
+                asked["shared"] = decode(content["settings"], Settings, path).shared
+                key = ("kd", asked["temperature"], asked["alpha"], asked["seeds"][0])
+                if any(run.key == key and run.settings.shared == asked["shared"] for run in runs):
                     return asked
             except (Damaged, LookupError, TypeError):
                 raise Damaged(f"{path} is damaged. Remove it; the report then chooses what to compare.") from None
-        students = sorted(key[1:] for key in runs if key[0] == "kd")
+        students = [run for run in runs if run.settings.role == "kd"]
         if not students:
             raise Failure(f"{self.output} holds no finished students to report on.")
+        shared = min((run.settings.shared for run in students), key=lambda shared: (shared != PLAIN, shared))
+        runs = {run.key: run for run in runs if run.settings.shared == shared}
+        students = sorted(key[1:] for key in runs if key[0] == "kd")
         with_baseline = []
         for *pair, seed in students:
             baseline = runs.get(("baseline", None, None, seed))
@@ -103,7 +109,7 @@ class Comparison:
                 with_baseline.append((*pair, seed))
         temperature, alpha, seed = (with_baseline or students)[0]
         seeds = [each[2] for each in with_baseline if each[:2] == (temperature, alpha)]
-        return {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
+        return {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed], "shared": shared}
 
     def _measures(self, logits):
         return {
@@ -130,6 +136,7 @@ class Comparison:
             "negative_log_likelihood": [m["negative_log_likelihood"] for m in measures],
             "class_accuracies": [None if math.isnan(v) else v for v in by_class.mean(0).tolist()],
             "seconds": [run.seconds for run in runs],
+            **omitted_classes(runs, logits, self.labels, self.classes),
         }, logits
 
     def _add(self, temperature, alpha, seeds, students, baselines):
@@ -174,7 +181,7 @@ class Comparison:
         """What comparison.json says of the sweep that chose the pair, or else of the largest one: an entry for each
         pair and one for the baseline, all over the same seeds (the students', where the sweep had them) and the same
         validation part. Runs with settings other than the students' are left out."""
-        runs = finished_runs(self.output / "selection")
+        runs = finished_runs(self.output / "selection", self.settings.shared)
         runs = {key: run for key, run in runs.items() if comparable(self.settings, run.settings, {"val_fraction"})}
         chosen = ("kd", self.settings.temperature, self.settings.alpha)
         fractions = [run.settings.val_fraction for key, run in runs.items() if key[:3] == chosen]

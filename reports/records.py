@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from runs.files import Damaged, Failure, load_array, load_arrays, make_folder, read_json, save_arrays, write_json
-from runs.settings import RunRecord, SpeedRecord
+from runs.settings import PLAIN, RunRecord, SpeedRecord
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,15 @@ class FinishedRun(RunRecord):
         return check_logits(path, load_array(path, self.test_logits_sha256), shape)
 
 
-def finished_runs(folder):
-    """{(role, temperature, alpha, seed): FinishedRun} of `folder`. A damaged run is left out and named on standard
-    error; a copy under another name is left out silently."""
-    runs = {}
+def finished_runs(folder, shared=PLAIN):
+    """{(role, temperature, alpha, seed): FinishedRun} of those in `folder` that have this Settings.shared."""
+    return {run.key: run for run in all_finished_runs(folder) if run.settings.shared == shared}
+
+
+def all_finished_runs(folder):
+    """The FinishedRuns of `folder`. A damaged run is left out and named on standard error; a copy under another name is
+    left out silently."""
+    runs = []
     for path in sorted(Path(folder).glob("*/run.json")):
         if (path.parent / "model.pt").is_file():
             try:
@@ -43,8 +48,7 @@ def finished_runs(folder):
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             if record.finished and path.parent.name == record.settings.name:
-                run = FinishedRun(**vars(record), folder=path.parent)
-                runs[run.key] = run
+                runs.append(FinishedRun(**vars(record), folder=path.parent))
     return runs
 
 
@@ -56,12 +60,14 @@ def _missing(record):
     missing += [f"costs of the {name}" for name in ("teacher", "student") if name not in costs]
     if settings.role == "kd":
         missing += [name for name in ("temperature", "alpha", "teacher") if getattr(settings, name) is None]
+    if settings.omit_class and not settings.val_fraction and record.omitted_bias is None:
+        missing.append("omitted_bias")
     return missing
 
 
-def best_pair(output, pairs, seeds):
+def best_pair(output, pairs, seeds, shared=PLAIN):
     """The (temperature, alpha) of `pairs` with the best mean validation accuracy over `seeds`; the first of equals."""
-    runs = finished_runs(Path(output) / "selection")
+    runs = finished_runs(Path(output) / "selection", shared)
     return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed].val_accuracy for seed in seeds]))
 
 

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from reports import costs
+from reports import costs, omitted
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
 from runs.settings import pair_name
 
@@ -28,6 +28,7 @@ def block(comparison):
         f"- Alpha: {entry['alpha']}\n"
         f"- Epochs: {settings.epochs}\n"
         f"- Batch Size: {settings.batch_size}\n"
+        f"{_special(settings)}"
         "\n"
         "Final Test Accuracies:\n"
         f"- Teacher Network: {comparison.teacher['accuracy']:.4f}\n"
@@ -38,7 +39,19 @@ def block(comparison):
     )
 
 
+def _special(settings):
+    """What the students of this comparison have that others have not, a line each."""
+    lines = []
+    if settings.train_fraction != 1:
+        lines.append(f"- Training Images: {settings.train_fraction:.4g} of each class\n")
+    if settings.omit_class:
+        lines.append(f"- Omitted: {', '.join(settings.omit_class)}\n")
+    return "".join(lines)
+
+
 def _row(name, *cells):
+    if len(name) > 25:
+        name = f"{name}\n{'':25}"
     return f"{name:<26}" + "".join(f"{cell:>12}" for cell in cells) + "\n"
 
 
@@ -87,6 +100,8 @@ def details(comparison):
     for number, name in enumerate(comparison.classes):
         values = (each["class_accuracies"][number] for each in (teacher, entry, baseline))
         text += _row(name[:25], *("-" if value is None else f"{value:.4f}" for value in values))
+    if "omitted" in baseline:
+        text += "\n" + "".join(_row(*row) for row in omitted.rows(comparison)) + f"({omitted.where(comparison)})\n"
     if comparison.selection:
         text += "\n" + _row("Sweep, on validation", "accuracy", "std", "n")
         for each in sorted(comparison.selection, key=lambda each: -each["mean"]):

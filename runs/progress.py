@@ -291,7 +291,7 @@ class Progress:
         table.writerows(asdict(row) for row in self.history)
         write(self.run.history, text.getvalue())
 
-    def finish(self, data, test_logits=None, test_accuracy=None):
+    def finish(self, data, test_logits=None, test_accuracy=None, omitted_bias=None):
         """Writes what a finished run holds, model.pt, which makes it finished, last; returns its accuracy: on the test
         set, or on the validation part of a run that has one."""
         self._write_history()
@@ -303,6 +303,7 @@ class Progress:
             result = record["val_accuracy"] = self.history[-1].val_accuracy
         else:
             result = record["accuracy"] = test_accuracy
+            record["omitted_bias"] = omitted_bias
             record["test_logits_sha256"] = save_array(self.run.logits, test_logits.cpu().numpy())
         record["weights_sha256"] = models.digest(self.network.state_dict())
         self._write_record(**record)

@@ -1,5 +1,6 @@
 """What identifies a run, and what run.json says of it. Needs no PyTorch."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
@@ -18,7 +19,10 @@ NotNegative = Annotated[int, Meta(ge=0)]
 @dataclass(frozen=True)
 class Settings:
     """What identifies a run: two runs with equal settings end with equal weights (on one machine). `data` and `teacher`
-    are SHA-256 digests, those of several teachers sorted and joined by "+"."""
+    are SHA-256 digests, those of several teachers sorted and joined by "+".
+
+    Students see `train_fraction` of the training images and none of the classes `omit_class`. These two are recorded
+    only where they differ from their defaults (OPTIONAL), as older runs have none."""
 
     role: Literal["teacher", "kd", "baseline"]
     data: str
@@ -34,6 +38,8 @@ class Settings:
     teacher: str | None = None
     recipe: int = RECIPE
     views: int = VIEWS_VERSION
+    train_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    omit_class: tuple[str, ...] = ()
 
     @property
     def architecture(self):
@@ -41,11 +47,21 @@ class Settings:
 
     @property
     def name(self):
-        """The name of the run's folder: teacher-s0, kd-T4-a0.1-s0, baseline-s0."""
-        return run_name(self.role, self.temperature, self.alpha, self.seed)
+        """The name of the run's folder: teacher-s0, kd-T4-a0.1-s0, baseline-s0, baseline-f0.03-without-bird-s0."""
+        return run_name(self.role, self.temperature, self.alpha, self.seed, self.shared)
+
+    @property
+    def shared(self):
+        """What a distilled student and its baseline have in common beyond what every run has."""
+        return self.train_fraction, self.omit_class
 
     def as_dict(self):
-        return asdict(self) | {"architecture": self.architecture}
+        values = asdict(self) | {"omit_class": list(self.omit_class), "architecture": self.architecture}
+        return {name: value for name, value in values.items() if name not in OPTIONAL or value != OPTIONAL[name]}
+
+
+OPTIONAL = {"train_fraction": 1.0, "omit_class": []}  # of the settings: what a run has that records nothing of them
+PLAIN = (1.0, ())  # `Settings.shared` of such a run
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,7 @@ class RunRecord:
     costs: dict[str, Costs] | None = None
     accuracy: Share | None = None
     val_accuracy: Share | None = None
+    omitted_bias: float | None = None  # what puts the omitted classes right (distill.omitted_bias)
     test_logits_sha256: str | None = None
     weights_sha256: str | None = None
 
@@ -96,11 +113,21 @@ def default_learning_rate(batch_size):
     return 0.2 * (batch_size / 128) ** 0.5
 
 
-def run_name(role, temperature, alpha, seed):
-    """The name of a run's folder; numbers without a trailing .0."""
-    short = (repr(float(number or 0)).removesuffix(".0") for number in (temperature, alpha))
-    pair = "-T{}-a{}".format(*short) if role == "kd" else ""
-    return f"{role}{pair}-s{seed}"
+def run_name(role, temperature, alpha, seed, shared=PLAIN):
+    """The name of a run's folder; numbers without a trailing .0. `shared` is Settings.shared."""
+    fraction, omitted = shared
+    parts = [role]
+    if role == "kd":
+        parts += [f"T{_short(temperature)}", f"a{_short(alpha)}"]
+    if fraction != 1:
+        parts.append(f"f{_short(fraction)}")
+    if omitted:
+        parts += ["without", *(re.sub(r"[^\w.]+", "_", name)[:40] for name in omitted)]
+    return "-".join([*parts, f"s{seed}"])
+
+
+def _short(number):
+    return repr(float(number or 0)).removesuffix(".0")
 
 
 def pair_name(temperature, alpha):
@@ -111,6 +138,7 @@ def pair_name(temperature, alpha):
 def differences(found: Mapping, wanted: Mapping):
     """What differs between a run's settings and those wanted, as a list of phrases; a missing setting differs."""
     phrases = []
+    found, wanted = OPTIONAL | dict(found), OPTIONAL | dict(wanted)
     for name, value in wanted.items():
         if name not in found or found[name] != value:
             if name in ("data", "teacher"):
