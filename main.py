@@ -19,6 +19,7 @@ from pathlib import Path
 from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Group, Tally, join
+from runs.hooks import find_hooks
 from runs.teachers import check_teacher, find_teachers
 from use.tasks import do_task
 
@@ -26,7 +27,7 @@ from use.tasks import do_task
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
     global Machine, Options, choose_device, choose_precision, describe, make_deterministic, write_report
-    global data, distill, evaluate, models, plan, records, torch, train
+    global data, distill, evaluate, models, plan, records, torch, train, trial
     import torch
 
     import data
@@ -34,7 +35,7 @@ def import_modules():
     import models
     from reports import records
     from reports.report import report as write_report
-    from runs import plan
+    from runs import plan, trial
     from runs.machine import Machine, choose_device, choose_precision, describe, make_deterministic
     from runs.progress import Options
     from train import evaluate, train
@@ -51,6 +52,10 @@ class Session:
     options: "Options"
     group: Group
 
+    @property
+    def hooks(self):
+        return self.options.hooks
+
 
 def main(arguments, stop):
     """The whole story: the teacher, the student with distillation and without it, the comparison. `stop` is the signal
@@ -61,12 +66,15 @@ def main(arguments, stop):
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
     with join() as group:  # of one process, or of those that torchrun started
         with group.first():
+            hooks = find_hooks(arguments)
             paths = [] if arguments.train_teacher or demo else find_teachers(arguments)
         with group.lock(arguments.output_dir):
             import_modules()
             with group.first():
                 teachers = [(path, models.load(path)) for path in paths]
-                session = start(arguments, stop, group)
+                if teachers:
+                    try_hooks(arguments, hooks, len(teachers[0][1].classes))  # before any image is decoded
+                session = start(arguments, stop, group, hooks)
             if arguments.train_teacher or demo:
                 train_teachers(session)
             if not arguments.train_teacher:
@@ -76,7 +84,13 @@ def main(arguments, stop):
                     write_report(arguments.output_dir, asked)
 
 
-def start(arguments, stop, group):
+def try_hooks(arguments, hooks, classes):
+    """Raises Failure where a function of the user's own cannot be trained with so many classes."""
+    if hooks.loss:
+        trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0])
+
+
+def start(arguments, stop, group, hooks):
     """Chooses the device and loads the data; prints what the command works with."""
     device = choose_device(arguments.device, group.local_rank if group.size > 1 else None)
     if group.size > 1:
@@ -104,9 +118,11 @@ def start(arguments, stop, group):
         group.say(f"{name.capitalize()}: {costs.parameters:,} parameters, {millions} per image")
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(device)}, {machine.precision}{processes}")
-    typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile")
+    typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "device", "precision", "compile")
     recorded = {name: getattr(arguments, name) for name in typed}
-    return Session(arguments, loaded, transfer_set, machine, Options(arguments.save_every, stop, recorded), group)
+    return Session(
+        arguments, loaded, transfer_set, machine, Options(arguments.save_every, stop, recorded, hooks), group
+    )
 
 
 def train_teachers(session):
@@ -117,7 +133,8 @@ def train_teachers(session):
     prepare(session, runs)
     later = []
     if not arguments.train_teacher:  # --demo: the students follow
-        later = plan.student_runs(arguments, loaded, None, plan.pairs(arguments))
+        try_hooks(arguments, session.hooks, len(loaded.classes))
+        later = plan.student_runs(arguments, loaded, None, plan.pairs(arguments), session.hooks)
         if arguments.overwrite:  # removed now, so that they never stop whoever resumes without --overwrite
             prepare(session, later)
     train_all(session, runs, later=later)
@@ -140,26 +157,26 @@ def train_students(session, teachers):
             for digest, network in networks.items()
         ]
     )  # fmt: skip
-    if any(arguments.alpha):
+    if any(arguments.alpha) or session.hooks.loss:
         session.group.say(f"Soft targets: {arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {folder}")
     if session.group.leads:
         keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
 
     pair = choose_pair(session, teacher, targets) if arguments.sweep else plan.pairs(arguments)[0]
-    runs = plan.student_runs(arguments, loaded, teacher, [pair])
+    runs = plan.student_runs(arguments, loaded, teacher, [pair], session.hooks)
     # With --overwrite the baselines of a sweep were removed before it.
     again = [run for run in runs if run.settings.role == "kd"] if arguments.sweep else runs
     prepare(session, again)
     train_all(session, runs, targets)
     asked = {"temperature": pair[0], "alpha": pair[1], "seeds": list(plan.seeds(arguments))}
-    return asked | {"shared": runs[0].settings.shared}
+    return asked | {"criterion": runs[0].settings.criterion, "shared": runs[0].settings.shared}
 
 
 def choose_pair(session, teacher, targets):
     """The sweep: trains students for every pair of temperature and alpha on a part of the training images, and returns
     the pair with the best accuracy on the rest."""
     arguments, loaded, pairs = session.arguments, session.data, plan.pairs(session.arguments)
-    selection = plan.student_runs(arguments, loaded, teacher, pairs, selection=True)
+    selection = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks, selection=True)
     fraction = selection[0].settings.val_fraction
     if not len(data.split(loaded.train_labels.cpu()[session.transfer_set], fraction)[1]):
         raise Failure("A sweep needs at least two training images in some class, to judge on one of them.")
@@ -167,14 +184,15 @@ def choose_pair(session, teacher, targets):
     session.group.say(
         f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training images{of_these}"
     )
-    candidates = plan.student_runs(arguments, loaded, teacher, pairs)
+    candidates = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks)
     if arguments.overwrite:
         # Which pair will be trained on everything is not known yet: of the candidates only the baselines are removed,
         # and those that would stop whoever resumes this command without --overwrite.
         conflicts = session.group.agree(lambda: [run.name for run in plan.check(candidates, session.machine)])
         candidates = [run for run in candidates if run.settings.role == "baseline" or run.name in conflicts]
     prepare(session, selection + candidates)
-    train_all(session, selection, targets, later=plan.student_runs(arguments, loaded, teacher, pairs[:1]))
+    later = plan.student_runs(arguments, loaded, teacher, pairs[:1], session.hooks)
+    train_all(session, selection, targets, later=later)
     shared = selection[0].settings.shared
     pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments), shared))
     session.group.say(f"Best on the validation part: temperature {pair[0]}, alpha {pair[1]}")
@@ -201,7 +219,7 @@ def train_all(session, runs, targets=None, later=()):
         print(f"{accuracy_of(run, run.finished_accuracy())} (finished before)", flush=True)
     if group.size > 1 and order:
         order.sort(key=lambda position: -left[position])  # the longest first
-        if any(runs[position].settings.alpha for position in order):
+        if any(runs[position].settings.asks_teacher for position in order):
             targets.share(group, range(session.arguments.epochs - left[order[0]], session.arguments.epochs))
         tally = Tally(group, len(order), sum(left), afterwards)
     for position in group.share(order):
@@ -209,7 +227,7 @@ def train_all(session, runs, targets=None, later=()):
         title = run.name if len(runs) == 1 else f"[{position + 1}/{len(runs)}] {run.name}"
         accuracy = train(
             run, session.data, session.machine, session.options,
-            teacher=targets if run.settings.alpha else None, title=group.prefix + title,
+            teacher=targets if run.settings.asks_teacher else None, title=group.prefix + title,
             later=(sum(left[position + 1 :]) + afterwards) * images, tally=tally,
         )  # fmt: skip
         print(f"{group.prefix}{accuracy_of(run, accuracy)}", flush=True)

@@ -133,8 +133,12 @@ def generator(*purpose):
     Every random draw of the program comes from one of these, each purpose a stream of its own, and none from the
     running global state: so every draw can be made again, in any order, by whoever knows its purpose.
     """
-    digest = hashlib.sha256(json.dumps(purpose).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(stream_seed(*purpose))
+
+
+def stream_seed(*purpose):
+    """The seed of the stream of a purpose."""
+    return int.from_bytes(hashlib.sha256(json.dumps(purpose).encode()).digest()[:8], "little") >> 1
 
 
 def create(architecture, classes, seed, images=None):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import models
 from data import Views, split
 from distill import distillation_loss, omitted_bias
-from models import INFERENCE_BATCH, generator, predict
+from models import INFERENCE_BATCH, generator, predict, stream_seed
 from runs.progress import Progress
 
 # Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
@@ -22,23 +22,26 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from it
 ITERATIONS = 3
 
 
-def train_one_epoch(model, optimizer, views, labels, order, soft_targets, progress):
+def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress):
     """Trains `model` on the images `order` (a tensor of indices), or on what is left of them after a resume.
 
     `labels` are (N,) and `soft_targets` the teacher's logits (N, classes) for this epoch's `views`, or None for a
-    network without a teacher.
+    network without a teacher. `criterion` is distillation_loss, or a loss of the user's own that is called like it.
     """
     settings, epoch = progress.settings, progress.epoch
     for batch in progress.batches(order):
         images, targets = views.batch(epoch, batch), labels[batch]
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(progress.steps_done, progress.total_steps)
+        if settings.loss:  # which may draw: the same numbers whenever this step is taken
+            torch.manual_seed(stream_seed("step", settings.seed, progress.steps_done))
         with progress.machine.autocast():
             logits = model(images)
         if soft_targets is None:
             loss = F.cross_entropy(logits.float(), targets)
         else:
-            loss = distillation_loss(logits, targets, soft_targets[batch], settings.temperature, settings.alpha)
+            teacher_logits = soft_targets[batch].float()
+            loss = criterion(logits.float(), targets, teacher_logits, settings.temperature, settings.alpha)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -49,7 +52,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     """Trains a Run, resumes it, or returns what it reached if it is finished: its accuracy on the test set, or on the
     validation part of a run that has one.
 
-    `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student with alpha above 0;
+    `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student that needs them;
     `options` are runs.progress.Options; `later` is how many images the command trains on after this run, `tally` the
     runs.group.Tally of a group of processes. Raises Failure where the folder holds a run with other settings or the
     training diverges, and Interrupted, with the state saved, on a signal.
@@ -69,6 +72,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     network = network.to(machine.device, memory_format=torch.channels_last).train()
     optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
+    criterion = options.hooks.loss.loaded if settings.loss else distillation_loss
 
     with Progress(run, network, optimizer, machine, options, len(indices), title or run.name, later, tally) as progress:
         while progress.epoch < settings.epochs:
@@ -81,7 +85,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
             draws = generator(f"{stream}order", settings.seed, progress.epoch)
             order = indices[torch.randperm(len(indices), generator=draws).to(machine.device)]
             with options.stop.deferred():  # a signal waits for the end of a step; then the state is saved
-                train_one_epoch(model, optimizer, views, data.train_labels, order, soft_targets, progress)
+                train_one_epoch(model, optimizer, views, data.train_labels, order, soft_targets, criterion, progress)
                 progress.end_epoch(validate(network, data, validation))
             options.stop.raise_pending()
 

@@ -20,24 +20,29 @@ from runs.files import Damaged, Failure, decode, read_json
 from runs.settings import PLAIN, Settings, run_name
 
 
+def _key(way, seed):
+    """The FinishedRun.key of a student distilled in a `way`, (temperature, alpha, criterion)."""
+    return ("kd", *way[:2], seed, way[2])
+
+
 class Comparison:
     """All that the finished runs of an output folder say, for one teacher (or one ensemble of teachers)."""
 
     def __init__(self, output, asked=None):
-        """`asked` is {"temperature", "alpha", "seeds", "shared": Settings.shared}, the last one PLAIN if it is missing.
-        Without it they are taken from comparison.json or, where there is none, from the first students that have a
-        baseline.
+        """`asked` is {"temperature", "alpha", "seeds", "criterion", "shared"}, the last two being those of Settings and
+        of plain distillation if they are missing. Without it they are taken from comparison.json or, where there is
+        none, from the first students that have a baseline.
 
         Raises Failure where there is nothing to compare.
         """
         self.output = Path(output)
         everything = all_finished_runs(self.output)
-        asked = {"shared": PLAIN, **(asked or self._asked_before(everything))}
+        asked = {"criterion": None, "shared": PLAIN, **(asked or self._asked_before(everything))}
         runs = {run.key: run for run in everything if run.settings.shared == tuple(asked["shared"])}
-        pair, seeds = (asked["temperature"], asked["alpha"]), asked["seeds"]
-        self.first = runs.get(("kd", *pair, seeds[0]))
+        first, seeds = (asked["temperature"], asked["alpha"], asked["criterion"]), asked["seeds"]
+        self.first = runs.get(_key(first, seeds[0]))
         matching = {k: run for k, run in runs.items() if self.first and comparable(self.first.settings, run.settings)}
-        wanted = [key for seed in seeds for key in (("kd", *pair, seed), ("baseline", None, None, seed))]
+        wanted = [key for seed in seeds for key in (_key(first, seed), ("baseline", None, None, seed, None))]
         missing = next((key for key in wanted if key not in matching), None)
         if missing:
             raise Failure(
@@ -54,11 +59,12 @@ class Comparison:
         self.runs = self._teacher_runs(everything)
         self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds])
         self.kd, self.kd_logits = [], []
-        self._add(*pair, seeds, students, baselines)
-        for temperature, alpha in sorted({key[1:3] for key in students} - {pair}):
-            shared = [seed for seed in sorted(baselines) if ("kd", temperature, alpha, seed) in students]
+        self._add(first, seeds, students, baselines)
+        ways = {(*key[1:3], key[4]) for key in students} - {first}
+        for way in sorted(ways, key=lambda way: (way != (*first[:2], None), way[:2], way[2] or ())):
+            shared = [seed for seed in sorted(baselines) if _key(way, seed) in students]
             if shared:
-                self._add(temperature, alpha, shared, students, baselines)
+                self._add(way, shared, students, baselines)
         costs = self.first.costs["teacher"]
         self.teacher = {
             "accuracy": float((self.teacher_logits.argmax(1) == self.labels).mean()),
@@ -90,8 +96,9 @@ class Comparison:
             try:
                 content = read_json(path)
                 asked = {name: content["kd"][0][name] for name in ("temperature", "alpha", "seeds")}
-                asked["shared"] = decode(content["settings"], Settings, path).shared
-                key = ("kd", asked["temperature"], asked["alpha"], asked["seeds"][0])
+                settings = decode(content["settings"], Settings, path)
+                asked |= {"criterion": settings.criterion, "shared": settings.shared}
+                key = _key((asked["temperature"], asked["alpha"], settings.criterion), asked["seeds"][0])
                 if any(run.key == key and run.settings.shared == asked["shared"] for run in runs):
                     return asked
             except (Damaged, LookupError, TypeError):
@@ -101,15 +108,16 @@ class Comparison:
             raise Failure(f"{self.output} holds no finished students to report on.")
         shared = min((run.settings.shared for run in students), key=lambda shared: (shared != PLAIN, shared))
         runs = {run.key: run for run in runs if run.settings.shared == shared}
-        students = sorted(key[1:] for key in runs if key[0] == "kd")
+        students = sorted((key[1:] for key in runs if key[0] == "kd"), key=lambda each: (each[3] or (), each[:3]))
         with_baseline = []
-        for *pair, seed in students:
-            baseline = runs.get(("baseline", None, None, seed))
-            if baseline and comparable(runs["kd", *pair, seed].settings, baseline.settings):
-                with_baseline.append((*pair, seed))
-        temperature, alpha, seed = (with_baseline or students)[0]
-        seeds = [each[2] for each in with_baseline if each[:2] == (temperature, alpha)]
-        return {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed], "shared": shared}
+        for *pair, seed, criterion in students:
+            baseline = runs.get(("baseline", None, None, seed, None))
+            if baseline and comparable(runs["kd", *pair, seed, criterion].settings, baseline.settings):
+                with_baseline.append((*pair, seed, criterion))
+        temperature, alpha, seed, criterion = (with_baseline or students)[0]
+        seeds = [each[2] for each in with_baseline if each[:2] == (temperature, alpha) and each[3] == criterion]
+        asked = {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
+        return asked | {"criterion": criterion, "shared": shared}
 
     def _measures(self, logits):
         return {
@@ -139,8 +147,10 @@ class Comparison:
             **omitted_classes(runs, logits, self.labels, self.classes),
         }, logits
 
-    def _add(self, temperature, alpha, seeds, students, baselines):
-        entry, logits = self._several([students["kd", temperature, alpha, seed] for seed in seeds])
+    def _add(self, way, seeds, students, baselines):
+        """Adds the entry of a way to distil, (temperature, alpha, criterion)."""
+        temperature, alpha, criterion = way
+        entry, logits = self._several([students[_key(way, seed)] for seed in seeds])
         without = [baselines[seed] for seed in seeds]
         self.runs += [run for run in without if run not in self.runs]
         gains = self._gains(entry["accuracies"], [run.accuracy for run in without])
@@ -155,7 +165,8 @@ class Comparison:
         else:
             improvement = paired_test(gains)
         improvement["by_seed"] = gains
-        entry = {"temperature": temperature, "alpha": alpha, **entry, "improvement": improvement}
+        loss = {"loss": criterion[0], "loss_sha256": criterion[1]} if criterion else {}
+        entry = {"temperature": temperature, "alpha": alpha, **loss, **entry, "improvement": improvement}
         if self.kd:
             entry["first_over_this"] = self._over(self.kd[0], entry)
         self.kd.append(entry)
@@ -168,8 +179,7 @@ class Comparison:
         return [100 * (round(one * count) - round(other * count)) / count for one, other in pairs]
 
     def _over(self, first, other):
-        """The paired test of two pairs of temperature and alpha over the seeds that both have; None where those are
-        fewer than two."""
+        """The paired test of two ways to distil over the seeds that both have; None where those are fewer than two."""
         seeds = [seed for seed in first["seeds"] if seed in other["seeds"]]
         if len(seeds) < 2:
             return None

@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 
 from reports import costs
-from reports.text import COLUMNS, claim, environments, points
+from reports.text import COLUMNS, claim, environments, method, points
 from runs.settings import pair_name
 
 CAPTIONS = {
@@ -44,7 +44,7 @@ def page(comparison, figures):
         teacher=comparison.teacher,
         gain=points(entry["improvement"]["mean"], "+"),
         trade=costs.trade(comparison),
-        claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)),
+        claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels), method(entry)),
         environments=environments([run for run in comparison.runs if not run.settings.val_fraction]),
         where=costs.where(comparison),
         tables=_tables(comparison),
@@ -65,7 +65,7 @@ def _tables(comparison):
 
     own = (_decimals(teacher[each]) for each in ("calibration_error", "negative_log_likelihood"))
     results = [("Teacher", _decimals(teacher["accuracy"]), None, 1, None, *own)]
-    results += [students(f"KD, {pair_name(each['temperature'], each['alpha'])}", each) for each in comparison.kd]
+    results += [students(f"KD, {pair_name(each)}", each) for each in comparison.kd]
     results.append(students("Baseline", baseline))
     tables = [("Accuracy", ("network", "accuracy", "std", "n", "agreement", "ECE", "NLL"), results)]
 

@@ -40,7 +40,7 @@ def omitted_classes(runs, logits, labels, classes):
 def rows(comparison):
     """The rows of the printed table: means over the seeds."""
     found = [("Not shown to students", "on these", "std", "corrected", "std", "all, corr.", "bias")]
-    entries = [(f"KD, {pair_name(each['temperature'], each['alpha'])}", each) for each in comparison.kd]
+    entries = [(f"KD, {pair_name(each)}", each) for each in comparison.kd]
     for name, entry in [*entries, ("Baseline", comparison.baseline)]:
         given = entry["omitted"]
         cells = []

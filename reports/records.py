@@ -20,7 +20,7 @@ class FinishedRun(RunRecord):
     @property
     def key(self):
         s = self.settings
-        return s.role, s.temperature, s.alpha, s.seed
+        return s.role, s.temperature, s.alpha, s.seed, s.criterion
 
     def logits(self, shape):
         """The run's float32 test logits; raises Damaged unless they have `shape` and are finite."""
@@ -29,7 +29,7 @@ class FinishedRun(RunRecord):
 
 
 def finished_runs(folder, shared=PLAIN):
-    """{(role, temperature, alpha, seed): FinishedRun} of those in `folder` that have this Settings.shared."""
+    """{(role, temperature, alpha, seed, criterion): FinishedRun} of those in `folder` with this Settings.shared."""
     return {run.key: run for run in all_finished_runs(folder) if run.settings.shared == shared}
 
 
@@ -68,13 +68,13 @@ def _missing(record):
 def best_pair(output, pairs, seeds, shared=PLAIN):
     """The (temperature, alpha) of `pairs` with the best mean validation accuracy over `seeds`; the first of equals."""
     runs = finished_runs(Path(output) / "selection", shared)
-    return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed].val_accuracy for seed in seeds]))
+    return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed, None].val_accuracy for seed in seeds]))
 
 
 def comparable(one, other, apart=frozenset()):
     """Whether the settings of two students differ only in the seed and in what belongs to distillation (and in the
     names `apart`), and have the same teacher where both have one."""
-    varied = {"role", "temperature", "alpha", "teacher", "seed"} | apart
+    varied = {"role", "temperature", "alpha", "teacher", "seed", "loss", "loss_file", "loss_sha256"} | apart
     same = all(getattr(other, name) == value for name, value in vars(one).items() if name not in varied)
     return same and len({one.teacher, other.teacher} - {None}) < 2
 

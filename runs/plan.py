@@ -47,9 +47,10 @@ def teacher_runs(arguments, data, count):
     return [Run(Path(arguments.output_dir) / each.name, each) for each in settings]
 
 
-def student_runs(arguments, data, teacher, pairs, selection=False):
-    """The runs of students: for every seed those with distillation for each of `pairs`, then the baseline. `teacher` is
-    a digest; with `selection` they are those of a sweep, which are judged on a part of the training images."""
+def student_runs(arguments, data, teacher, pairs, hooks, selection=False):
+    """The runs of students: for every seed those with distillation for each of `pairs`, with the loss of the user's own
+    if `hooks` has one and then without, and the baseline. `teacher` is a digest; with `selection` they are those of a
+    sweep, which are judged on a part of the training images."""
     folder = Path(arguments.output_dir) / ("selection" if selection else "")
     fraction = (arguments.val_fraction or 0.1) if selection else 0.0
     shared = {"train_fraction": arguments.train_fraction, "omit_class": omitted(arguments, data)}
@@ -57,6 +58,9 @@ def student_runs(arguments, data, teacher, pairs, selection=False):
     runs = []
     for seed in seeds(arguments):
         distilled = [{"role": "kd", "temperature": t, "alpha": a, "teacher": teacher} for t, a in pairs]
+        if hooks.loss:
+            loss = {"loss": hooks.loss.function, "loss_file": hooks.loss.file, "loss_sha256": hooks.loss.sha256}
+            distilled = [each | more for each in distilled for more in (loss, {})]
         for rest in (*distilled, {"role": "baseline"}):
             settings = _settings(arguments, data, seed=seed, images=images, val_fraction=fraction, **shared, **rest)
             runs.append(Run(folder / settings.name, settings))

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import models
 from runs.files import Damaged, Failure, make_folder, remove, save_array, write, write_json
+from runs.hooks import Hooks
 from runs.machine import describe
 from runs.settings import RunRecord
 from runs.signals import Interrupted, Stop
@@ -24,11 +25,12 @@ REFRESH = 0.25  # seconds between progress figures
 @dataclass(frozen=True)
 class Options:
     """What all runs of a command share besides the machine: seconds between saved states within an epoch, the signal
-    handler, and what run.json records without comparing it."""
+    handler, what run.json records without comparing it, and functions of the user's own."""
 
     save_every: float = 120.0
     stop: Stop = field(default_factory=Stop)
     recorded: dict = field(default_factory=dict)
+    hooks: Hooks = field(default_factory=Hooks)
 
 
 class Progress:
@@ -117,7 +119,9 @@ class Progress:
         with torch.no_grad():
             sums = self.sums
             sums["loss"] += loss.detach()
-            sums["hard_loss"] += F.cross_entropy(logits.float(), labels) if self.settings.alpha else loss.detach()
+            sums["hard_loss"] += (
+                F.cross_entropy(logits.float(), labels) if self.settings.asks_teacher else loss.detach()
+            )
             sums["correct"] += (logits.argmax(1) == labels).sum()
             first_bad = (sums["first_bad"] < 0) & ~loss.isfinite()
             sums["first_bad"] = torch.where(first_bad, self.step, sums["first_bad"])
@@ -146,7 +150,7 @@ class Progress:
         row = HistoryRow(
             epoch=self.epoch + 1,
             train_loss=loss,
-            soft_loss=(loss - (1 - alpha) * hard_loss) / alpha if alpha else None,
+            soft_loss=(loss - (1 - alpha) * hard_loss) / alpha if alpha and not self.settings.loss else None,
             hard_loss=hard_loss,
             train_accuracy=self.sums["correct"].item() / images,
             val_accuracy=val_accuracy,

@@ -178,8 +178,8 @@ def test_what_is_as_ever_is_recorded_as_ever():
 
 
 def test_names_are_safe_for_files():
-    assert run_name("kd", 4.0, 0.9, 0, (0.03, ())) == "kd-T4-a0.9-f0.03-s0"
-    assert run_name("baseline", None, None, 2, (1.0, ("a/b", "$5 $10"))) == "baseline-without-a_b-_5_10-s2"
+    assert run_name("kd", 4.0, 0.9, 0, shared=(0.03, ())) == "kd-T4-a0.9-f0.03-s0"
+    assert run_name("baseline", None, None, 2, None, (1.0, ("a/b", "$5 $10"))) == "baseline-without-a_b-_5_10-s2"
 
 
 def test_a_sweep_on_a_part_is_judged_on_a_part_of_that_part(cli, flags, finished, tmp_path, monkeypatch):
