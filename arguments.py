@@ -142,8 +142,8 @@ def parser():
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
-    option("--teacher", "a finished teacher's folder or model.pt; of several, the mean of their logits is used "
-           "[the output folder's teacher-s<seed>, or its only one]",
+    option("--teacher", "a finished run's folder or model.pt, of a teacher or a student; of several, the mean of their "
+           "logits is used [the output folder's teacher-s<seed>, or its only one]",
            type=path, nargs="+", action="extend", metavar="PATH")
     option("--seeds", "pairs of students, or teachers, to train, from --seed up; more pairs give a narrower interval",
            1, type=integer(1, 1000), metavar="N")

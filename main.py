@@ -20,7 +20,7 @@ from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Group, Tally, join
 from runs.hooks import find_hooks
-from runs.teachers import check_teacher, find_teachers
+from runs.teachers import check_teacher, find_teachers, spare_teachers
 from use.tasks import do_task
 
 
@@ -74,7 +74,7 @@ def main(arguments, stop):
                 teachers = [(path, models.load(path)) for path in paths]
                 if teachers:
                     try_hooks(arguments, hooks, len(teachers[0][1].classes))  # before any image is decoded
-                session = start(arguments, stop, group, hooks)
+                session = start(arguments, stop, group, hooks, [network for _, network in teachers])
             if arguments.train_teacher or demo:
                 train_teachers(session)
             if not arguments.train_teacher:
@@ -90,8 +90,9 @@ def try_hooks(arguments, hooks, classes):
         trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0])
 
 
-def start(arguments, stop, group, hooks):
-    """Chooses the device and loads the data; prints what the command works with."""
+def start(arguments, stop, group, hooks, teachers):
+    """Chooses the device and loads the data; prints what the command works with. `teachers` are networks, as far as
+    there are any yet."""
     device = choose_device(arguments.device, group.local_rank if group.size > 1 else None)
     if group.size > 1:
         torch.set_num_threads(group.threads())
@@ -112,16 +113,19 @@ def start(arguments, stop, group, hooks):
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
     if len(transfer_set) < len(loaded.train_labels):
         group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
-    for name in models.ARCHITECTURES:
-        costs = models.costs(name, len(loaded.classes), loaded.image_size)
-        millions = f"{costs.macs / 1e6:.1f} million multiply-adds"
-        group.say(f"{name.capitalize()}: {costs.parameters:,} parameters, {millions} per image")
+    costs = {name: models.costs(name, len(loaded.classes), loaded.image_size) for name in models.ARCHITECTURES}
+    if teachers:
+        members = [costs[network.architecture] for network in teachers]
+        costs = {"teacher": members[0], "student": costs["student"], "teachers": sum(members[1:], members[0])}
+    for name in ("teacher", "student"):
+        millions = f"{costs[name].macs / 1e6:.1f} million multiply-adds"
+        group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "device", "precision", "compile")
     recorded = {name: getattr(arguments, name) for name in typed}
     return Session(
-        arguments, loaded, transfer_set, machine, Options(arguments.save_every, stop, recorded, hooks), group
+        arguments, loaded, transfer_set, machine, Options(arguments.save_every, stop, recorded, hooks, costs), group
     )
 
 
@@ -157,6 +161,9 @@ def train_students(session, teachers):
             for digest, network in networks.items()
         ]
     )  # fmt: skip
+    if arguments.overwrite:
+        runs = plan.student_runs(arguments, loaded, teacher, plan.pairs(arguments), session.hooks)
+        spare_teachers([path for path, _ in teachers], runs)
     if any(arguments.alpha) or session.hooks.loss:
         session.group.say(f"Soft targets: {arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {folder}")
     if session.group.leads:
@@ -237,7 +244,12 @@ def train_all(session, runs, targets=None, later=()):
 
 def accuracy_of(run, accuracy):
     """The line that says how well a run went."""
-    return f"{run.folder}: {'validation' if run.settings.val_fraction else 'test'} accuracy {accuracy:.4f}"
+    return f"{run.folder}: {measured(vars(run.settings))} accuracy {accuracy:.4f}"
+
+
+def measured(settings):
+    """On what the accuracy of a run with `settings`, a dict, was measured."""
+    return "validation" if settings.get("val_fraction") else "test"
 
 
 def digests_of(session, teachers):
@@ -250,7 +262,7 @@ def digests_of(session, teachers):
         if digest in paths:
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network
-        session.group.say(f"{path}: test accuracy {network.accuracy:.4f} (teacher)")
+        session.group.say(f"{path}: {measured(network.settings)} accuracy {network.accuracy:.4f} (teacher)")
     place = {"device": session.machine.device, "memory_format": torch.channels_last}
     return {digest: networks[digest].to(**place) for digest in sorted(networks)}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reports.fidelity import fidelity
 from reports.omitted import omitted_classes
 from reports.records import all_finished_runs, comparable, finished_runs, load_speed, load_test_set
 from reports.statistics import (
@@ -57,7 +58,7 @@ class Comparison:
         baselines = {key[3]: run for key, run in matching.items() if key[0] == "baseline"}
         students = {key: run for key, run in matching.items() if key[0] == "kd"}
         self.runs = self._teacher_runs(everything)
-        self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds])
+        self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds], first[0])
         self.kd, self.kd_logits = [], []
         self._add(first, seeds, students, baselines)
         ways = {(*key[1:3], key[4]) for key in students} - {first}
@@ -65,11 +66,14 @@ class Comparison:
             shared = [seed for seed in sorted(baselines) if _key(way, seed) in students]
             if shared:
                 self._add(way, shared, students, baselines)
-        costs = self.first.costs["teacher"]
+        costs = vars(self.first.costs["teacher"])
+        costs = {name: len(self.member_logits) * count for name, count in costs.items()}
+        if "teachers" in self.first.costs:
+            costs = vars(self.first.costs["teachers"])
         self.teacher = {
             "accuracy": float((self.teacher_logits.argmax(1) == self.labels).mean()),
             "members": [float((each.argmax(1) == self.labels).mean()) for each in self.member_logits],
-            **{name: len(self.member_logits) * count for name, count in vars(costs).items()},
+            **costs,
             **self._measures(self.teacher_logits),
         }
         self.student = dict(vars(self.first.costs["student"]))
@@ -126,8 +130,9 @@ class Comparison:
             "class_accuracies": class_accuracies(logits, self.labels, len(self.classes)),
         }
 
-    def _several(self, runs):
-        """What comparison.json says of the students of several seeds, and their logits."""
+    def _several(self, runs, temperature):
+        """What comparison.json says of the students of several seeds, and their logits; they are compared with the
+        teacher at `temperature`, too."""
         self.runs += [run for run in runs if run not in self.runs]
         teacher_logits = self.teacher_logits
         logits = [run.logits(teacher_logits.shape) for run in runs]
@@ -140,6 +145,7 @@ class Comparison:
             "mean": float(np.mean(accuracies)),
             "std": spread(accuracies),
             "agreement_with_teacher": [float((each.argmax(1) == teacher_logits.argmax(1)).mean()) for each in logits],
+            **fidelity(teacher_logits, logits, temperature),
             "calibration_error": [m["calibration_error"] for m in measures],
             "negative_log_likelihood": [m["negative_log_likelihood"] for m in measures],
             "class_accuracies": [None if math.isnan(v) else v for v in by_class.mean(0).tolist()],
@@ -150,7 +156,7 @@ class Comparison:
     def _add(self, way, seeds, students, baselines):
         """Adds the entry of a way to distil, (temperature, alpha, criterion)."""
         temperature, alpha, criterion = way
-        entry, logits = self._several([students[_key(way, seed)] for seed in seeds])
+        entry, logits = self._several([students[_key(way, seed)] for seed in seeds], temperature)
         without = [baselines[seed] for seed in seeds]
         self.runs += [run for run in without if run not in self.runs]
         gains = self._gains(entry["accuracies"], [run.accuracy for run in without])

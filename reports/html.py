@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from reports import costs
+from reports import costs, fidelity, omitted
 from reports.text import COLUMNS, claim, environments, method, points
 from runs.settings import pair_name
 
@@ -68,6 +68,12 @@ def _tables(comparison):
     results += [students(f"KD, {pair_name(each)}", each) for each in comparison.kd]
     results.append(students("Baseline", baseline))
     tables = [("Accuracy", ("network", "accuracy", "std", "n", "agreement", "ECE", "NLL"), results)]
+
+    columns, *near = fidelity.rows(comparison)
+    tables.append((columns[0], ("network", *columns[1:]), near))
+    if "omitted" in baseline:
+        columns, *known = omitted.rows(comparison)
+        tables.append((columns[0], ("network", *columns[1:]), known))
 
     measured = [
         (name, f"{parameters:,}", f"{macs:,.1f}", *(None if value is None else f"{value:,.1f}" for value in rest))

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from reports import costs, omitted
+from reports import costs, fidelity, omitted
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
 from runs.settings import pair_name
 
@@ -92,6 +92,7 @@ def details(comparison):
         text += students(f"KD, {pair_name(each)}", each)
     text += students("Baseline", baseline)
     text += "(agreement: same class as the teacher; ECE: expected calibration error, 15 bins; NLL in nats)\n\n"
+    text += "".join(_row(*row) for row in fidelity.rows(comparison)) + f"({fidelity.where(comparison)})\n\n"
     text += _row("Accuracy by class", "teacher", "with KD", "baseline")
     for number, name in enumerate(comparison.classes):
         values = (each["class_accuracies"][number] for each in (teacher, entry, baseline))

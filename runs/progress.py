@@ -25,12 +25,14 @@ REFRESH = 0.25  # seconds between progress figures
 @dataclass(frozen=True)
 class Options:
     """What all runs of a command share besides the machine: seconds between saved states within an epoch, the signal
-    handler, what run.json records without comparing it, and functions of the user's own."""
+    handler, what run.json records without comparing it, functions of the user's own, and the Costs of "teacher" and
+    "student", and of all "teachers" together, if they are known."""
 
     save_every: float = 120.0
     stop: Stop = field(default_factory=Stop)
     recorded: dict = field(default_factory=dict)
     hooks: Hooks = field(default_factory=Hooks)
+    costs: dict | None = None
 
 
 class Progress:
@@ -300,9 +302,10 @@ class Progress:
         set, or on the validation part of a run that has one."""
         self._write_history()
         record = {"seconds": sum(row.seconds + row.teacher_seconds for row in self.history)}
-        record["costs"] = {
-            name: vars(models.costs(name, len(data.classes), data.image_size)) for name in models.ARCHITECTURES
+        costs = self.options.costs or {
+            name: models.costs(name, len(data.classes), data.image_size) for name in models.ARCHITECTURES
         }
+        record["costs"] = {name: vars(each) for name, each in costs.items()}
         if test_logits is None:
             result = record["val_accuracy"] = self.history[-1].val_accuracy
         else:

@@ -84,6 +84,9 @@ class Costs:
     parameters: Positive
     macs: Positive  # multiply-adds for one image
 
+    def __add__(self, other):
+        return Costs(self.parameters + other.parameters, self.macs + other.macs)
+
 
 @dataclass(frozen=True)
 class Speed:
