@@ -23,6 +23,7 @@ examples:
   python main.py --train-teacher --seeds 2                  two teachers: teacher-s0 and teacher-s1
   python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    students of both together
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
+  python main.py --loss examples/dkd.py:dkd --seeds 3       does that loss beat plain distillation?
   python main.py --dataset folder --data-dir pets --train-teacher    images in pets/train/CLASS and pets/test/CLASS
   python main.py --predict photo.jpg holiday/ > classes.csv    what the distilled student sees, in images and folders
   python main.py --export --model outputs/kd-T4-a0.1-s0        that student for ONNX Runtime, in one file
@@ -87,6 +88,14 @@ def path(text):
     return text
 
 
+def function(text):
+    """An argparse type: FILE.py:FUNCTION."""
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"'{text}' is not FILE.py:FUNCTION")
+    return text
+
+
 def device_name(text):
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not one of auto, cpu, cuda, cuda:N, mps")
@@ -133,11 +142,17 @@ def parser():
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
-    option("--teacher", "a finished teacher's folder or model.pt; of several, the mean of their logits is used "
-           "[the output folder's teacher-s<seed>, or its only one]",
+    option("--teacher", "a finished run's folder or model.pt, of a teacher or a student; of several, the mean of their "
+           "logits is used [the output folder's teacher-s<seed>, or its only one]",
            type=path, nargs="+", action="extend", metavar="PATH")
     option("--seeds", "pairs of students, or teachers, to train, from --seed up; more pairs give a narrower interval",
            1, type=integer(1, 1000), metavar="N")
+    option("--loss", "a loss of your own, beside plain distillation and the baseline: called as distill.py's is",
+           type=function, metavar="FILE.py:FUNCTION")
+    option("--train-fraction", "students see this part of each class's training images, always the same ones", 1.0,
+           type=number(0, 1, above=True), metavar="F")
+    option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
+           nargs="+", action="extend", metavar="NAME")
     option("--val-fraction", "part of the training set on which a sweep is judged [0.1]",
            type=number(0, 0.5, above=True), metavar="F")
 
@@ -188,7 +203,10 @@ def parse(argv):
     arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))
     arguments.sweep = len(arguments.temperature) * len(arguments.alpha) > 1
     if arguments.train_teacher:
-        for name, given in (("--report", arguments.report), ("--teacher", arguments.teacher)):
+        for name, given in (
+            ("--report", arguments.report), ("--teacher", arguments.teacher), ("--loss", arguments.loss),
+            ("--train-fraction", arguments.train_fraction != 1), ("--omit-class", arguments.omit_class),
+        ):  # fmt: skip
             if given:
                 raise Usage(f"{name} is for students and cannot be combined with --train-teacher")
     if arguments.train_teacher and arguments.sweep:
@@ -207,6 +225,8 @@ def parse(argv):
         raise Usage("--model is for --predict and --export; a teacher is named with --teacher")
     if arguments.val_fraction is not None and not arguments.sweep:
         raise Usage("--val-fraction needs a sweep: several values of --temperature or --alpha")
+    if arguments.loss and arguments.sweep:
+        raise Usage("--loss is compared at one temperature and alpha: choose these by a sweep without it first")
     if arguments.data_url is not None:
         if arguments.dataset not in ("cifar10", "cifar100"):
             raise Usage("--data-url is for --dataset cifar10 or cifar100")

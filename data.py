@@ -14,6 +14,7 @@ import torch
 
 import models
 from models import generator
+from runs.files import Failure
 from runs.settings import VIEWS_VERSION
 
 
@@ -39,6 +40,23 @@ class Data:
         """The same data with its tensors on `device`."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def transfer_set(self, fraction=1.0, omitted=()):
+        """The training images that students see, as sorted indices: `fraction` of each class, at least one image, and
+        none of the classes named `omitted`. Always the same; those of a smaller fraction are among those of a larger
+        one. Raises Failure where there is no such class, or where fewer than two are left."""
+        unknown = [name for name in omitted if name not in self.classes]
+        if unknown:
+            raise Failure(f"There is no class '{unknown[0]}' to omit. The classes are: {', '.join(self.classes)}.")
+        if len(set(self.classes) - set(omitted)) < 2:
+            raise Failure("Students need two classes or more: omit fewer of them.")
+        labels, draws, chosen = self.train_labels.cpu(), generator("transfer set"), []
+        for number, name in enumerate(self.classes):
+            rows = (labels == number).nonzero()[:, 0]
+            rows = rows[torch.randperm(len(rows), generator=draws)]
+            if name not in omitted:
+                chosen.append(rows[: max(1, round(fraction * len(rows)))])
+        return torch.cat(chosen).sort().values
 
 
 def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None):

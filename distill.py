@@ -47,6 +47,19 @@ def compress(logits):
     return (logits - logits.amax(1, keepdim=True)).clamp_min(torch.finfo(torch.float16).min).half()
 
 
+def omitted_bias(logits, classes, count):
+    """What to add to the logits of `classes` (a list of numbers) so that they are chosen for `count` of the images
+    whose `logits` (N, all classes) these are: halfway between the image that just is and the one that just is not.
+
+    arXiv 1503.02531, section 3, raises the bias of a class that the transfer set lacks by what is best on the test set.
+    This takes the training images instead, of all classes and without their labels: how often a class occurs is known.
+    """
+    omitted = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    omitted[classes] = True
+    missing = logits[:, ~omitted].amax(1).double() - logits[:, omitted].amax(1).double()
+    return missing.sort().values[count - 1 : count + 1].mean().item()
+
+
 class Ensemble:
     """The soft targets of one teacher or of several together: the mean of their logits.
 
@@ -85,12 +98,18 @@ class SoftTargets:
     makes the name of their folder: targets of another teacher, data set or recipe are never read.
     """
 
-    def __init__(self, teacher, teacher_digest, data_digest, views, folder, machine, shared=False):
+    def __init__(self, teacher, teacher_digest, data_digest, views, folder, machine, shared=False, transfer_set=None):
         """`teacher` is on the views' device, in evaluation mode; with `folder` None nothing is kept. If `shared` with
-        other processes, no bar is shown and only `Ensemble.share` keeps targets: two must not write to one file."""
+        other processes, no bar is shown and only `Ensemble.share` keeps targets: two must not write to one file.
+        `transfer_set` are the indices of the images that it is asked about [all]."""
         self.teacher, self.views, self.machine, self.shared = teacher, views, machine, shared
+        everything = torch.arange(views.count)
+        whole = transfer_set is None or torch.equal(transfer_set.cpu(), everything)
+        self.indices = (everything if whole else transfer_set).to(views.device)
+        part = {} if whole else {"images": hashlib.sha256(self.indices.cpu().numpy().tobytes()).hexdigest()}
         self.key = json.dumps(
-            {
+            part
+            | {
                 "teacher": teacher_digest,
                 "data": data_digest,
                 "views": [views.stream, VIEWS_VERSION, views.size, views.padding, views.mean, views.std],
@@ -105,7 +124,7 @@ class SoftTargets:
 
     @property
     def shape(self):
-        return self.views.count, self.teacher.head.out_features
+        return len(self.indices), self.teacher.head.out_features
 
     @property
     def bytes_per_epoch(self):
@@ -116,8 +135,15 @@ class SoftTargets:
         return self.folder and self.folder / f"epoch-{epoch + 1:04d}.npz"
 
     def epoch(self, epoch, description="soft targets", keep=None):
-        """float16 (N, classes) on the views' device: the targets of all images of the full training set. If `keep`
-        [unless `shared`], what is not kept yet is kept."""
+        """float16 (N, classes) on the views' device: the targets of all images of the full training set, NaN for those
+        that the teacher is not asked about. If `keep` [unless `shared`], what is not kept yet is kept."""
+        logits = self._logits(epoch, description, keep)
+        if len(logits) == self.views.count:
+            return logits
+        return logits.new_full((self.views.count, logits.shape[1]), math.nan).index_copy_(0, self.indices, logits)
+
+    def _logits(self, epoch, description, keep):
+        """The targets of `indices` alone, as they are kept."""
         path = self.path(epoch)
         if path and path.is_file():
             try:
@@ -139,8 +165,7 @@ class SoftTargets:
         return logits
 
     def _compute(self, epoch, description):
-        size = inference_batch(self.machine.device, self.views.size)
-        batches = torch.arange(self.views.count, device=self.views.device).split(size)
+        batches = self.indices.split(inference_batch(self.machine.device, self.views.size))
         with tqdm(batches, desc=description, unit="batch", leave=False, disable=self.shared or None) as bar:
             views = (self.views.batch(epoch, indices) for indices in bar)
             return compress(predict(self.teacher, views, self.machine.autocast()))

@@ -19,14 +19,15 @@ from pathlib import Path
 from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Group, Tally, join
-from runs.teachers import check_teacher, find_teachers
+from runs.hooks import find_hooks
+from runs.teachers import check_teacher, find_teachers, spare_teachers
 from use.tasks import do_task
 
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
     global Machine, Options, describe, describe_memory, start_machine, write_report
-    global data, distill, evaluate, models, plan, records, torch, train
+    global data, distill, evaluate, models, plan, records, torch, train, trial
     import torch
 
     import data
@@ -34,7 +35,7 @@ def import_modules():
     import models
     from reports import records
     from reports.report import report as write_report
-    from runs import plan
+    from runs import plan, trial
     from runs.costs import describe_memory
     from runs.machine import Machine, describe, start_machine
     from runs.progress import Options
@@ -47,9 +48,14 @@ class Session:
 
     arguments: object
     data: "data.Data"  # on the device
+    transfer_set: "torch.Tensor"  # the training images that students see
     machine: "Machine"
     options: "Options"
     group: Group
+
+    @property
+    def hooks(self):
+        return self.options.hooks
 
 
 def main(arguments, stop):
@@ -61,12 +67,15 @@ def main(arguments, stop):
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
     with join() as group:  # of one process, or of those that torchrun started
         with group.first():
+            hooks = find_hooks(arguments)
             paths = [] if arguments.train_teacher or demo else find_teachers(arguments)
         with group.lock(arguments.output_dir):
             import_modules()
             with group.first():
                 teachers = [(path, models.load(path)) for path in paths]
-                session = start(arguments, stop, group)
+                if teachers:
+                    try_hooks(arguments, hooks, len(teachers[0][1].classes))  # before any image is decoded
+                session = start(arguments, stop, group, hooks, [network for _, network in teachers])
             if arguments.train_teacher or demo:
                 train_teachers(session)
             if not arguments.train_teacher:
@@ -76,8 +85,15 @@ def main(arguments, stop):
                     write_report(arguments.output_dir, asked)
 
 
-def start(arguments, stop, group):
-    """Chooses the device and loads the data; prints what the command works with."""
+def try_hooks(arguments, hooks, classes):
+    """Raises Failure where a function of the user's own cannot be trained with so many classes."""
+    if hooks.loss:
+        trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0])
+
+
+def start(arguments, stop, group, hooks, teachers):
+    """Chooses the device and loads the data; prints what the command works with. `teachers` are networks, as far as
+    there are any yet."""
     rank = group.local_rank if group.size > 1 else None
     machine = start_machine(arguments.device, arguments.precision, arguments.compile, rank)
     if group.size > 1:
@@ -94,10 +110,16 @@ def start(arguments, stop, group):
         f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
         f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
     )
-    for name in models.ARCHITECTURES:
-        costs = models.costs(name, len(loaded.classes), loaded.image_size)
-        millions = f"{costs.macs / 1e6:,.1f} million multiply-adds"
-        group.say(f"{name.capitalize()}: {costs.parameters:,} parameters, {millions} per image")
+    transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
+    if len(transfer_set) < len(loaded.train_labels):
+        group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
+    costs = {name: models.costs(name, len(loaded.classes), loaded.image_size) for name in models.ARCHITECTURES}
+    if teachers:
+        members = [costs[network.architecture] for network in teachers]
+        costs = {"teacher": members[0], "student": costs["student"], "teachers": sum(members[1:], members[0])}
+    for name in ("teacher", "student"):
+        millions = f"{costs[name].macs / 1e6:,.1f} million multiply-adds"
+        group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
     if loaded.image_size > models.FULL_BATCH:
         largest = "teacher" if arguments.train_teacher or arguments.demo else "student"
         batch = min(arguments.batch_size, len(loaded.train_labels))
@@ -105,9 +127,11 @@ def start(arguments, stop, group):
         group.say(describe_memory(largest, network, loaded.image_size, batch, machine))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
-    typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile")
+    typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "device", "precision", "compile")
     recorded = {name: getattr(arguments, name) for name in typed}
-    return Session(arguments, loaded, machine, Options(arguments.save_every, stop, recorded), group)
+    return Session(
+        arguments, loaded, transfer_set, machine, Options(arguments.save_every, stop, recorded, hooks, costs), group
+    )
 
 
 def train_teachers(session):
@@ -118,7 +142,8 @@ def train_teachers(session):
     prepare(session, runs)
     later = []
     if not arguments.train_teacher:  # --demo: the students follow
-        later = plan.student_runs(arguments, loaded, None, plan.pairs(arguments))
+        try_hooks(arguments, session.hooks, len(loaded.classes))
+        later = plan.student_runs(arguments, loaded, None, plan.pairs(arguments), session.hooks)
         if arguments.overwrite:  # removed now, so that they never stop whoever resumes without --overwrite
             prepare(session, later)
     train_all(session, runs, later=later)
@@ -134,44 +159,54 @@ def train_students(session, teachers):
     folder = Path(arguments.output_dir) / "targets"
     targets = distill.Ensemble(
         [
-            distill.SoftTargets(network, digest, loaded.digest, views, folder, machine, shared=session.group.size > 1)
+            distill.SoftTargets(
+                network, digest, loaded.digest, views, folder, machine,
+                shared=session.group.size > 1, transfer_set=session.transfer_set,
+            )
             for digest, network in networks.items()
         ]
-    )
-    if any(arguments.alpha):
+    )  # fmt: skip
+    if arguments.overwrite:
+        runs = plan.student_runs(arguments, loaded, teacher, plan.pairs(arguments), session.hooks)
+        spare_teachers([path for path, _ in teachers], runs)
+    if any(arguments.alpha) or session.hooks.loss:
         session.group.say(f"Soft targets: {arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {folder}")
     if session.group.leads:
         keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
 
     pair = choose_pair(session, teacher, targets) if arguments.sweep else plan.pairs(arguments)[0]
-    runs = plan.student_runs(arguments, loaded, teacher, [pair])
+    runs = plan.student_runs(arguments, loaded, teacher, [pair], session.hooks)
     # With --overwrite the baselines of a sweep were removed before it.
     again = [run for run in runs if run.settings.role == "kd"] if arguments.sweep else runs
     prepare(session, again)
     train_all(session, runs, targets)
-    return {"temperature": pair[0], "alpha": pair[1], "seeds": list(plan.seeds(arguments))}
+    asked = {"temperature": pair[0], "alpha": pair[1], "seeds": list(plan.seeds(arguments))}
+    return asked | {"criterion": runs[0].settings.criterion, "shared": runs[0].settings.shared}
 
 
 def choose_pair(session, teacher, targets):
     """The sweep: trains students for every pair of temperature and alpha on a part of the training images, and returns
     the pair with the best accuracy on the rest."""
     arguments, loaded, pairs = session.arguments, session.data, plan.pairs(session.arguments)
-    selection = plan.student_runs(arguments, loaded, teacher, pairs, selection=True)
+    selection = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks, selection=True)
     fraction = selection[0].settings.val_fraction
-    if not len(data.split(loaded.train_labels, fraction)[1]):
+    if not len(data.split(loaded.train_labels.cpu()[session.transfer_set], fraction)[1]):
         raise Failure("A sweep needs at least two training images in some class, to judge on one of them.")
+    of_these = " that students see" if len(session.transfer_set) < len(loaded.train_labels) else ""
     session.group.say(
-        f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training images"
+        f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training images{of_these}"
     )
-    candidates = plan.student_runs(arguments, loaded, teacher, pairs)
+    candidates = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks)
     if arguments.overwrite:
         # Which pair will be trained on everything is not known yet: of the candidates only the baselines are removed,
         # and those that would stop whoever resumes this command without --overwrite.
         conflicts = session.group.agree(lambda: [run.name for run in plan.check(candidates, session.machine)])
         candidates = [run for run in candidates if run.settings.role == "baseline" or run.name in conflicts]
     prepare(session, selection + candidates)
-    train_all(session, selection, targets, later=plan.student_runs(arguments, loaded, teacher, pairs[:1]))
-    pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments)))
+    later = plan.student_runs(arguments, loaded, teacher, pairs[:1], session.hooks)
+    train_all(session, selection, targets, later=later)
+    shared = selection[0].settings.shared
+    pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments), shared))
     session.group.say(f"Best on the validation part: temperature {pair[0]}, alpha {pair[1]}")
     return pair
 
@@ -188,14 +223,15 @@ def prepare(session, runs):
 def train_all(session, runs, targets=None, later=()):
     """Trains what is not yet finished of `runs`, shared by the group, and prints each one's accuracy. `targets` are the
     teachers' soft targets, `later` the runs that the command trains afterwards, for the time left."""
-    group, images, tally = session.group, len(session.data.train_labels), None
+    students = runs[0].settings.role != "teacher"
+    group, images, tally = session.group, len(session.transfer_set if students else session.data.train_labels), None
     left, afterwards = group.agree(lambda: [plan.epochs_left(runs), sum(plan.epochs_left(later))])
     order = [position for position in range(len(runs)) if left[position]]
     for run in (runs[position] for position in range(len(runs)) if group.leads and not left[position]):
         print(f"{accuracy_of(run, run.finished_accuracy())} (finished before)", flush=True)
     if group.size > 1 and order:
         order.sort(key=lambda position: -left[position])  # the longest first
-        if any(runs[position].settings.alpha for position in order):
+        if any(runs[position].settings.asks_teacher for position in order):
             targets.share(group, range(session.arguments.epochs - left[order[0]], session.arguments.epochs))
         tally = Tally(group, len(order), sum(left), afterwards)
     for position in group.share(order):
@@ -203,7 +239,7 @@ def train_all(session, runs, targets=None, later=()):
         title = run.name if len(runs) == 1 else f"[{position + 1}/{len(runs)}] {run.name}"
         accuracy = train(
             run, session.data, session.machine, session.options,
-            teacher=targets if run.settings.alpha else None, title=group.prefix + title,
+            teacher=targets if run.settings.asks_teacher else None, title=group.prefix + title,
             later=(sum(left[position + 1 :]) + afterwards) * images, tally=tally,
         )  # fmt: skip
         print(f"{group.prefix}{accuracy_of(run, accuracy)}", flush=True)
@@ -213,7 +249,12 @@ def train_all(session, runs, targets=None, later=()):
 
 def accuracy_of(run, accuracy):
     """The line that says how well a run went."""
-    return f"{run.folder}: {'validation' if run.settings.val_fraction else 'test'} accuracy {accuracy:.4f}"
+    return f"{run.folder}: {measured(vars(run.settings))} accuracy {accuracy:.4f}"
+
+
+def measured(settings):
+    """On what the accuracy of a run with `settings`, a dict, was measured."""
+    return "validation" if settings.get("val_fraction") else "test"
 
 
 def digests_of(session, teachers):
@@ -226,7 +267,7 @@ def digests_of(session, teachers):
         if digest in paths:
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network
-        session.group.say(f"{path}: test accuracy {network.accuracy:.4f} (teacher)")
+        session.group.say(f"{path}: {measured(network.settings)} accuracy {network.accuracy:.4f} (teacher)")
     return {digest: networks[digest].to(**session.machine.place) for digest in sorted(networks)}
 
 

@@ -134,8 +134,12 @@ def generator(*purpose):
     Every random draw of the program comes from one of these, each purpose a stream of its own, and none from the
     running global state: so every draw can be made again, in any order, by whoever knows its purpose.
     """
-    digest = hashlib.sha256(json.dumps(purpose).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(stream_seed(*purpose))
+
+
+def stream_seed(*purpose):
+    """The seed of the stream of a purpose."""
+    return int.from_bytes(hashlib.sha256(json.dumps(purpose).encode()).digest()[:8], "little") >> 1
 
 
 def create(architecture, classes, seed, images=None):
@@ -274,7 +278,7 @@ class ModelFile:
     image_size: Annotated[int, Meta(ge=SMALLEST_IMAGE, le=LARGEST_IMAGE)]
     mean: tuple[Share, Share, Share]
     std: tuple[Scale, Scale, Scale]
-    settings: dict[str, str | int | float | None]
+    settings: dict[str, str | int | float | list[str] | None]
     accuracy: Share
     state_dict: dict[str, torch.Tensor]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import models
 from data import Views, split
-from distill import distillation_loss
-from models import generator, inference_batch, predict
+from distill import distillation_loss, omitted_bias
+from models import generator, inference_batch, predict, stream_seed
 from runs.progress import Progress
 
 # Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
@@ -22,23 +22,26 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from it
 ITERATIONS = 3
 
 
-def train_one_epoch(model, optimizer, views, labels, order, soft_targets, progress):
+def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress):
     """Trains `model` on the images `order` (a tensor of indices), or on what is left of them after a resume.
 
     `labels` are (N,) and `soft_targets` the teacher's logits (N, classes) for this epoch's `views`, or None for a
-    network without a teacher.
+    network without a teacher. `criterion` is distillation_loss, or a loss of the user's own that is called like it.
     """
     settings, epoch = progress.settings, progress.epoch
     for batch in progress.batches(order):
         images, targets = views.batch(epoch, batch), labels[batch]
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(progress.steps_done, progress.total_steps)
+        if settings.loss:  # which may draw: the same numbers whenever this step is taken
+            torch.manual_seed(stream_seed("step", settings.seed, progress.steps_done))
         with progress.machine.autocast():
             logits = model(images)
         if soft_targets is None:
             loss = F.cross_entropy(logits.float(), targets)
         else:
-            loss = distillation_loss(logits, targets, soft_targets[batch], settings.temperature, settings.alpha)
+            teacher_logits = soft_targets[batch].float()
+            loss = criterion(logits.float(), targets, teacher_logits, settings.temperature, settings.alpha)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -49,7 +52,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     """Trains a Run, resumes it, or returns what it reached if it is finished: its accuracy on the test set, or on the
     validation part of a run that has one.
 
-    `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student with alpha above 0;
+    `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student that needs them;
     `options` are runs.progress.Options; `later` is how many images the command trains on after this run, `tally` the
     runs.group.Tally of a group of processes. Raises Failure where the folder holds a run with other settings or the
     training diverges, and Interrupted, with the state saved, on a signal.
@@ -57,16 +60,20 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     settings = run.settings
     if run.is_finished:
         return run.finished_accuracy()
-    indices, validation = (part.to(machine.device) for part in split(data.train_labels, settings.val_fraction))
+    transfer_set = data.transfer_set(settings.train_fraction, settings.omit_class)
+    parts = split(data.train_labels.cpu()[transfer_set], settings.val_fraction)
+    indices, validation = (transfer_set[part].to(machine.device) for part in parts)
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
     views = Views(data.train_images, data.mean, data.std, f"{stream}views")
     count = WHITENED * 64**2 // max(64, data.image_size) ** 2
-    some = data.train_images[:: max(1, len(data.train_images) // count)].cpu()
+    some = transfer_set[:: max(1, len(transfer_set) // count)].to(machine.device)
+    some = data.train_images[some].cpu()
     some = models.normalize(some, data.mean, data.std)
     network = models.create(settings.architecture, len(data.classes), settings.seed, some)
     network = network.to(**machine.place).train()
     optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
+    criterion = options.hooks.loss.loaded if settings.loss else distillation_loss
 
     with Progress(run, network, optimizer, machine, options, len(indices), title or run.name, later, tally) as progress:
         while progress.epoch < settings.epochs:
@@ -79,14 +86,15 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
             draws = generator(f"{stream}order", settings.seed, progress.epoch)
             order = indices[torch.randperm(len(indices), generator=draws).to(machine.device)]
             with options.stop.deferred():  # a signal waits for the end of a step; then the state is saved
-                train_one_epoch(model, optimizer, views, data.train_labels, order, soft_targets, progress)
+                train_one_epoch(model, optimizer, views, data.train_labels, order, soft_targets, criterion, progress)
                 progress.end_epoch(validate(network, data, validation))
             options.stop.raise_pending()
 
         if settings.val_fraction:
             return progress.finish(data)
         logits = evaluate(network, data.test_images, data.mean, data.std)  # the test set, read once
-        return progress.finish(data, logits, accuracy(logits, data.test_labels))
+        bias = bias_of_omitted(network, data, settings.omit_class) if settings.omit_class else None
+        return progress.finish(data, logits, accuracy(logits, data.test_labels), bias)
 
 
 def evaluate(network, images, mean, std):
@@ -106,6 +114,13 @@ def validate(network, data, indices):
         return None
     logits = evaluate(network, data.train_images[indices], data.mean, data.std)
     return accuracy(logits, data.train_labels[indices])
+
+
+def bias_of_omitted(network, data, names):
+    """What to add to the logits of the classes `names`, which the transfer set lacks (distill.omitted_bias)."""
+    classes = [data.classes.index(name) for name in names]
+    count = sum((data.train_labels == number).sum().item() for number in classes)
+    return omitted_bias(evaluate(network, data.train_images, data.mean, data.std), classes, count)
 
 
 def accuracy(logits, labels):

@@ -60,7 +60,7 @@ def main():
     temperature, alpha, output = arguments.temperature, arguments.alpha, arguments.output
 
     runs = finished_runs(output)
-    pairs = {key[3]: runs[key] for key in runs if key[:3] == ("kd", temperature, alpha)}
+    pairs = {key[3]: runs[key] for key in runs if (*key[:3], key[4]) == ("kd", temperature, alpha, None)}
     baselines = {key[3]: run for key, run in runs.items() if key[0] == "baseline"}
     seeds = sorted(pairs.keys() & baselines.keys() & set(arguments.seeds or pairs))
     seeds = [seed for seed in seeds if comparable(pairs[seed].settings, baselines[seed].settings)]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from reports.records import comparable, finished_runs, load_speed, load_test_set
+from reports.fidelity import fidelity
+from reports.omitted import omitted_classes
+from reports.records import all_finished_runs, comparable, finished_runs, load_speed, load_test_set
 from reports.statistics import (
     balanced_accuracy,
     calibration_error,
@@ -16,30 +18,37 @@ from reports.statistics import (
     softmax,
     spread,
 )
-from runs.files import Damaged, Failure, read_json
-from runs.settings import run_name
+from runs.files import Damaged, Failure, decode, read_json
+from runs.settings import PLAIN, Settings, run_name
+
+
+def _key(way, seed):
+    """The FinishedRun.key of a student distilled in a `way`, (temperature, alpha, criterion)."""
+    return ("kd", *way[:2], seed, way[2])
 
 
 class Comparison:
     """All that the finished runs of an output folder say, for one teacher (or one ensemble of teachers)."""
 
     def __init__(self, output, asked=None):
-        """`asked` is {"temperature", "alpha", "seeds"}. Without it they are taken from comparison.json or, where there
-        is none, from the first students that have a baseline.
+        """`asked` is {"temperature", "alpha", "seeds", "criterion", "shared"}, the last two being those of Settings and
+        of plain distillation if they are missing. Without it they are taken from comparison.json or, where there is
+        none, from the first students that have a baseline.
 
         Raises Failure where there is nothing to compare.
         """
         self.output = Path(output)
-        runs = finished_runs(self.output)
-        asked = asked or self._asked_before(runs)
-        pair, seeds = (asked["temperature"], asked["alpha"]), asked["seeds"]
-        self.first = runs.get(("kd", *pair, seeds[0]))
+        everything = all_finished_runs(self.output)
+        asked = {"criterion": None, "shared": PLAIN, **(asked or self._asked_before(everything))}
+        runs = {run.key: run for run in everything if run.settings.shared == tuple(asked["shared"])}
+        first, seeds = (asked["temperature"], asked["alpha"], asked["criterion"]), asked["seeds"]
+        self.first = runs.get(_key(first, seeds[0]))
         matching = {k: run for k, run in runs.items() if self.first and comparable(self.first.settings, run.settings)}
-        wanted = [key for seed in seeds for key in (("kd", *pair, seed), ("baseline", None, None, seed))]
+        wanted = [key for seed in seeds for key in (_key(first, seed), ("baseline", None, None, seed, None))]
         missing = next((key for key in wanted if key not in matching), None)
         if missing:
             raise Failure(
-                f"{self.output} holds no finished {run_name(*missing)} that this comparison can use.\n"
+                f"{self.output} holds no finished {run_name(*missing, asked['shared'])} that this comparison can use.\n"
                 "The command that trains it again (or resumes it) prints the comparison, too."
             )
         self.settings, self.environment = self.first.settings, self.first.environment
@@ -51,19 +60,23 @@ class Comparison:
         self.balanced = {}  # balanced accuracy of a run, by its folder
         baselines = {key[3]: run for key, run in matching.items() if key[0] == "baseline"}
         students = {key: run for key, run in matching.items() if key[0] == "kd"}
-        self.runs = self._teacher_runs(runs)
-        self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds])
+        self.runs = self._teacher_runs(everything)
+        self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds], first[0])
         self.kd, self.kd_logits = [], []
-        self._add(*pair, seeds, students, baselines)
-        for temperature, alpha in sorted({key[1:3] for key in students} - {pair}):
-            shared = [seed for seed in sorted(baselines) if ("kd", temperature, alpha, seed) in students]
+        self._add(first, seeds, students, baselines)
+        ways = {(*key[1:3], key[4]) for key in students} - {first}
+        for way in sorted(ways, key=lambda way: (way != (*first[:2], None), way[:2], way[2] or ())):
+            shared = [seed for seed in sorted(baselines) if _key(way, seed) in students]
             if shared:
-                self._add(temperature, alpha, shared, students, baselines)
-        costs = self.first.costs["teacher"]
+                self._add(way, shared, students, baselines)
+        costs = vars(self.first.costs["teacher"])
+        costs = {name: len(self.member_logits) * count for name, count in costs.items()}
+        if "teachers" in self.first.costs:
+            costs = vars(self.first.costs["teachers"])
         self.teacher = {
             "accuracy": float((self.teacher_logits.argmax(1) == self.labels).mean()),
             "members": [float((each.argmax(1) == self.labels).mean()) for each in self.member_logits],
-            **{name: len(self.member_logits) * count for name, count in vars(costs).items()},
+            **costs,
             **self._measures(self.teacher_logits),
         }
         self.student = dict(vars(self.first.costs["student"]))
@@ -80,9 +93,7 @@ class Comparison:
         return bool((self.counts == self.counts[0]).all())
 
     def _teacher_runs(self, runs):
-        teachers = sorted(
-            (run for run in runs.values() if run.settings.role == "teacher"), key=lambda r: r.settings.seed
-        )
+        teachers = sorted((run for run in runs if run.settings.role == "teacher"), key=lambda r: r.settings.seed)
         return [run for run in teachers if run.weights_sha256 in self.settings.teacher.split("+")]
 
     def _add_speed(self):
@@ -99,23 +110,30 @@ class Comparison:
         path = self.output / "comparison.json"
         if path.is_file():
             try:
-                before = read_json(path)["kd"][0]
-                asked = {name: before[name] for name in ("temperature", "alpha", "seeds")}
-                if ("kd", asked["temperature"], asked["alpha"], asked["seeds"][0]) in runs:
+                content = read_json(path)
+                asked = {name: content["kd"][0][name] for name in ("temperature", "alpha", "seeds")}
+                settings = decode(content["settings"], Settings, path)
+                asked |= {"criterion": settings.criterion, "shared": settings.shared}
+                key = _key((asked["temperature"], asked["alpha"], settings.criterion), asked["seeds"][0])
+                if any(run.key == key and run.settings.shared == asked["shared"] for run in runs):
                     return asked
             except (Damaged, LookupError, TypeError):
                 raise Damaged(f"{path} is damaged. Remove it; the report then chooses what to compare.") from None
-        students = sorted(key[1:] for key in runs if key[0] == "kd")
+        students = [run for run in runs if run.settings.role == "kd"]
         if not students:
             raise Failure(f"{self.output} holds no finished students to report on.")
+        shared = min((run.settings.shared for run in students), key=lambda shared: (shared != PLAIN, shared))
+        runs = {run.key: run for run in runs if run.settings.shared == shared}
+        students = sorted((key[1:] for key in runs if key[0] == "kd"), key=lambda each: (each[3] or (), each[:3]))
         with_baseline = []
-        for *pair, seed in students:
-            baseline = runs.get(("baseline", None, None, seed))
-            if baseline and comparable(runs["kd", *pair, seed].settings, baseline.settings):
-                with_baseline.append((*pair, seed))
-        temperature, alpha, seed = (with_baseline or students)[0]
-        seeds = [each[2] for each in with_baseline if each[:2] == (temperature, alpha)]
-        return {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
+        for *pair, seed, criterion in students:
+            baseline = runs.get(("baseline", None, None, seed, None))
+            if baseline and comparable(runs["kd", *pair, seed, criterion].settings, baseline.settings):
+                with_baseline.append((*pair, seed, criterion))
+        temperature, alpha, seed, criterion = (with_baseline or students)[0]
+        seeds = [each[2] for each in with_baseline if each[:2] == (temperature, alpha) and each[3] == criterion]
+        asked = {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
+        return asked | {"criterion": criterion, "shared": shared}
 
     def _measures(self, logits):
         by_class = class_accuracies(logits, self.labels, len(self.classes))
@@ -126,8 +144,9 @@ class Comparison:
             "class_accuracies": by_class,
         }
 
-    def _several(self, runs):
-        """What comparison.json says of the students of several seeds, and their logits."""
+    def _several(self, runs, temperature):
+        """What comparison.json says of the students of several seeds, and their logits; they are compared with the
+        teacher at `temperature`, too."""
         self.runs += [run for run in runs if run not in self.runs]
         teacher_logits = self.teacher_logits
         logits = [run.logits(teacher_logits.shape) for run in runs]
@@ -142,14 +161,18 @@ class Comparison:
             "std": spread(accuracies),
             "balanced_accuracy": [m["balanced_accuracy"] for m in measures],
             "agreement_with_teacher": [float((each.argmax(1) == teacher_logits.argmax(1)).mean()) for each in logits],
+            **fidelity(teacher_logits, logits, temperature),
             "calibration_error": [m["calibration_error"] for m in measures],
             "negative_log_likelihood": [m["negative_log_likelihood"] for m in measures],
             "class_accuracies": [None if math.isnan(v) else v for v in by_class.mean(0).tolist()],
             "seconds": [run.seconds for run in runs],
+            **omitted_classes(runs, logits, self.labels, self.classes),
         }, logits
 
-    def _add(self, temperature, alpha, seeds, students, baselines):
-        entry, logits = self._several([students["kd", temperature, alpha, seed] for seed in seeds])
+    def _add(self, way, seeds, students, baselines):
+        """Adds the entry of a way to distil, (temperature, alpha, criterion)."""
+        temperature, alpha, criterion = way
+        entry, logits = self._several([students[_key(way, seed)] for seed in seeds], temperature)
         without = [baselines[seed] for seed in seeds]
         self.runs += [run for run in without if run not in self.runs]
         gains = self._gains(entry["accuracies"], [run.accuracy for run in without])
@@ -164,7 +187,8 @@ class Comparison:
         else:
             improvement = paired_test(gains)
         improvement["by_seed"] = gains
-        entry = {"temperature": temperature, "alpha": alpha, **entry, "improvement": improvement}
+        loss = {"loss": criterion[0], "loss_sha256": criterion[1]} if criterion else {}
+        entry = {"temperature": temperature, "alpha": alpha, **loss, **entry, "improvement": improvement}
         if self.kd:
             entry["first_over_this"] = self._over(self.kd[0], entry)
         self.kd.append(entry)
@@ -177,8 +201,7 @@ class Comparison:
         return [100 * (round(one * count) - round(other * count)) / count for one, other in pairs]
 
     def _over(self, first, other):
-        """The paired test of two pairs of temperature and alpha over the seeds that both have; None where those are
-        fewer than two."""
+        """The paired test of two ways to distil over the seeds that both have; None where those are fewer than two."""
         seeds = [seed for seed in first["seeds"] if seed in other["seeds"]]
         if len(seeds) < 2:
             return None
@@ -190,7 +213,7 @@ class Comparison:
         """What comparison.json says of the sweep that chose the pair, or else of the largest one: an entry for each
         pair and one for the baseline, all over the same seeds (the students', where the sweep had them) and the same
         validation part. Runs with settings other than the students' are left out."""
-        runs = finished_runs(self.output / "selection")
+        runs = finished_runs(self.output / "selection", self.settings.shared)
         runs = {key: run for key, run in runs.items() if comparable(self.settings, run.settings, {"val_fraction"})}
         chosen = ("kd", self.settings.temperature, self.settings.alpha)
         fractions = [run.settings.val_fraction for key, run in runs.items() if key[:3] == chosen]

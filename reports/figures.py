@@ -49,10 +49,6 @@ def draw(comparison):
     return drawn
 
 
-def _pair(entry):
-    return pair_name(entry["temperature"], entry["alpha"])
-
-
 def _line(role):
     return {name: STYLES[role][name] for name in ("color", "linestyle", "label")}
 
@@ -71,13 +67,13 @@ def curves(comparison):
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     runs = [run for run in comparison.runs if not run.settings.val_fraction]
-    pairs = [_pair(entry) for entry in comparison.kd]
+    pairs = [pair_name(entry) for entry in comparison.kd]
     groups = []
     for run in runs:
         settings, history = run.settings, _history(run.folder / "history.csv")
         style = _line(settings.role) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
         if settings.role == "kd":
-            pair = pair_name(settings.temperature, settings.alpha)
+            pair = pair_name(vars(settings))
             style["label"] = f"KD, {pair}"
             style["color"], style["linestyle"] = PAIRS[pairs.index(pair) % len(PAIRS)]
         group = style.pop("label")
@@ -130,7 +126,7 @@ def cost(comparison):
     axes.plot(teacher["macs"], teacher["accuracy"], "s", color="black", label="teacher")
     _number(axes, teacher["macs"], teacher["accuracy"])
     groups = [("baseline", STYLES["baseline"]["color"], comparison.baseline)]
-    groups += [(f"KD, {_pair(e)}", PAIRS[k % len(PAIRS)][0], e) for k, e in enumerate(comparison.kd)][::-1]
+    groups += [(f"KD, {pair_name(e)}", PAIRS[k % len(PAIRS)][0], e) for k, e in enumerate(comparison.kd)][::-1]
     for position, (label, color, entry) in enumerate(groups):
         place = student["macs"] * 1.12 ** (position - (len(groups) - 1) / 2)  # side by side, though they cost the same
         interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
@@ -169,7 +165,7 @@ def gain(comparison):
     panels = figure.subplots(1, len(comparison.kd), sharey=True, squeeze=False)[0]
     for axes, entry in zip(panels, comparison.kd, strict=True):
         _gain_of_a_pair(axes, entry)
-        axes.set_title(_pair(entry), fontsize=9)
+        axes.set_title(pair_name(entry), fontsize=9)
     panels[0].set_ylabel("test accuracy with KD minus baseline\n(percentage points)")
     _legend(figure, panels, 2)
     figure.suptitle("Gain with distillation")
@@ -263,7 +259,7 @@ def reliability_diagrams(comparison):
         )
         error = np.mean(errors[role])  # of each seed by itself, as in the table
         axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-        name = STYLES[role]["label"] + (f", {_pair(comparison.kd[0])}" if role == "kd" else "")
+        name = STYLES[role]["label"] + (f", {pair_name(comparison.kd[0])}" if role == "kd" else "")
         axes.set_title(f"{name}\nECE {error:.4f}, {share[-1]:.0%} of images in the last bin", fontsize=9)
     panels[0].set_ylabel("accuracy")
     _legend(figure, panels, 3)
@@ -300,7 +296,7 @@ def dark_knowledge(comparison):
     columns = [
         ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
         (f"teacher, T = {temperature:g}", "teacher", comparison.teacher_logits, temperature),
-        (f"with KD, {_pair(entry)}", "kd", kd, 1.0),
+        (f"with KD, {pair_name(entry)}", "kd", kd, 1.0),
         ("baseline", "baseline", baseline, 1.0),
     ]
     shown = min(6, len(comparison.classes))

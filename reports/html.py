@@ -7,8 +7,8 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from reports import costs
-from reports.text import COLUMNS, claim, environments, largest_class, points
+from reports import costs, fidelity, omitted
+from reports.text import COLUMNS, claim, environments, largest_class, method, points
 from runs.settings import pair_name
 
 CAPTIONS = {
@@ -44,7 +44,7 @@ def page(comparison, figures):
         teacher=comparison.teacher,
         gain=points(entry["improvement"]["mean"], "+"),
         trade=costs.trade(comparison),
-        claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)),
+        claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels), method(entry)),
         note=largest_class(comparison),
         environments=environments([run for run in comparison.runs if not run.settings.val_fraction]),
         where=costs.where(comparison),
@@ -69,11 +69,17 @@ def _tables(comparison):
     accuracy = (_decimals(value) for value in (teacher["accuracy"], None, teacher["balanced_accuracy"]))
     results = [("network", "accuracy", "std", "balanced", "n", "agreement", "ECE", "NLL")]
     results.append(("Teacher", *accuracy, 1, None, *own))
-    results += [students(f"KD, {pair_name(each['temperature'], each['alpha'])}", each) for each in comparison.kd]
+    results += [students(f"KD, {pair_name(each)}", each) for each in comparison.kd]
     results.append(students("Baseline", baseline))
     if comparison.is_balanced:  # it would be the accuracy again
         results = [(*row[:3], *row[4:]) for row in results]
     tables = [("Accuracy", results[0], results[1:])]
+
+    columns, *near = fidelity.rows(comparison)
+    tables.append((columns[0], ("network", *columns[1:]), near))
+    if "omitted" in baseline:
+        columns, *known = omitted.rows(comparison)
+        tables.append((columns[0], ("network", *columns[1:]), known))
 
     measured = [
         (name, f"{parameters:,}", f"{macs:,.1f}", *(None if value is None else f"{value:,.1f}" for value in rest))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from runs.files import Damaged, Failure, load_array, load_arrays, make_folder, read_json, save_arrays, write_json
-from runs.settings import RunRecord, SpeedRecord
+from runs.settings import PLAIN, RunRecord, SpeedRecord
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class FinishedRun(RunRecord):
     @property
     def key(self):
         s = self.settings
-        return s.role, s.temperature, s.alpha, s.seed
+        return s.role, s.temperature, s.alpha, s.seed, s.criterion
 
     def logits(self, shape):
         """The run's float32 test logits; raises Damaged unless they have `shape` and are finite."""
@@ -28,10 +28,15 @@ class FinishedRun(RunRecord):
         return check_logits(path, load_array(path, self.test_logits_sha256), shape)
 
 
-def finished_runs(folder):
-    """{(role, temperature, alpha, seed): FinishedRun} of `folder`. A damaged run is left out and named on standard
-    error; a copy under another name is left out silently."""
-    runs = {}
+def finished_runs(folder, shared=PLAIN):
+    """{(role, temperature, alpha, seed, criterion): FinishedRun} of those in `folder` with this Settings.shared."""
+    return {run.key: run for run in all_finished_runs(folder) if run.settings.shared == shared}
+
+
+def all_finished_runs(folder):
+    """The FinishedRuns of `folder`. A damaged run is left out and named on standard error; a copy under another name is
+    left out silently."""
+    runs = []
     for path in sorted(Path(folder).glob("*/run.json")):
         if (path.parent / "model.pt").is_file():
             try:
@@ -43,8 +48,7 @@ def finished_runs(folder):
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             if record.finished and path.parent.name == record.settings.name:
-                run = FinishedRun(**vars(record), folder=path.parent)
-                runs[run.key] = run
+                runs.append(FinishedRun(**vars(record), folder=path.parent))
     return runs
 
 
@@ -56,19 +60,21 @@ def _missing(record):
     missing += [f"costs of the {name}" for name in ("teacher", "student") if name not in costs]
     if settings.role == "kd":
         missing += [name for name in ("temperature", "alpha", "teacher") if getattr(settings, name) is None]
+    if settings.omit_class and not settings.val_fraction and record.omitted_bias is None:
+        missing.append("omitted_bias")
     return missing
 
 
-def best_pair(output, pairs, seeds):
+def best_pair(output, pairs, seeds, shared=PLAIN):
     """The (temperature, alpha) of `pairs` with the best mean validation accuracy over `seeds`; the first of equals."""
-    runs = finished_runs(Path(output) / "selection")
-    return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed].val_accuracy for seed in seeds]))
+    runs = finished_runs(Path(output) / "selection", shared)
+    return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed, None].val_accuracy for seed in seeds]))
 
 
 def comparable(one, other, apart=frozenset()):
     """Whether the settings of two students differ only in the seed and in what belongs to distillation (and in the
     names `apart`), and have the same teacher where both have one."""
-    varied = {"role", "temperature", "alpha", "teacher", "seed"} | apart
+    varied = {"role", "temperature", "alpha", "teacher", "seed", "loss", "loss_file", "loss_sha256"} | apart
     same = all(getattr(other, name) == value for name, value in vars(one).items() if name not in varied)
     return same and len({one.teacher, other.teacher} - {None}) < 2
 

@@ -4,6 +4,7 @@
 - Expected calibration error: Guo et al., arXiv 1706.04599, equation 3, with 15 bins of equal width.
 - Balanced accuracy: the mean of the accuracies by class.
 - Negative log-likelihood: the mean of -log p(label), in nats.
+- KL from teacher to student: Kullback and Leibler 1951, how far the student's probabilities are from the teacher's.
 - Paired t-test over seeds (Student 1908), the pairs being students of one seed with and without distillation.
 - Exact McNemar test (McNemar 1947) for a single pair: a binomial test over the test images on which they differ.
 """
@@ -43,6 +44,13 @@ def calibration_error(probabilities, labels, bins=BINS):
 def negative_log_likelihood(logits, labels):
     """The mean of -log softmax(logits)[label], in nats."""
     return float(-special.log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(labels)), labels].mean())
+
+
+def kl_divergence(teacher_logits, student_logits, temperature=1.0):
+    """KL(softmax(teacher / T) || softmax(student / T)) of logits (N, classes), the mean over N, in nats."""
+    both = (teacher_logits, student_logits)
+    teacher, student = (special.log_softmax(np.asarray(each, np.float64) / temperature, axis=1) for each in both)
+    return float((np.exp(teacher) * (teacher - student)).sum(1).mean())
 
 
 def class_accuracies(logits, labels, classes):

@@ -5,16 +5,12 @@ import io
 
 import numpy as np
 
-from reports import costs
+from reports import costs, fidelity, omitted
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
 from runs.settings import pair_name
 
 BETTER = 0.1  # a network is hardly better than a guess that corrects less than this share of the guess's errors
 MANY, ENDS = 20, 5  # of more classes, only so many of the lowest and highest accuracy are printed
-
-
-def _pair(entry):
-    return pair_name(entry["temperature"], entry["alpha"])
 
 
 def points(value, sign=""):
@@ -31,6 +27,7 @@ def block(comparison):
         f"- Alpha: {entry['alpha']}\n"
         f"- Epochs: {settings.epochs}\n"
         f"- Batch Size: {settings.batch_size}\n"
+        f"{_special(settings)}"
         "\n"
         "Final Test Accuracies:\n"
         f"- Teacher Network: {comparison.teacher['accuracy']:.4f}\n"
@@ -41,7 +38,19 @@ def block(comparison):
     )
 
 
+def _special(settings):
+    """What the students of this comparison have that others have not, a line each."""
+    lines = [f"- Loss: {settings.loss} in {settings.loss_file}\n"] if settings.loss else []
+    if settings.train_fraction != 1:
+        lines.append(f"- Training Images: {settings.train_fraction:.4g} of each class\n")
+    if settings.omit_class:
+        lines.append(f"- Omitted: {', '.join(settings.omit_class)}\n")
+    return "".join(lines)
+
+
 def _row(name, *cells):
+    if len(name) > 25:
+        name = f"{name}\n{'':25}"
     return f"{name:<26}" + "".join(f"{cell:>12}" for cell in cells) + "\n"
 
 
@@ -88,33 +97,38 @@ def details(comparison):
         alone = teacher["members"]
         text += _row("  each alone", f"{np.mean(alone):.4f}", f"{spread(alone):.4f}", *balanced(""), len(alone))
     for each in comparison.kd:
-        text += students(f"KD, {_pair(each)}", each)
+        text += students(f"KD, {pair_name(each)}", each)
     text += students("Baseline", baseline)
     text += "(agreement: same class as the teacher; ECE: expected calibration error, 15 bins; NLL in nats)\n"
     if not comparison.is_balanced:
         text += "(balanced: the mean of the accuracies by class, in which every class counts alike)\n"
     if note := largest_class(comparison):
         text += f"{note}\n"
-    text += "\n" + _by_class(comparison)
+    text += "\n" + "".join(_row(*row) for row in fidelity.rows(comparison)) + f"({fidelity.where(comparison)})\n\n"
+    text += _by_class(comparison)
+    if "omitted" in baseline:
+        text += "\n" + "".join(_row(*row) for row in omitted.rows(comparison)) + f"({omitted.where(comparison)})\n"
     if comparison.selection:
         text += "\n" + _row("Sweep, on validation", "accuracy", "std", "n")
         for each in sorted(comparison.selection, key=lambda each: -each["mean"]):
-            name = "Baseline" if each["role"] == "baseline" else f"KD, {_pair(each)}"
+            name = "Baseline" if each["role"] == "baseline" else f"KD, {pair_name(each)}"
             text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
     text += "\n" + _row("Costs", "parameters", "MACs, M", "MB", "ms / image", "images / s")
     for name, parameters, macs, *measured in costs.rows(comparison):
         cells = ("-" if value is None else f"{value:,.1f}" for value in measured)
         text += _row(name, f"{parameters:,}", f"{macs:,.1f}", *cells)
     text += f"({costs.where(comparison)})\n{costs.trade(comparison)}\n"
-    text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)) + "\n"
+    text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels), method(entry)) + "\n"
     for each in comparison.kd[1:]:
         over = each["first_over_this"]
-        if over and over["ci95"]:
-            mean, low, high = (points(value, "+") for value in (over["mean"], *over["ci95"]))
-            text += (
-                f"{_pair(entry)} over {_pair(each)}: {mean} points, 95% confidence interval {low} to {high}, "
-                f"{_p(over['p_value'])} (n = {len(over['seeds'])} seeds).\n"
-            )
+        plain = "plain distillation, " if entry.get("loss") and not each.get("loss") else ""
+        if over:
+            mean, interval = points(over["mean"], "+"), "the same for each seed, so without an interval"
+            if over["ci95"]:
+                low, high = (points(value, "+") for value in over["ci95"])
+                interval = f"95% confidence interval {low} to {high}, {_p(over['p_value'])}"
+            words = f"{pair_name(entry)} over {plain}{pair_name(each)}: {mean} points, {interval}"
+            text += f"{words} (n = {len(over['seeds'])} seeds).\n"
     for who, sweep in (("these students", False), ("the students of the sweep", True)):
         differing = environments([run for run in comparison.runs if bool(run.settings.val_fraction) == sweep])
         if len(differing) > 1:
@@ -156,7 +170,12 @@ def environments(runs):
     return [f"{', '.join(names)} on {words}" for words, names in found.items()]
 
 
-def claim(improvement, seeds, images):
+def method(entry):
+    """What an entry of comparison.json was distilled with, as the sentence about its gain names it."""
+    return f"KD by {entry['loss']}" if entry.get("loss") else "KD"
+
+
+def claim(improvement, seeds, images, name="KD"):
     """What can be claimed, in plain sentences."""
     mean, interval, p = improvement["mean"], improvement["ci95"], improvement["p_value"]
     if seeds == 1:
@@ -172,7 +191,7 @@ def claim(improvement, seeds, images):
     if interval is None:
         return f"All {seeds} seeds gain exactly {points(mean, '+')} points, so no interval can be computed.\n{covers}"
     gain = (
-        f"Gain with KD: {points(mean, '+')} points, 95% confidence interval {points(interval[0], '+')} to "
+        f"Gain with {name}: {points(mean, '+')} points, 95% confidence interval {points(interval[0], '+')} to "
         f"{points(interval[1], '+')}, {_p(p)} (paired t-test, n = {seeds} seeds)."
     )
     if p < SIGNIFICANCE:

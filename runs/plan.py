@@ -9,8 +9,8 @@ from runs.run import Run
 from runs.settings import RunRecord, Settings, default_learning_rate
 
 
-def _settings(arguments, data, role, seed, **rest):
-    size = min(arguments.batch_size, len(data.train_labels))
+def _settings(arguments, data, role, seed, images, **rest):
+    size = min(arguments.batch_size, images)
     return Settings(
         role=role,
         data=data.digest,
@@ -34,22 +34,35 @@ def pairs(arguments):
     return list(itertools.product(arguments.temperature, arguments.alpha))
 
 
+def omitted(arguments, data):
+    """The names of the classes that students do not see, in the order of the data's; what is no class comes last."""
+    asked = set(arguments.omit_class or ())
+    return (*(name for name in data.classes if name in asked), *sorted(asked.difference(data.classes)))
+
+
 def teacher_runs(arguments, data, count):
     """The runs of the first `count` teachers."""
-    settings = [_settings(arguments, data, "teacher", arguments.seed + number) for number in range(count)]
+    images = len(data.train_labels)
+    settings = [_settings(arguments, data, "teacher", arguments.seed + number, images) for number in range(count)]
     return [Run(Path(arguments.output_dir) / each.name, each) for each in settings]
 
 
-def student_runs(arguments, data, teacher, pairs, selection=False):
-    """The runs of students: for every seed those with distillation for each of `pairs`, then the baseline. `teacher` is
-    a digest; with `selection` they are those of a sweep, which are judged on a part of the training images."""
+def student_runs(arguments, data, teacher, pairs, hooks, selection=False):
+    """The runs of students: for every seed those with distillation for each of `pairs`, with the loss of the user's own
+    if `hooks` has one and then without, and the baseline. `teacher` is a digest; with `selection` they are those of a
+    sweep, which are judged on a part of the training images."""
     folder = Path(arguments.output_dir) / ("selection" if selection else "")
     fraction = (arguments.val_fraction or 0.1) if selection else 0.0
+    shared = {"train_fraction": arguments.train_fraction, "omit_class": omitted(arguments, data)}
+    images = len(data.transfer_set(*shared.values()))
     runs = []
     for seed in seeds(arguments):
         distilled = [{"role": "kd", "temperature": t, "alpha": a, "teacher": teacher} for t, a in pairs]
+        if hooks.loss:
+            loss = {"loss": hooks.loss.function, "loss_file": hooks.loss.file, "loss_sha256": hooks.loss.sha256}
+            distilled = [each | more for each in distilled for more in (loss, {})]
         for rest in (*distilled, {"role": "baseline"}):
-            settings = _settings(arguments, data, seed=seed, val_fraction=fraction, **rest)
+            settings = _settings(arguments, data, seed=seed, images=images, val_fraction=fraction, **shared, **rest)
             runs.append(Run(folder / settings.name, settings))
     return runs
 

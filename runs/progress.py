@@ -14,6 +14,7 @@ from tqdm import tqdm
 import models
 from runs.files import Damaged, Failure, make_folder, remove, save_array, write, write_json
 from runs.group import available_cores
+from runs.hooks import Hooks
 from runs.machine import describe
 from runs.settings import RunRecord
 from runs.signals import Interrupted, Stop
@@ -25,11 +26,14 @@ REFRESH = 0.25  # seconds between progress figures
 @dataclass(frozen=True)
 class Options:
     """What all runs of a command share besides the machine: seconds between saved states within an epoch, the signal
-    handler, and what run.json records without comparing it."""
+    handler, what run.json records without comparing it, functions of the user's own, and the Costs of "teacher" and
+    "student", and of all "teachers" together, if they are known."""
 
     save_every: float = 120.0
     stop: Stop = field(default_factory=Stop)
     recorded: dict = field(default_factory=dict)
+    hooks: Hooks = field(default_factory=Hooks)
+    costs: dict | None = None
 
 
 class Progress:
@@ -118,7 +122,9 @@ class Progress:
         with torch.no_grad():
             sums = self.sums
             sums["loss"] += loss.detach()
-            sums["hard_loss"] += F.cross_entropy(logits.float(), labels) if self.settings.alpha else loss.detach()
+            sums["hard_loss"] += (
+                F.cross_entropy(logits.float(), labels) if self.settings.asks_teacher else loss.detach()
+            )
             sums["correct"] += (logits.argmax(1) == labels).sum()
             first_bad = (sums["first_bad"] < 0) & ~loss.isfinite()
             sums["first_bad"] = torch.where(first_bad, self.step, sums["first_bad"])
@@ -147,7 +153,7 @@ class Progress:
         row = HistoryRow(
             epoch=self.epoch + 1,
             train_loss=loss,
-            soft_loss=(loss - (1 - alpha) * hard_loss) / alpha if alpha else None,
+            soft_loss=(loss - (1 - alpha) * hard_loss) / alpha if alpha and not self.settings.loss else None,
             hard_loss=hard_loss,
             train_accuracy=self.sums["correct"].item() / images,
             val_accuracy=val_accuracy,
@@ -296,18 +302,20 @@ class Progress:
         table.writerows(asdict(row) for row in self.history)
         write(self.run.history, text.getvalue())
 
-    def finish(self, data, test_logits=None, test_accuracy=None):
+    def finish(self, data, test_logits=None, test_accuracy=None, omitted_bias=None):
         """Writes what a finished run holds, model.pt, which makes it finished, last; returns its accuracy: on the test
         set, or on the validation part of a run that has one."""
         self._write_history()
         record = {"seconds": sum(row.seconds + row.teacher_seconds for row in self.history)}
-        record["costs"] = {
-            name: vars(models.costs(name, len(data.classes), data.image_size)) for name in models.ARCHITECTURES
+        costs = self.options.costs or {
+            name: models.costs(name, len(data.classes), data.image_size) for name in models.ARCHITECTURES
         }
+        record["costs"] = {name: vars(each) for name, each in costs.items()}
         if test_logits is None:
             result = record["val_accuracy"] = self.history[-1].val_accuracy
         else:
             result = record["accuracy"] = test_accuracy
+            record["omitted_bias"] = omitted_bias
             record["test_logits_sha256"] = save_array(self.run.logits, test_logits.cpu().numpy())
         record["weights_sha256"] = models.digest(self.network.state_dict())
         self._write_record(**record)

@@ -1,5 +1,6 @@
 """What identifies a run, and what run.json says of it. Needs no PyTorch."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
@@ -18,7 +19,11 @@ NotNegative = Annotated[int, Meta(ge=0)]
 @dataclass(frozen=True)
 class Settings:
     """What identifies a run: two runs with equal settings end with equal weights (on one machine). `data` and `teacher`
-    are SHA-256 digests, those of several teachers sorted and joined by "+"."""
+    are SHA-256 digests, those of several teachers sorted and joined by "+".
+
+    Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` is the name of a
+    function of the user's own, in the file `loss_file`. What is in OPTIONAL is recorded only where it differs from that
+    default, as older runs have none of it."""
 
     role: Literal["teacher", "kd", "baseline"]
     data: str
@@ -34,6 +39,11 @@ class Settings:
     teacher: str | None = None
     recipe: int = RECIPE
     views: int = VIEWS_VERSION
+    train_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    omit_class: tuple[str, ...] = ()
+    loss: str | None = None
+    loss_file: str | None = None
+    loss_sha256: str | None = None
 
     @property
     def architecture(self):
@@ -41,17 +51,41 @@ class Settings:
 
     @property
     def name(self):
-        """The name of the run's folder: teacher-s0, kd-T4-a0.1-s0, baseline-s0."""
-        return run_name(self.role, self.temperature, self.alpha, self.seed)
+        """The name of the run's folder: teacher-s0, kd-T4-a0.1-s0, baseline-s0, baseline-f0.03-without-bird-s0."""
+        return run_name(self.role, self.temperature, self.alpha, self.seed, self.criterion, self.shared)
+
+    @property
+    def criterion(self):
+        """Of a loss of the user's own its name and digest, else None."""
+        return self.loss and (self.loss, self.loss_sha256)
+
+    @property
+    def asks_teacher(self):
+        """Whether training needs soft targets."""
+        return self.role == "kd" and (self.alpha > 0 or self.loss is not None)
+
+    @property
+    def shared(self):
+        """What a distilled student and its baseline have in common beyond what every run has."""
+        return self.train_fraction, self.omit_class
 
     def as_dict(self):
-        return asdict(self) | {"architecture": self.architecture}
+        values = asdict(self) | {"omit_class": list(self.omit_class), "architecture": self.architecture}
+        return {name: value for name, value in values.items() if name not in OPTIONAL or value != OPTIONAL[name]}
+
+
+# Of the settings: what a run has that records nothing of them.
+OPTIONAL = {"train_fraction": 1.0, "omit_class": [], "loss": None, "loss_file": None, "loss_sha256": None}
+PLAIN = (1.0, ())  # `Settings.shared` of such a run
 
 
 @dataclass(frozen=True)
 class Costs:
     parameters: Positive
     macs: Positive  # multiply-adds for one image
+
+    def __add__(self, other):
+        return Costs(self.parameters + other.parameters, self.macs + other.macs)
 
 
 @dataclass(frozen=True)
@@ -86,6 +120,7 @@ class RunRecord:
     costs: dict[str, Costs] | None = None
     accuracy: Share | None = None
     val_accuracy: Share | None = None
+    omitted_bias: float | None = None  # what puts the omitted classes right (distill.omitted_bias)
     test_logits_sha256: str | None = None
     weights_sha256: str | None = None
 
@@ -96,24 +131,49 @@ def default_learning_rate(batch_size):
     return 0.2 * (batch_size / 128) ** 0.5
 
 
-def run_name(role, temperature, alpha, seed):
-    """The name of a run's folder; numbers without a trailing .0."""
-    short = (repr(float(number or 0)).removesuffix(".0") for number in (temperature, alpha))
-    pair = "-T{}-a{}".format(*short) if role == "kd" else ""
-    return f"{role}{pair}-s{seed}"
+def run_name(role, temperature, alpha, seed, criterion=None, shared=PLAIN):
+    """The name of a run's folder; numbers without a trailing .0. `criterion` and `shared` are those of Settings."""
+    fraction, omitted = shared
+    parts = [role]
+    if criterion:
+        parts.append(_safe(criterion[0]))
+    if role == "kd":
+        parts += [f"T{_short(temperature)}", f"a{_short(alpha)}"]
+    if fraction != 1:
+        parts.append(f"f{_short(fraction)}")
+    if omitted:
+        parts += ["without", *map(_safe, omitted)]
+    return "-".join([*parts, f"s{seed}"])
 
 
-def pair_name(temperature, alpha):
-    """Temperature and alpha as tables and figures write them: T=4, alpha=0.1."""
-    return f"T={temperature:g}, alpha={alpha:g}"
+def _safe(name):
+    return re.sub(r"[^\w.]+", "_", name)[:40]
+
+
+def _short(number):
+    return repr(float(number or 0)).removesuffix(".0")
+
+
+def pair_name(entry):
+    """How tables and figures name a way to distil, a dict of temperature, alpha and the loss, if it is the user's own:
+    "T=4, alpha=0.1" or "dkd, T=4, alpha=0.1"."""
+    loss = f"{entry['loss']}, " if entry.get("loss") else ""
+    return f"{loss}T={entry['temperature']:g}, alpha={entry['alpha']:g}"
 
 
 def differences(found: Mapping, wanted: Mapping):
     """What differs between a run's settings and those wanted, as a list of phrases; a missing setting differs."""
     phrases = []
+    found, wanted = OPTIONAL | dict(found), OPTIONAL | dict(wanted)
     for name, value in wanted.items():
+        if name.endswith("_file"):
+            continue  # a file may be moved or renamed
         if name not in found or found[name] != value:
-            if name in ("data", "teacher"):
+            if name.endswith("_sha256") and found[name] and value:
+                what = name.removesuffix("_sha256")
+                then, now = f"SHA-256 {found[name][:12]}… then", f"{value[:12]}… now"
+                phrases.append(f"the {what} in {wanted[f'{what}_file']} was edited since ({then}, {now})")
+            elif name in ("data", "teacher"):
                 phrases.append("another teacher" if name == "teacher" else "another data set")
             else:
                 phrases.append(f"{name.replace('_', ' ')} {found.get(name, 'unknown')} instead of {value}")

@@ -50,10 +50,11 @@ def _find_teacher(arguments, named):
 
 def _unfinished(arguments, folder):
     """What to say of a teacher that is not finished: how far it is, and the command that resumes it."""
-    changed = {"output_dir": str(folder.parent)}
+    changed, resumes = {"output_dir": str(folder.parent)}, True
     try:
         record = read_json(folder / "run.json", RunRecord)
         settings = record.settings
+        resumes = settings.role == "teacher"  # a student takes more words than are known here
         progress = f"epoch {record.epochs_done} of {settings.epochs}"
         changed |= {
             name: getattr(settings, name) for name in ("epochs", "image_size", "batch_size", "weight_decay", "seed")
@@ -63,10 +64,24 @@ def _unfinished(arguments, folder):
         changed |= {name: record.recorded[name] for name in typed if name in record.recorded}
     except Damaged:
         progress = "its run.json is damaged"
+    if not resumes:
+        return f"The student in {folder} is unfinished ({progress}). Finish it with the command that began it."
     return (
         f"The teacher in {folder} is unfinished ({progress}). Finish it with its own command:\n"
         f"{teacher_command(arguments, **changed)}"
     )
+
+
+def spare_teachers(paths, runs):
+    """Raises Failure where --overwrite would remove a teacher: a student that other students are to be distilled from,
+    and that is one of the `runs` of this command."""
+    models = {run.model.resolve() for run in runs}
+    for path in paths:
+        if path.resolve() in models:
+            raise Failure(
+                f"--overwrite would remove {path}, which is named as a teacher. Choose another --output-dir, or leave "
+                "--overwrite out."
+            )
 
 
 def teacher_command(arguments, **changed):
@@ -87,7 +102,6 @@ def _names(classes, others):
 def check_teacher(arguments, data, path, teacher):
     """Raises Failure where a `teacher`, the network loaded from `path`, does not fit the data."""
     for what, found, wanted in (
-        ("holds a network of architecture", teacher.architecture, "teacher"),
         ("was trained for the classes", _names(teacher.classes, data.classes), _names(data.classes, teacher.classes)),
         ("was trained for the image size", teacher.image_size, data.image_size),
     ):

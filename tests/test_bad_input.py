@@ -224,8 +224,13 @@ def teacher_is_the_folder_of_one(out):
     return ("--teacher", out), ["teacher-s0", "not a teacher's folder"]
 
 
-def teacher_is_a_student(out):
-    return ("--teacher", out / "baseline-s0"), ["architecture student instead of teacher"]
+def teacher_is_overwritten(out):
+    return ("--teacher", out / "baseline-s0", "--overwrite"), ["--overwrite would remove", "baseline-s0"]
+
+
+def teacher_is_an_unfinished_student(out):
+    (out / "baseline-s0" / "model.pt").unlink()
+    return ("--teacher", out / "baseline-s0"), ["The student in", "epoch 2 of 2", "the command that began it"]
 
 
 def teacher_is_text(out):
@@ -354,8 +359,8 @@ def baseline_is_another(out):
 
 
 TEACHERS = (
-    teacher_is_absent, teacher_is_an_empty_folder, teacher_is_the_folder_of_one, teacher_is_a_student,
-    teacher_is_text, teacher_is_cut_short,
+    teacher_is_absent, teacher_is_an_empty_folder, teacher_is_the_folder_of_one,
+    teacher_is_overwritten, teacher_is_an_unfinished_student, teacher_is_text, teacher_is_cut_short,
     teacher_of_other_image_size, teacher_of_other_classes, teacher_of_other_images,
     unfinished_teacher_with_a_damaged_record, other_epochs, other_batch_size, damaged_student, damaged_run_json,
     report_of_nothing, report_of_an_absent_folder, report_of_a_damaged_comparison,

@@ -203,6 +203,37 @@ def test_the_ablation_takes_the_views_from_the_same_ensemble(copy, images, monke
         assert result[name]["accuracies"] == accuracies
 
 
+# A student as a teacher ----------------------------------------------------------------------------------------------
+
+
+def test_a_chain_of_three(cli, flags, trained, tmp_path, asked):
+    """An assistant teaches a student, and that one the next: each is asked in its turn, and named in the next one's
+    settings; what it costs is what a student costs."""
+    place, counts = trained / "kd-T4-a0.9-s0", models.costs("student", 3, 16)
+    for number in range(2):
+        output = tmp_path / f"generation-{number}"
+        got = cli(*flags, "--alpha", 0.9, "--output-dir", output, "--teacher", place)
+        assert got.status == 0 and f"{place / 'model.pt'}: test accuracy" in got.out and "Teacher: 386," in got.out
+        teacher, settings = load_run(place.parent, place.name), load_run(output, "kd-T4-a0.9-s0").settings
+        assert settings["teacher"] == digest(teacher)
+        found = json.loads((output / "comparison.json").read_text())
+        assert found["teacher"]["accuracy"] == pytest.approx(teacher.accuracy, abs=1e-6)
+        assert (found["teacher"]["macs"], found["teacher"]["parameters"]) == (counts.macs, counts.parameters)
+        assert set(asked) == {digest(teacher)}
+        asked.clear()
+        place = output / "kd-T4-a0.9-s0"
+    report = cli("--report", "--output-dir", output)
+    assert report.status == 0 and "the student is as large" in report.out
+
+
+def test_a_teacher_and_a_student_answer_together(cli, flags, trained, tmp_path):
+    both = ("--teacher", trained / "teacher-s0", trained / "baseline-s0")
+    assert cli(*flags, "--output-dir", tmp_path, *both).status == 0
+    found = json.loads((tmp_path / "comparison.json").read_text())["teacher"]
+    assert found["macs"] == sum(models.costs(name, 3, 16).macs for name in ("teacher", "student"))
+    assert len(found["members"]) == 2
+
+
 # Against NumPy -------------------------------------------------------------------------------------------------------
 
 

@@ -410,3 +410,25 @@ def test_the_report_needs_no_pytorch_and_escapes_what_the_terminal_cannot_show(f
     assert done.returncode == 0 and "\\u043a" in out and (folder.path / "comparison.csv").is_file(), err
     imported = {line.split("|")[-1].strip() for line in err.splitlines() if line.startswith("import time:")}
     assert "numpy" in imported and "torch" not in imported
+
+
+def test_fidelity_is_told_beside_agreement(folder):
+    """The KL from the mean logits of the teacher, at T = 1 and softened by the student's own temperature."""
+    folder.add("kd", 20, 4.0, 0.1, sure=3.0), folder.add("kd", 20, 8.0, 0.1, sure=2.0)
+    folder.add("baseline", 15, sure=1.0)
+    comparison = Comparison(folder.path)
+    teacher = logits_of(22, 5.0)
+
+    def kl(right, sure, temperature):
+        p, q = (np.exp(each.astype(float) / temperature) for each in (teacher, logits_of(right, sure)))
+        p, q = (each / each.sum(1, keepdims=True) for each in (p, q))
+        return (p * np.log(p / q)).sum(1).mean()
+
+    first, second = comparison.kd
+    for entry, right, sure, temperature in ((first, 20, 3, 4), (second, 20, 2, 8), (comparison.baseline, 15, 1, 4)):
+        assert entry["kl_from_teacher"] == [pytest.approx(kl(right, sure, 1))]
+        assert entry["kl_from_teacher_softened"] == [pytest.approx(kl(right, sure, temperature))]
+    text = details(comparison)
+    title, one, two, baseline = text[text.index("Fidelity") :].splitlines()[:4]
+    assert one.split()[-2:] == [f"{kl(20, 3, 1):.4f}", f"{kl(20, 3, 4):.4f}"] and title.endswith("KL at its T")
+    assert two.split()[-1] == f"{kl(20, 2, 8):.4f}" and baseline.split()[-1] == f"{kl(15, 1, 4):.4f}"

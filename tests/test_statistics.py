@@ -9,6 +9,7 @@ import pytest
 from reports.statistics import (
     calibration_error,
     class_accuracies,
+    kl_divergence,
     mcnemar_test,
     negative_log_likelihood,
     paired_test,
@@ -150,3 +151,13 @@ def test_softmax_of_huge_float32_logits_is_finite_and_float64():
 def test_class_accuracies_by_hand():
     logits = np.eye(3)[[0, 0, 1, 1]]
     assert class_accuracies(logits, np.array([0, 1, 1, 1]), 3) == [1.0, pytest.approx(2 / 3), None]
+
+
+def test_the_kl_divergence_by_hand():
+    """Teacher (2 ln 3, 0) against student (0, 0): at T = 1 (9/10, 1/10), at T = 2 (3/4, 1/4) against halves."""
+    teacher, student = [[2 * math.log(3), 0]] * 3, [[7, 7]] * 3
+    at_1 = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
+    assert kl_divergence(teacher, student) == pytest.approx(at_1)
+    assert kl_divergence(teacher, student, 2.0) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert kl_divergence(student, teacher) == pytest.approx(0.5 * math.log(1 / 1.8) + 0.5 * math.log(1 / 0.2))
+    assert kl_divergence([*teacher[:2], student[0]], student) == pytest.approx(at_1 * 2 / 3)

@@ -1,0 +1,97 @@
+"""Functions of the user's own, named on the command line as FILE.py:FUNCTION.
+
+Files are found and hashed before PyTorch is imported; they are run after it, once, from the bytes that were hashed.
+Only what the command line names is ever run: what a checkpoint names is compared, never imported.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runs.files import Failure, read
+
+FRAMES, LINES = 3, 6  # of a traceback: the last frames in the user's file, and the first lines of what it says
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function in a file. `option` is where it was named."""
+
+    option: str
+    path: Path
+    function: str
+    content: bytes = field(repr=False)
+
+    @property
+    def file(self):
+        """The file's name, without its folder."""
+        return self.path.name
+
+    @functools.cached_property
+    def sha256(self):
+        return hashlib.sha256(self.content).hexdigest()
+
+    def __str__(self):
+        return f"{self.option} {self.path}:{self.function}"
+
+    @functools.cached_property
+    def loaded(self):
+        """The function itself. Raises Failure where the file cannot be imported or has no such function."""
+        name = f"_hook_{self.sha256[:16]}"  # no package's name, and another one for every content
+        spec = importlib.util.spec_from_file_location(name, self.path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+        with self.explained("cannot be imported"):
+            exec(compile(self.content, str(self.path), "exec"), vars(module))
+        function = getattr(module, self.function, None)
+        if not callable(function):
+            own = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == name]
+            has = f"It has: {', '.join(own)}." if own else "It has none."
+            raise Failure(f"{self.option} {self.path} has no function '{self.function}'. {has}")
+        return function
+
+    def explained(self, what):
+        """A context in which the user's own code runs: an error in it becomes a Failure that says `what` happened and
+        ends with the error's own traceback, as far as it is about the user's file."""
+        return _Explained(self, what)
+
+
+@dataclass(frozen=True)
+class _Explained:
+    hook: Hook
+    what: str
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, Failure):
+            frames = [each for each in traceback.extract_tb(trace) if each.filename == str(self.hook.path)]
+            lines = "".join(traceback.format_list(frames[-FRAMES:])).splitlines()
+            lines += "".join(traceback.format_exception_only(error)).splitlines()[:LINES]
+            raise Failure("\n".join([f"{self.hook} {self.what}:", *lines])) from error
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The functions that a command names, None where it names none."""
+
+    loss: Hook | None = None
+
+
+def find_hooks(arguments):
+    """The Hooks that `arguments` name; raises Failure where a file cannot be read. Needs no PyTorch."""
+    return Hooks(loss=_find("--loss", arguments.loss))
+
+
+def _find(option, named):
+    if named is None:
+        return None
+    name, _, function = named.rpartition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise Failure(f"{option} {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
+    return Hook(option, path, function, read(path))

@@ -1,0 +1,249 @@
+"""A loss of the user's own: its bits, its name, its place in the comparison, and what is refused before training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from scipy.special import log_softmax, softmax
+
+import models
+from distill import distillation_loss
+from reports import figures
+from reports.text import claim, method
+from runs.command import exit_status
+from runs.hooks import Hook
+
+SAME = """
+import torch
+import torch.nn.functional as F
+
+
+def same(student_logits, labels, teacher_logits, temperature, alpha):
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    soft = temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
+
+
+def noisy(student_logits, labels, teacher_logits, temperature, alpha):
+    return F.mse_loss(student_logits, teacher_logits + torch.randn_like(teacher_logits))
+"""
+
+
+def leave_out(patch):
+    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
+    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
+    patch.setattr(models, "SPEED_SECONDS", 0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    leave_out(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def hooked(tmp_path_factory, finished, flags):
+    """An output folder with students of a loss that equals the built-in one, and its file; not to be changed."""
+    import main
+
+    output = tmp_path_factory.mktemp("hooked") / "out"
+    shutil.copytree(finished, output)
+    file = output.parent / "own.py"
+    file.write_text(SAME)
+    words = (*flags, "--output-dir", output, "--loss", f"{file}:same", "--seeds", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch)
+        assert exit_status(main.main, [str(word) for word in words]) == 0
+    return output, file
+
+
+def digest(path):
+    return models.digest(models.load(path / "model.pt").state_dict())
+
+
+# Training and comparing ----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_equals_the_built_in_one_gives_its_bits(hooked):
+    output, _ = hooked
+    for seed in (0, 1):
+        assert digest(output / f"kd-same-T4-a0.1-s{seed}") == digest(output / f"kd-T4-a0.1-s{seed}")
+
+
+def test_the_comparison_has_it_beside_plain_distillation_and_the_baseline(cli, hooked):
+    output, _ = hooked
+    found = json.loads((output / "comparison.json").read_text())
+    own, plain = found["kd"]
+    assert own["loss"] == "same" and "loss" not in plain and own["accuracies"] == plain["accuracies"]
+    assert found["settings"]["loss_file"] == "own.py" and len(found["settings"]["loss_sha256"]) == 64
+    assert plain["first_over_this"]["by_seed"] == [0, 0] and own["improvement"] == plain["improvement"]
+    text = cli("--report", "--output-dir", output).out  # which needs no file
+    assert "- Loss: same in own.py" in text
+    assert "same, T=4, alpha=0.1 over plain distillation, T=4, alpha=0.1: +0.00 points, the same for each seed" in text
+    assert "KD, same, T=4, alpha=0.1" in text and (output / "report.html").read_text().count("same, T=4, alpha=0.1")
+    rows = (output / "kd-same-T4-a0.1-s0" / "history.csv").read_text().splitlines()
+    assert (
+        rows[1].split(",")[2] == "" and float(rows[1].split(",")[3]) > 0
+    )  # no soft loss is known of it; a hard one is
+
+
+def test_without_the_option_the_comparison_is_the_plain_one(cli, flags, hooked, tmp_path):
+    output = Path(shutil.copytree(hooked[0], tmp_path / "out"))
+    got = cli(*flags, "--output-dir", output)
+    assert got.status == 0 and "- Loss" not in got.out
+    assert [each.get("loss") for each in json.loads((output / "comparison.json").read_text())["kd"]] == [None, "same"]
+    text = claim({"mean": 1.0, "ci95": [0.5, 1.5], "p_value": 0.01, "by_seed": [1, 1]}, 2, 100, method({"loss": "dkd"}))
+    assert text.startswith("Gain with KD by dkd: +1.00 points") and method({}) == "KD"
+
+
+def test_one_byte_more_is_another_run_and_is_refused_by_name(cli, flags, hooked, tmp_path):
+    output, file = hooked
+    edited = tmp_path / "own.py"
+    edited.write_text(SAME + "\n")
+    got = cli(*flags, "--output-dir", output, "--loss", f"{edited}:same")
+    digests = [Hook("--loss", each, "same", each.read_bytes()).sha256[:12] for each in (file, edited)]
+    assert got.status == 1 and "the loss in own.py was edited since" in got.err and "--overwrite" in got.err
+    assert all(each in got.err for each in digests) and digests[0] != digests[1]
+    moved = tmp_path / "moved.py"  # the same content elsewhere is the same run
+    moved.write_text(SAME)
+    assert "(finished before)" in cli(*flags, "--output-dir", output, "--loss", f"{moved}:same").out
+
+
+def test_at_alpha_0_the_teacher_is_asked_all_the_same(cli, flags, finished, tmp_path):
+    output = Path(shutil.copytree(finished, tmp_path / "out"))
+    file = tmp_path / "own.py"
+    file.write_text(SAME)
+    assert cli(*flags, "--output-dir", output, "--loss", f"{file}:noisy", "--alpha", 0, "--epochs", 2).status == 0
+    first = digest(output / "kd-noisy-T4-a0-s0")
+    assert first != digest(output / "baseline-s0") == digest(output / "kd-T4-a0-s0")
+    torch.manual_seed(5)  # what a loss draws is a function of seed and step
+    shutil.rmtree(output / "kd-noisy-T4-a0-s0")
+    assert cli(*flags, "--output-dir", output, "--loss", f"{file}:noisy", "--alpha", 0, "--epochs", 2).status == 0
+    assert digest(output / "kd-noisy-T4-a0-s0") == first
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+ODD = {
+    "def f(s, l, t, T, a): return (s - t).pow(2)": "a tensor of shape (8, 3), but a loss is a scalar",
+    "def f(s, l, t, T, a): return 1.0": "returns float, but a loss is a scalar tensor",
+    "def f(s, l, t, T, a): return s.detach().sum()": "without a gradient",
+    "def f(s, l, t, T, a): return 0 * s.sum()": "without a gradient",
+    "def f(s, l, t, T, a): return t.requires_grad_().sum()": "without a gradient",
+    "def f(s, l, t, T, a): return (s / 0).sum()": "is not finite",
+    "def f(s, l): return s.sum()": "takes 2 positional arguments but 5 were given",
+    "def f(s, l, t, T, a):\n    return s @ t": "line 2, in f\n    return s @ t\n",
+    "import nothing_of_this_name": "ModuleNotFoundError: No module named 'nothing_of_this_name'",
+    "def f(": "SyntaxError",
+    "raise SystemExit(3)": "SystemExit: 3",
+    "def g(): pass": "has no function 'f'. It has: g.",
+    "f = 3": "has no function 'f'. It has none.",
+}
+
+
+@pytest.mark.parametrize(("text", "told"), ODD.items())
+def test_a_loss_that_cannot_be_trained_is_refused_before_images_are_read(cli, flags, finished, tmp_path, text, told):
+    file = tmp_path / "odd.py"
+    file.write_text(text)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    words = ("--output-dir", finished, "--data-dir", "nowhere", "--overwrite", "--loss", f"{file}:f")
+    got = cli(*flags, *words)
+    assert got.status == 1 and told in got.err and str(file) in got.err and "nowhere" not in got.err, got
+    assert len(got.err.splitlines()) < 12 and "site-packages" not in got.err and not got.out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (("--loss", "absent.py:f"), 1, "--loss absent.py does not exist."),
+        (("--loss", "examples/dkd.py"), 2, "is not FILE.py:FUNCTION"),
+        (("--loss", "examples/dkd:dkd"), 2, "is not FILE.py:FUNCTION"),
+        (("--loss", "examples/dkd.py:dkd", "--train-teacher"), 2, "--loss is for students"),
+        (("--loss", "examples/dkd.py:dkd", "--alpha", "0.1", "0.9"), 2, "one temperature and alpha"),
+        (("--loss", "examples/dkd.py:dkd", "--report"), 2, "--loss cannot be combined with --report"),
+    ],
+)
+def test_words_that_name_no_loss(cli, words, status, told):
+    got = cli(*words)
+    assert got.status == status and told in got.err and len(got.err.splitlines()) == 1
+
+
+# The two that are kept, against NumPy --------------------------------------------------------------------------------
+
+
+def example(name, function):
+    path = ROOT / "examples" / name
+    assert len(path.read_text().splitlines()) < 30
+    return Hook("--loss", path, function, path.read_bytes()).loaded
+
+
+@pytest.fixture
+def batch():
+    random = np.random.default_rng(3)
+    return random.normal(0, 4, (7, 5)), random.integers(0, 5, 7), random.normal(0, 4, (7, 5))
+
+
+def called(function, batch, *rest):
+    student, labels, teacher = batch
+    tensors = torch.tensor(student, dtype=torch.float32), torch.tensor(labels), torch.tensor(teacher).float()
+    return function(*tensors, *rest).item()
+
+
+def cross_entropy(student, labels):
+    return -log_softmax(student, 1)[np.arange(len(labels)), labels].mean()
+
+
+@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.5), (4.0, 0.9), (2.0, 1.0)])
+def test_dkd_is_the_papers(batch, temperature, alpha):
+    """Equations 1 to 7 image by image: TCKD of (target, all others), NCKD of the others renormalized; 1 and 8."""
+    student, labels, teacher = batch
+    total = 0.0
+    for s, label, t in zip(student, labels, teacher, strict=True):
+        q, p = softmax(s / temperature), softmax(t / temperature)
+        tckd = p[label] * np.log(p[label] / q[label]) + (1 - p[label]) * np.log((1 - p[label]) / (1 - q[label]))
+        others = [k for k in range(5) if k != label]
+        p_hat, q_hat = p[others] / (1 - p[label]), q[others] / (1 - q[label])
+        total += tckd + 8 * (p_hat * np.log(p_hat / q_hat)).sum()
+    wanted = alpha * temperature**2 * total / 7 + (1 - alpha) * cross_entropy(student, labels)
+    assert called(example("dkd.py", "dkd"), batch, temperature, alpha) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_dkd_with_the_weights_of_plain_distillation_is_plain_distillation(batch, monkeypatch):
+    """Equation 7: KL = TCKD + (1 - p_target) NCKD; so for one image, with 8 replaced by 1 - p_target."""
+    function = example("dkd.py", "dkd")
+    for number in range(7):
+        one = tuple(each[number : number + 1] for each in batch)
+        sure = softmax(one[2][0] / 4)[one[1][0]]
+        monkeypatch.setitem(function.__globals__, "OTHERS", float(1 - sure))
+        assert called(function, one, 4.0, 1.0) == pytest.approx(called(distillation_loss, one, 4.0, 1.0), rel=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "alpha"), [(2.0, 0.9), (4.0, 0.5)])
+def test_logit_standardisation_is_the_papers(batch, temperature, alpha):
+    """The KL of softened Z-scores, each image's logits by their own mean and standard deviation."""
+    student, labels, teacher = batch
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        q, p = (softmax((each - each.mean()) / each.std(ddof=1) / temperature) for each in (s, t))
+        total += (p * np.log(p / q)).sum()
+    wanted = alpha * temperature**2 * total / 7 + (1 - alpha) * cross_entropy(student, labels)
+    function = example("logit_standardisation.py", "standardised")
+    assert called(function, batch, temperature, alpha) == pytest.approx(wanted, rel=1e-5)
+    stretched = (3 * student + 5, labels, teacher)  # its softened logits do not know the student's scale
+    assert called(function, stretched, temperature, 1.0) == pytest.approx(
+        called(function, batch, temperature, 1.0), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(("name", "function"), [("dkd.py", "dkd"), ("logit_standardisation.py", "standardised")])
+def test_the_examples_bear_teachers_that_are_sure(name, function):
+    student = torch.tensor([[40.0, -40, 0, 0], [0, 0, 0, 0]], requires_grad=True)
+    teacher = torch.tensor([[0.0, -60000, -500, -500], [0, -80, -80, -80]])
+    loss = example(name, function)(student, torch.tensor([0, 1]), teacher, 4.0, 0.9)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()

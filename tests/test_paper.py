@@ -1,0 +1,245 @@
+"""A part of the training images, and classes that students never see: through the command line and by hand."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, ROOT
+
+import data
+import distill
+import models
+from data import Views
+from distill import omitted_bias
+from reports import figures
+from reports.comparison import Comparison
+from runs.command import exit_status
+from runs.machine import Machine
+from runs.settings import Settings, differences, run_name
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def leave_out(patch):
+    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
+    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
+    patch.setattr(models, "SPEED_SECONDS", 0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    leave_out(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def without_red(tmp_path_factory, finished, flags):
+    """(output folder with the students of half of the images of blue and green, the steps' indices by run name)."""
+    import main
+
+    output, met, batch = tmp_path_factory.mktemp("red") / "out", [], Views.batch
+    shutil.copytree(finished, output)
+
+    def watched(self, epoch, indices):
+        met.append(indices)
+        return batch(self, epoch, indices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch)
+        patch.setattr(Views, "batch", watched)
+        words = (*flags, "--output-dir", output, "--train-fraction", 0.5, "--omit-class", "red", "--seeds", 2)
+        assert exit_status(main.main, [str(word) for word in words]) == 0
+    return output, torch.cat(met)
+
+
+# Which images --------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_stratified_fixed_and_within_a_larger_one(images):
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    parts = {fraction: loaded.transfer_set(fraction) for fraction in (0.01, 0.25, 0.5, 1.0)}
+    for fraction, count in ((0.01, 1), (0.25, 4), (0.5, 8), (1.0, 16)):
+        assert loaded.train_labels[parts[fraction]].bincount().tolist() == [count] * 3
+    sets = [set(part.tolist()) for part in parts.values()]
+    assert sets[0] < sets[1] < sets[2] < sets[3] == set(range(48))
+    assert torch.equal(parts[1.0], torch.arange(48)) and torch.equal(parts[0.5], loaded.transfer_set(0.5))
+    some = loaded.transfer_set(0.5, ["green"])
+    assert set(some.tolist()) == {i for i in sets[2] if loaded.classes[loaded.train_labels[i]] != "green"}
+
+
+def test_the_omitted_class_and_the_other_part_are_never_met(without_red, images):
+    """Neither by the students nor by the teacher that is asked for their soft targets."""
+    output, met = without_red
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    wanted = set(loaded.transfer_set(0.5, ["red"]).tolist())
+    assert set(met.tolist()) == wanted and len(wanted) == 16
+    assert "red" not in {loaded.classes[loaded.train_labels[i]] for i in wanted}
+    shapes = [np.load(path)["logits"].shape for path in sorted((output / "targets").glob("*/*.npz"))]
+    assert sorted(shapes) == [(16, 3)] * 2 + [(48, 3)] * 2  # of two epochs each: these students', and `finished`
+
+
+def test_both_students_begin_alike_on_the_same_images(cli, flags, without_red, tmp_path):
+    """At alpha 0 the distilled student is the baseline, bit for bit, on a part of the images, too."""
+    output = shutil.copytree(without_red[0], tmp_path / "out")
+    words = ("--train-fraction", 0.5, "--omit-class", "red", "--alpha", 0)
+    assert cli(*flags, "--output-dir", output, *words).status == 0
+    one, other = (
+        models.load(output / f"{name}-f0.5-without-red-s0" / "model.pt").state_dict()
+        for name in ("kd-T4-a0", "baseline")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_soft_targets_of_a_part_are_rows_of_those_of_all(without_red, finished, images):
+    """An image's view is the same whichever part it is in, and so is what the teacher says of it."""
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    views = Views(loaded.train_images, loaded.mean, loaded.std)
+    teacher = models.load(finished / "teacher-s0" / "model.pt")
+    machine = Machine(torch.device("cpu"))
+    part = loaded.transfer_set(0.5, ["red"])
+    every, some = (
+        distill.SoftTargets(teacher, "x", loaded.digest, views, None, machine, transfer_set=each).epoch(1)
+        for each in (None, part)
+    )
+    torch.testing.assert_close(some[part], every[part], atol=2e-3, rtol=0)
+    others = torch.ones(48, dtype=torch.bool)
+    others[part] = False
+    assert some[others].isnan().all() and not every.isnan().any()
+
+
+# The bias of a class that was not shown -------------------------------------------------------------------------------
+
+
+def test_the_bias_by_hand():
+    """Of five images the third class lacks 1, 2, 4, 7 and 8: it is chosen for two of them with 3."""
+    logits = torch.tensor([[5.0, 0, 4], [0, 5, 3], [5, 5, 1], [7, 0, 0], [0, 9, 1]])
+    assert omitted_bias(logits, [2], 2) == 3.0
+    assert ((logits + torch.tensor([0, 0, 3.0])).argmax(1) == 2).sum() == 2
+    assert omitted_bias(logits, [0, 2], 3) == 1.0  # the likelier of two counts: both lack -7, -5, 0, 2 and 8
+
+
+def test_the_report_adds_each_runs_bias(without_red, capsys):
+    output, _ = without_red
+    comparison = Comparison(
+        output, json.loads((output / "comparison.json").read_text())["kd"][0] | {"shared": (0.5, ("red",))}
+    )
+    labels = comparison.labels
+    for role, entry in (("kd-T4-a0.1", comparison.kd[0]), ("baseline", comparison.baseline)):
+        given = entry["omitted"]
+        for seed in (0, 1):
+            folder = output / f"{role}-f0.5-without-red-s{seed}"
+            logits, bias = (
+                np.load(folder / "test_logits.npy"),
+                json.loads((folder / "run.json").read_text())["omitted_bias"],
+            )
+            shifted = logits + np.array([0, 0, bias])
+            assert given["bias"][seed] == bias and given["classes"] == ["red"]
+            assert given["accuracies"][seed] == (logits[labels == 2].argmax(1) == 2).mean()
+            assert given["corrected_accuracies"][seed] == (shifted[labels == 2].argmax(1) == 2).mean()
+            assert given["corrected_accuracies_on_all"][seed] == (shifted.argmax(1) == labels).mean()
+
+
+def test_the_bias_of_a_run_is_found_on_the_training_images(without_red, images):
+    output, _ = without_red
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    network = models.load(output / "kd-T4-a0.1-f0.5-without-red-s1" / "model.pt")
+    with torch.inference_mode():
+        logits = network(network.normalize(loaded.train_images))
+    bias = json.loads((output / "kd-T4-a0.1-f0.5-without-red-s1" / "run.json").read_text())["omitted_bias"]
+    assert ((logits + torch.tensor([0, 0, bias])).argmax(1) == 2).sum() == 16
+
+
+# Runs and comparisons ------------------------------------------------------------------------------------------------
+
+
+def test_runs_of_all_and_of_a_part_live_in_one_folder_and_are_not_mixed(cli, flags, without_red, finished, tmp_path):
+    output = Path(shutil.copytree(without_red[0], tmp_path / "out"))
+    assert "Omitted: red" in cli("--report", "--output-dir", output).out  # of what was asked last
+    assert cli(*flags, "--output-dir", output).status == 0
+    plain = json.loads((output / "comparison.json").read_text())
+    assert plain["kd"][0]["seeds"] == [0] and "omitted" not in plain["baseline"]
+    assert plain["kd"][0]["accuracies"] == json.loads((finished / "comparison.json").read_text())["kd"][0]["accuracies"]
+    assert "train_fraction" not in plain["settings"] and len(plain["kd"]) == 1
+
+
+def test_what_is_as_ever_is_recorded_as_ever():
+    """So that runs of earlier versions stay what they are."""
+    common = {"data": "d", "epochs": 1, "batch_size": 2, "learning_rate": 0.1, "weight_decay": 0.0, "seed": 0}
+    plain = Settings("baseline", **common, image_size=16).as_dict()
+    assert not {"train_fraction", "omit_class"} & plain.keys()
+    part = Settings("baseline", **common, image_size=16, train_fraction=0.1, omit_class=("red",)).as_dict()
+    assert differences(part, part) == [] == differences(plain, plain)
+    for found, wanted, fraction in ((plain, part, "1.0 instead of 0.1"), (part, plain, "0.1 instead of 1.0")):
+        phrases = " ".join(differences(found, wanted))
+        assert f"train fraction {fraction}" in phrases and "omit class" in phrases
+
+
+def test_names_are_safe_for_files():
+    assert run_name("kd", 4.0, 0.9, 0, shared=(0.03, ())) == "kd-T4-a0.9-f0.03-s0"
+    assert run_name("baseline", None, None, 2, None, (1.0, ("a/b", "$5 $10"))) == "baseline-without-a_b-_5_10-s2"
+
+
+def test_a_sweep_on_a_part_is_judged_on_a_part_of_that_part(cli, flags, finished, tmp_path, monkeypatch):
+    import train
+
+    output, judged, validate = Path(shutil.copytree(finished, tmp_path / "out")), [], train.validate
+
+    def watched(network, loaded, indices):
+        judged.append(indices)
+        return validate(network, loaded, indices)
+
+    monkeypatch.setattr(train, "validate", watched)
+    words = ("--alpha", 0.1, 0.9, "--val-fraction", 0.25, "--train-fraction", 0.5, "--omit-class", "red", "--epochs", 1)
+    got = cli(*flags, "--output-dir", output, *words)
+    assert got.status == 0 and "judged on 25% of the training images that students see" in got.out
+    assert [len(each) for each in judged] == [4] * 3 + [0] * 2
+    best = json.loads((output / "comparison.json").read_text())
+    assert len(best["selection"]) == 3 and best["settings"]["train_fraction"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--omit-class", "pink"), "no class 'pink' to omit. The classes are: blue, green, red."),
+        (("--omit-class", *CLASSES[:2]), "two classes or more"),
+        (("--omit-class", "blue", "--omit-class", "red"), "two classes or more"),
+    ],
+)
+def test_classes_that_cannot_be_omitted(cli, flags, finished, words, told):
+    got = cli(*flags, "--output-dir", finished, *words)
+    assert got.status == 1 and told in got.err and len(got.err.splitlines()) == 1
+
+
+def test_the_papers_experiments_become_one_table(flags, finished, tmp_path, monkeypatch, capsys):
+    """benchmarks/paper.py, its commands run in this process."""
+    import paper
+
+    import main
+
+    output = Path(shutil.copytree(finished, tmp_path / "out"))
+
+    class Done:
+        def __init__(self, words):
+            self.returncode = exit_status(main.main, words[2:])
+
+    monkeypatch.setattr(paper.subprocess, "run", Done)
+    flags = [str(word) for word in flags]
+    place = flags.index("--epochs")
+    rest = ["--seeds", "2", "--epochs", "1", "--omit", "red", "--output-dir", str(output), "--results", str(tmp_path)]
+    words = ["paper.py", *rest, *flags[:4], "--only", "10% of the images", "without red", "--", *flags[4:place]]
+    monkeypatch.setattr(sys, "argv", [*words, *flags[place + 2 :]])
+    paper.main()
+    table = capsys.readouterr().out
+    found = json.loads((tmp_path / "paper.json").read_text())["experiments"]
+    assert [*found] == ["10% of the images", "without red"]
+    assert found["10% of the images"]["rows"][0]["epochs"] == 3  # a quarter of the steps of one epoch of all
+    whats = [row["what"] for row in found["without red"]["rows"]]
+    assert len(whats) == 4 and "accuracy on red, bias corrected" in whats
+    row = found["without red"]["rows"][2]
+    kept = json.loads((output / "comparison.json").read_text())
+    assert row["distilled"] == pytest.approx(np.mean(kept["kd"][0]["omitted"]["corrected_accuracies"]))
+    assert table.count("| without red |") == 4 and "| 10% of the images | test accuracy" in table
+    assert len((tmp_path / "paper.csv").read_text().splitlines()) == 1 + 5
