@@ -1,22 +1,21 @@
 """Decoupled knowledge distillation (Zhao et al., arXiv 2203.08679): --loss examples/dkd.py:dkd
 
 The KL of plain distillation is split into that of the target class against all others (TCKD) and that among the others
-(NCKD), which plain distillation weighs down where the teacher is sure. `alpha` weighs both against the labels.
+(NCKD), which plain distillation weighs down where the teacher is sure. At alpha 0.9 this is a tenth of the paper's
+loss, cross-entropy + T^2 (1 TCKD + 8 NCKD): its rates and warm-up for the full size are not those of this program.
 """
 
 import torch
 import torch.nn.functional as F
 
-TARGET, OTHERS = 1.0, 8.0  # the paper's alpha and beta
+TARGET, OTHERS = 1 / 9, 8 / 9  # the paper's alpha and beta, 1 and 8, brought to a sum of 1
 
 
 def dkd(student_logits, labels, teacher_logits, temperature, alpha):
     """(B, classes), (B,), (B, classes) -> a scalar."""
     target = F.one_hot(labels, student_logits.shape[1])
 
-    def parts(
-        logits,
-    ):  # log-probabilities: of target and not target (B, 2), of the others among themselves (B, classes)
+    def parts(logits):  # log-probabilities: target or not (B, 2); of the others among themselves (B, classes)
         logs = F.log_softmax(logits / temperature, dim=1)
         others = logs - 1000 * target
         return torch.stack(((logs * target).sum(1), others.logsumexp(1)), 1), others.log_softmax(1)
