@@ -151,11 +151,11 @@ def parser():
     option("--seed", "of initial weights and order of images", 0, type=integer(0, 2**31 - 1), metavar="N")
 
     option = group("images")
-    option("--dataset", "CIFAR-10, images in folders, or drawn shapes", "cifar10",
-           choices=("cifar10", "folder", "shapes"), metavar="{cifar10,folder,shapes}")
-    option("--data-dir", "where CIFAR-10 is or is downloaded to, or the folder with train/CLASS/ and test/CLASS/",
+    option("--dataset", "CIFAR-10, CIFAR-100, images in folders, or drawn shapes", "cifar10",
+           choices=("cifar10", "cifar100", "folder", "shapes"), metavar="{cifar10,cifar100,folder,shapes}")
+    option("--data-dir", "where CIFAR is or is downloaded to, or the folder with train/CLASS/ and test/CLASS/",
            "data", type=path, metavar="DIR")
-    option("--data-url", "a mirror to download the CIFAR-10 archive from", metavar="URL")
+    option("--data-url", "a mirror to download the CIFAR archive from", metavar="URL")
     option("--image-size", "height and width that images are resized to, 16 to 256", 32,
            type=integer(16, 256), metavar="N")
     option("--num-workers", "threads that decode images in folders", 2, type=integer(0, 256), metavar="N")
@@ -208,8 +208,8 @@ def parse(argv):
     if arguments.val_fraction is not None and not arguments.sweep:
         raise Usage("--val-fraction needs a sweep: several values of --temperature or --alpha")
     if arguments.data_url is not None:
-        if arguments.dataset != "cifar10":
-            raise Usage("--data-url is for --dataset cifar10")
+        if arguments.dataset not in ("cifar10", "cifar100"):
+            raise Usage("--data-url is for --dataset cifar10 or cifar100")
         if not re.match(r"https?://[^/]|file:///", arguments.data_url):
             raise Usage(f"--data-url: '{arguments.data_url}' does not begin with http://, https:// or file:///")
     if arguments.batch_size == 1 and arguments.image_size == 16:

@@ -1,7 +1,7 @@
 """A data set as tensors, and the augmented views of an epoch.
 
-CIFAR-10, images in folders or drawn shapes (`sources/`) all become one uint8 tensor (N, S, S, 3) per split; a whole
-batch is cropped, flipped and normalized at a time, on the device, without workers.
+CIFAR, images in folders or drawn shapes (`sources/`) all become one uint8 tensor (N, S, S, 3) per split; a whole batch
+is cropped, flipped and normalized at a time, on the device, without workers.
 """
 
 import functools
@@ -42,15 +42,15 @@ class Data:
 
 
 def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None):
-    """The Data of `dataset` ("cifar10", "folder" or "shapes").
+    """The Data of `dataset` ("cifar10", "cifar100", "folder" or "shapes").
 
     `cache` is the folder where decoded images of a "folder" are kept. Raises Failure where the data cannot be read or
     are damaged, with the path and what to do.
     """
-    if dataset == "cifar10":
-        from sources import cifar10  # only here, since importing torchvision takes a second
+    if dataset in ("cifar10", "cifar100"):
+        from sources import cifar  # only here, since importing torchvision takes a second
 
-        return from_arrays(*cifar10.load(data_dir, data_url, image_size))
+        return from_arrays(*cifar.load(data_dir, data_url, image_size, cifar.DATASETS[dataset]))
     if dataset == "folder":
         from sources import folders
 

@@ -76,11 +76,19 @@ def teacher_command(arguments, **changed):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def _names(classes, others):
+    """The names of `classes`; of many, how many, and a few of those that are not among the `others`."""
+    if len(classes) <= 10:
+        return ", ".join(classes)
+    own = [name for name in classes if name not in others]
+    return f"{len(classes)} names" + (f" (among them {', '.join(own[:3])})" if own else "")
+
+
 def check_teacher(arguments, data, path, teacher):
     """Raises Failure where a `teacher`, the network loaded from `path`, does not fit the data."""
     for what, found, wanted in (
         ("holds a network of architecture", teacher.architecture, "teacher"),
-        ("was trained for the classes", ", ".join(teacher.classes), ", ".join(data.classes)),
+        ("was trained for the classes", _names(teacher.classes, data.classes), _names(data.classes, teacher.classes)),
         ("was trained for the image size", teacher.image_size, data.image_size),
     ):
         if found != wanted:

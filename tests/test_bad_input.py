@@ -44,7 +44,7 @@ NUMBERS = {
     "--save-every": ("-1", "nan", "inf"),
     "--device": ("gpu", "cuda:", "cuda:x", "tpu", "cuda:-1"),
     "--precision": ("fp8", "fp16"),
-    "--dataset": ("cifar100", ""),
+    "--dataset": ("cifar1000", ""),
 }
 
 

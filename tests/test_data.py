@@ -15,11 +15,12 @@ from conftest import CIFAR10_DIR, CLASSES, make_images, needs_cifar10
 from PIL import Image
 
 import data
+import models
 import train
 from runs.files import Damaged, Failure
 from runs.lock import lock
 from runs.signals import Interrupted
-from sources import cifar10, folders
+from sources import cifar, folders
 
 # Folders -------------------------------------------------------------------------------------------------------------
 
@@ -294,47 +295,58 @@ def test_images_of_one_colour_can_be_normalized():
     assert got.mean == pytest.approx((0.2,) * 3) and got.std == (1 / 255,) * 3
 
 
-# CIFAR-10 ------------------------------------------------------------------------------------------------------------
+# CIFAR ---------------------------------------------------------------------------------------------------------------
 
 
 def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture(scope="session")
-def archive(tmp_path_factory):
-    """A small archive of the official layout, and the CIFAR10 subclass that knows its checksums."""
-    from torchvision.datasets import CIFAR10
+# Of the small archives: training and test images, and classes.
+COUNTS = {"cifar10": (100, 20, 10), "cifar100": (200, 100, 100)}
 
+
+@pytest.fixture(scope="session", params=COUNTS)
+def archive(tmp_path_factory, request):
+    """A small archive of the official layout, the torchvision class that knows its checksums, and the data set's name.
+    Image number n of every file has the label n modulo the number of classes."""
+    official, (train, test, classes) = cifar.DATASETS[request.param], COUNTS[request.param]
     top = tmp_path_factory.mktemp("archive")
-    folder = top / "cifar-10-batches-py"
+    folder = top / official.base_folder
     folder.mkdir()
     random = np.random.default_rng(2)
-    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
-        content = {"data": random.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": list(range(10)) * 2}
-        (folder / name).write_bytes(pickle.dumps(content))
-    names = [f"class {k}" for k in range(10)]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    packed = top / "cifar-10-python.tar.gz"
+    for names, total in ((official.train_list, train), (official.test_list, test)):
+        for name, _ in names:
+            count = total // len(names)
+            content = {"data": random.integers(0, 256, (count, 3072), dtype=np.uint8)}
+            numbers = [number % classes for number in range(count)]
+            if request.param == "cifar10":
+                content["labels"] = numbers
+            else:
+                content |= {"coarse_labels": [number // 5 for number in numbers], "fine_labels": numbers}
+            (folder / name).write_bytes(pickle.dumps(content))
+    names = {official.meta["key"]: [f"class {k}" for k in range(classes)], "coarse_label_names": ["twenty of them"]}
+    (folder / official.meta["filename"]).write_bytes(pickle.dumps(names))
+    packed = top / official.filename
     with tarfile.open(packed, "w:gz") as tar:
         tar.add(folder, folder.name)
 
-    class Small(CIFAR10):
-        url = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # nothing answers there
+    class Small(official):
+        url = f"http://127.0.0.1:9/{official.filename}"  # nothing answers there
         tgz_md5 = md5(packed)
-        train_list = [[name, md5(folder / name)] for name, _ in CIFAR10.train_list]
-        test_list = [[name, md5(folder / name)] for name, _ in CIFAR10.test_list]
-        meta = CIFAR10.meta | {"md5": md5(folder / "batches.meta")}
+        train_list = [[name, md5(folder / name)] for name, _ in official.train_list]
+        test_list = [[name, md5(folder / name)] for name, _ in official.test_list]
+        meta = official.meta | {"md5": md5(folder / official.meta["filename"])}
 
-    return packed, Small
+    return packed, Small, request.param
 
 
 @pytest.fixture
 def load_small(archive):
-    """cifar10.load for the small archive, as Data."""
+    """cifar.load for the small archive, as Data."""
 
     def load(directory, url=None, dataset=archive[1]):
-        return data.from_arrays(*cifar10.load(directory, url, dataset=dataset))
+        return data.from_arrays(*cifar.load(directory, url, dataset=dataset))
 
     return load
 
@@ -368,51 +380,79 @@ def server(archive, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz", Handler
+    yield f"http://127.0.0.1:{server.server_port}/{archive[0].name}", Handler
     server.shutdown()
     server.server_close()
 
 
-def test_cifar10_is_downloaded_once_and_read_by_torchvision(load_small, server, tmp_path):
+def test_it_is_downloaded_once_and_read_by_torchvision(load_small, archive, server, tmp_path):
     url, handler = server
     got = load_small(tmp_path / "data", url)
-    assert got.train_images.shape == (100, 32, 32, 3) and got.test_images.shape == (20, 32, 32, 3)
-    assert got.classes[3] == "class 3" and got.train_labels[:10].tolist() == list(range(10))
-    raw = pickle.loads((tmp_path / "data/cifar-10-batches-py/data_batch_1").read_bytes())["data"][0]
+    train, test, classes = COUNTS[archive[2]]
+    assert got.train_images.shape == (train, 32, 32, 3) and got.test_images.shape == (test, 32, 32, 3)
+    assert got.classes == tuple(f"class {k}" for k in range(classes))
+    assert got.train_labels[:20].tolist() == [number % classes for number in range(20)]
+    first = tmp_path / "data" / archive[1].base_folder / archive[1].train_list[0][0]
+    raw = pickle.loads(first.read_bytes())["data"][0]
     assert (got.train_images[0].numpy() == raw.reshape(3, 32, 32).transpose(1, 2, 0)).all()
     assert load_small(tmp_path / "data", url).digest == got.digest
     assert len(handler.asked) == 1
 
 
-def test_a_partial_download_is_continued_and_never_taken_for_a_whole_one(load_small, server, tmp_path):
+def test_a_partial_download_is_continued_and_never_taken_for_a_whole_one(load_small, archive, server, tmp_path):
     url, handler = server
     handler.cut = 1000
     with pytest.raises(Failure, match="the connection ended after 1,000 of"):
         load_small(tmp_path, url)
-    assert not (tmp_path / "cifar-10-python.tar.gz").exists()
+    assert not (tmp_path / archive[0].name).exists()
     handler.cut = None
-    assert len(load_small(tmp_path, url).train_labels) == 100
+    assert len(load_small(tmp_path, url).train_labels) == COUNTS[archive[2]][0]
     assert handler.asked == [None, "bytes=1000-"]
 
 
 def test_a_mirror_that_cannot_continue_sends_everything(load_small, archive, server, tmp_path):
     url, handler = server
-    (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(archive[0].read_bytes()[:1000])
+    (tmp_path / f"{archive[0].name}.part").write_bytes(archive[0].read_bytes()[:1000])
     handler.ranges = False
-    assert len(load_small(tmp_path, url).train_labels) == 100
+    assert len(load_small(tmp_path, url).train_labels) == COUNTS[archive[2]][0]
 
 
 def test_a_partial_file_that_holds_everything_is_used(load_small, archive, server, tmp_path):
-    (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(archive[0].read_bytes())
-    assert len(load_small(tmp_path, server[0]).train_labels) == 100
+    (tmp_path / f"{archive[0].name}.part").write_bytes(archive[0].read_bytes())
+    assert len(load_small(tmp_path, server[0]).train_labels) == COUNTS[archive[2]][0]
 
 
-def test_the_default_data_set_from_the_command_line(cli, archive, server, tmp_path, monkeypatch):
-    load = cifar10.load
-    monkeypatch.setattr(cifar10, "load", lambda *given: load(*given, dataset=archive[1]))
+def test_it_is_trained_on_from_the_command_line(cli, archive, server, tmp_path, monkeypatch):
+    """CIFAR-10 is the default data set."""
+    _, small, name = archive
+    monkeypatch.setitem(cifar.DATASETS, name, small)
     words = ("--train-teacher", "--epochs", 1, "--batch-size", 50, "--device", "cpu", "--image-size", 16)
+    words += ("--dataset", name) if name != "cifar10" else ()
     got = cli(*words, "--data-url", server[0], "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
-    assert got.status == 0 and "cifar10: 100 training and 20 test images of 16x16, 10 classes" in got.out, got
+    train, test, classes = COUNTS[name]
+    told = f"{name}: {train} training and {test} test images of 16x16, {classes} classes"
+    assert got.status == 0 and told in got.out, got
+    assert models.load(tmp_path / "out" / "teacher-s0" / "model.pt").classes[classes - 1] == f"class {classes - 1}"
+
+
+def test_the_official_checksums_are_known():
+    """Those on the data sets' page, of the archives and of the first file in each."""
+    known = {
+        "cifar10": ("c58f30108f718f92721af3b95e74349a", "c99cafc152244af753f735de768cd75f"),
+        "cifar100": ("eb9058c3a382ffc7106e4002c42a8d85", "16019d7e3df5f24257cddd939b257f8d"),
+    }
+    assert {name: (each.tgz_md5, each.train_list[0][1]) for name, each in cifar.DATASETS.items()} == known
+    cifar100 = cifar.DATASETS["cifar100"]
+    assert cifar100.test_list == [["test", "f0ef6b0ae62326f3e7ffdfab6717acfc"]]
+    assert (cifar100.meta["key"], cifar100.meta["md5"]) == ("fine_label_names", "7973b15100ade9c7d40fb424638fde48")
+
+
+def test_images_too_large_for_the_memory_are_refused(load_small, archive, tmp_path, monkeypatch):
+    (tmp_path / archive[0].name).write_bytes(archive[0].read_bytes())
+    monkeypatch.setattr(cifar, "free_memory", lambda device: 2e6)
+    with pytest.raises(Failure, match=r"256x256 the images take 0\.. GB of memory, but only 0\.0 GB are free"):
+        cifar.load(tmp_path, image_size=256, dataset=archive[1])
+    load_small(tmp_path)
 
 
 def test_images_are_resized_as_pillow_does():
@@ -420,7 +460,7 @@ def test_images_are_resized_as_pillow_does():
     images = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (3, 1, 4, 3)).repeat(32, 1).repeat(8, 2)
     for size in (16, 24, 48):
         wanted = [np.asarray(Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC)) for each in images]
-        assert np.abs(cifar10.resize(images, size).astype(int) - np.array(wanted, dtype=int)).max() <= 1
+        assert np.abs(cifar.resize(images, size).astype(int) - np.array(wanted, dtype=int)).max() <= 1
 
 
 def test_what_a_mirror_sends_must_have_the_official_md5(load_small, archive, server, tmp_path):
@@ -432,52 +472,52 @@ def test_what_a_mirror_sends_must_have_the_official_md5(load_small, archive, ser
     assert [path.name for path in tmp_path.iterdir()] == [".unpacking"]
 
 
-def test_the_output_folder_may_be_the_data_folder(load_small, server, tmp_path):
+def test_the_output_folder_may_be_the_data_folder(load_small, archive, server, tmp_path):
     with lock(tmp_path):
-        assert len(load_small(tmp_path, server[0]).train_labels) == 100
+        assert len(load_small(tmp_path, server[0]).train_labels) == COUNTS[archive[2]][0]
 
 
 def test_two_processes_do_not_unpack_at_once(load_small, archive, tmp_path):
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0].read_bytes())
+    (tmp_path / archive[0].name).write_bytes(archive[0].read_bytes())
     with lock(tmp_path, ".unpacking"), pytest.raises(Failure, match="in use by process"):
         load_small(tmp_path)
-    assert not (tmp_path / "cifar-10-batches-py").exists()
+    assert not (tmp_path / archive[1].base_folder).exists()
 
 
 def test_an_archive_is_unpacked_by_a_python_without_filters(load_small, archive, tmp_path, monkeypatch):
     """Python 3.11.0 to 3.11.3: no data_filter, and extractall takes no filter."""
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0].read_bytes())
+    (tmp_path / archive[0].name).write_bytes(archive[0].read_bytes())
     extract = tarfile.TarFile.extractall
     monkeypatch.delattr(tarfile, "data_filter")
     monkeypatch.setattr(tarfile.TarFile, "extractall", lambda content, path: extract(content, path))
-    assert len(load_small(tmp_path).test_labels) == 20
+    assert len(load_small(tmp_path).test_labels) == COUNTS[archive[2]][1]
 
 
 def test_an_archive_placed_by_hand_needs_no_network(load_small, archive, tmp_path):
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0].read_bytes())
-    assert len(load_small(tmp_path).test_labels) == 20
+    (tmp_path / archive[0].name).write_bytes(archive[0].read_bytes())
+    assert len(load_small(tmp_path).test_labels) == COUNTS[archive[2]][1]
 
 
-def test_a_failed_download_says_what_to_do(load_small, tmp_path):
-    with pytest.raises(Failure, match="cannot download http://127.0.0.1:9/cifar-10-python.tar.gz: ") as failure:
+def test_a_failed_download_says_what_to_do(load_small, archive, tmp_path):
+    with pytest.raises(Failure, match=f"cannot download http://127.0.0.1:9/{archive[0].name}: ") as failure:
         load_small(tmp_path)
-    for word in ("--data-url", "cifar-10-python.tar.gz", str(tmp_path), "--demo"):
+    for word in ("--data-url", archive[0].name, str(tmp_path), "--demo"):
         assert word in str(failure.value)
 
 
 def test_damaged_archives_and_batches_are_named(load_small, archive, tmp_path):
-    packed = tmp_path / "cifar-10-python.tar.gz"
+    packed = tmp_path / archive[0].name
     packed.write_bytes(archive[0].read_bytes()[:-10])
-    with pytest.raises(Damaged, match="cifar-10-python.tar.gz is damaged: its MD5 is not"):
+    with pytest.raises(Damaged, match=f"{packed.name} is damaged: its MD5 is not"):
         load_small(tmp_path)
     packed.write_bytes(archive[0].read_bytes())
     load_small(tmp_path)
-    batch = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    batch = tmp_path / archive[1].base_folder / archive[1].train_list[-1][0]
     batch.write_bytes(batch.read_bytes()[:-1])
-    assert len(load_small(tmp_path).train_labels) == 100  # unpacked again from the whole archive
+    assert len(load_small(tmp_path).train_labels) == COUNTS[archive[2]][0]  # unpacked again from the whole archive
     batch.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     packed.unlink()
-    with pytest.raises(Damaged, match="data_batch_2 is damaged: its MD5 is not the official one"):
+    with pytest.raises(Damaged, match=f"{batch.name} is damaged: its MD5 is not the official one"):
         load_small(tmp_path)
 
 

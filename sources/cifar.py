@@ -1,4 +1,5 @@
-"""CIFAR-10 as torchvision reads it: downloaded once, verified by its official MD5s, read as one tensor per split."""
+"""CIFAR-10 and CIFAR-100 as torchvision reads them: downloaded once, verified by their official MD5s, read as one
+tensor per split."""
 
 import hashlib
 import http.client
@@ -10,20 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
+from runs.costs import free_memory
 from runs.files import Damaged, Failure, reason, remove, replace
 from runs.lock import lock
 
+DATASETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}  # the latter with its 100 fine labels
 NETWORK_TIMEOUT = 30  # seconds without a byte
 
 
 def load(data_dir, url=None, image_size=32, dataset=CIFAR10):
-    """CIFAR-10 from `data_dir`, downloaded once (from `url`, a mirror, where given), resized to `image_size`.
+    """A data set of DATASETS from `data_dir`, downloaded once (from `url`, a mirror, where given), resized to
+    `image_size`.
 
     `dataset` is torchvision's class or a subclass with other checksums. Its pickles are read only after their MD5
-    matched. Raises Failure where it cannot be downloaded or unpacked, and Damaged where a file has another MD5.
+    matched. Raises Failure where it cannot be downloaded or unpacked or the memory is too small for it, and Damaged
+    where a file has another MD5.
     """
     root = Path(data_dir)
     batches = root / dataset.base_folder
@@ -42,6 +47,12 @@ def load(data_dir, url=None, image_size=32, dataset=CIFAR10):
         for path in damaged():
             raise Damaged(f"{path} is damaged even though it was unpacked from {archive} just now.")
     train, test = (dataset(root, train=part, download=False) for part in (True, False))
+    size, free = 3 * image_size**2 * (len(train) + len(test)), free_memory(torch.device("cpu"))
+    if image_size != train.data.shape[1] and free is not None and size > free:
+        raise Failure(
+            f"Resized to {image_size}x{image_size} the images take {size / 1e9:.1f} GB of memory, but only "
+            f"{free / 1e9:.1f} GB are free. Choose a smaller --image-size."
+        )
     images = [np.ascontiguousarray(resize(part.data, image_size)) for part in (train, test)]
     labels = [np.asarray(part.targets, dtype=np.int64) for part in (train, test)]
     return train.classes, images[0], labels[0], images[1], labels[1]
