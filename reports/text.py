@@ -154,7 +154,7 @@ def _by_class(comparison):
     lines = [_row(name[:25], *("-" if v is None else f"{v:.4f}" for v in values)) for name, *values in rows]
     if len(rows) > MANY:
         order = sorted((k for k in range(len(rows)) if rows[k][2] is not None), key=lambda k: rows[k][2])
-        rest = f"({len(order) - 2 * ENDS} classes lie between; all are in report.html)\n"
+        rest = f"({len(order) - 2 * ENDS} classes lie between, by accuracy with KD; all are in report.html)\n"
         lines = [*(lines[k] for k in order[:ENDS]), rest, *(lines[k] for k in order[-ENDS:])]
     return _row("Accuracy by class", "teacher", "with KD", "baseline") + "".join(lines)
 

@@ -80,6 +80,7 @@ def _kind_of_archive(path):
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            pickled = b"".join(archive.read(name) for name in names if name.endswith("/data.pkl"))
     except (zipfile.BadZipFile, OSError):
         return None
     for pattern, kind in NAMES:
@@ -89,9 +90,10 @@ def _kind_of_archive(path):
         objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an archive, but none of torch.save
         return None
-    objects = sorted(objects, key=lambda name: (name.startswith("torch."), name))  # a network's own class first
     if not objects:
         return None
+    # As they come in the pickle (module, end of line, class): the whole network's class before those of its parts.
+    objects.sort(key=lambda name: pickled.find(name[::-1].replace(".", "\n", 1)[::-1].encode() + b"\n"))
     more = f" and {len(objects) - 1} more" if len(objects) > 1 else ""
     return f"a pickle of Python objects (of the type {objects[0]}{more}), and loading it could run code"
 

@@ -274,7 +274,7 @@ def test_of_many_classes_the_ends_are_printed(folder):
     comparison = Comparison(folder.path)
     lines = details(comparison).split("Accuracy by class")[1].split("\n\n")[0].splitlines()
     assert [line.split()[1] for line in lines[1:6]] == ["10", "11", "12", "13", "14"]  # of equals the first
-    assert lines[6] == "(20 classes lie between; all are in report.html)"
+    assert lines[6] == "(20 classes lie between, by accuracy with KD; all are in report.html)"
     assert [line.split()[1] for line in lines[7:]] == ["05", "06", "07", "08", "09"]
     assert all(line.split()[3] == "0.0000" for line in lines[1:6])
     assert all(name in page(comparison, []) for name in names)

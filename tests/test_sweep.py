@@ -111,6 +111,8 @@ def test_comparison_csv_has_a_row_for_each_run(swept):
     assert rows.keys() == folders and len(rows) == 1 + 2 + 2 + 1 + 5 * 2
     for name, row in rows.items():
         kept = json.loads((swept / name / "run.json").read_text())
+        balanced = row.pop("balanced_accuracy")  # of classes with equally many test images
+        assert balanced == row["accuracy"] == "" or float(balanced) == pytest.approx(kept["accuracy"])
         for column, text in row.items():
             value = kept.get(column, kept["settings"].get(column))
             assert column == "run" or text == ("" if value is None else str(value)), (name, column)
