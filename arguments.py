@@ -36,6 +36,8 @@ TASKS = {
     "export": (("model",), "which only converts a finished model"),
 }
 
+FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # what --dataset folder alone takes; part of the data's digest
+
 SWITCH = {"action": "store_true"}
 
 
@@ -155,6 +157,9 @@ def parser():
            choices=("cifar10", "folder", "shapes"), metavar="{cifar10,folder,shapes}")
     option("--data-dir", "where CIFAR-10 is or is downloaded to, or the folder with train/CLASS/ and test/CLASS/",
            "data", type=path, metavar="DIR")
+    option("--test-fraction", "part of each class that becomes the test set, of a folder of classes without one",
+           type=number(0, 0.9, above=True), metavar="F")
+    option("--skip-damaged", "train without the images that cannot be decoded", **SWITCH)
     option("--data-url", "a mirror to download the CIFAR-10 archive from", metavar="URL")
     option("--image-size", "height and width that images are resized to, 16 to 64", 32,
            type=integer(16, 64), metavar="N")
@@ -207,6 +212,9 @@ def parse(argv):
         raise Usage("--model is for --predict and --export; a teacher is named with --teacher")
     if arguments.val_fraction is not None and not arguments.sweep:
         raise Usage("--val-fraction needs a sweep: several values of --temperature or --alpha")
+    for name in FOLDER_OPTIONS:
+        if getattr(arguments, name) and arguments.dataset != "folder":
+            raise Usage(f"--{name.replace('_', '-')} is for --dataset folder")
     if arguments.data_url is not None:
         if arguments.dataset != "cifar10":
             raise Usage("--data-url is for --dataset cifar10")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from arguments import FOLDER_OPTIONS
 from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Group, Tally, join
@@ -26,7 +27,7 @@ from use.tasks import do_task
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
     global Machine, Options, choose_device, choose_precision, describe, make_deterministic, write_report
-    global data, distill, evaluate, models, plan, records, torch, train
+    global data, distill, evaluate, models, plan, records, survey, torch, train
     import torch
 
     import data
@@ -37,6 +38,7 @@ def import_modules():
     from runs import plan
     from runs.machine import Machine, choose_device, choose_precision, describe, make_deterministic
     from runs.progress import Options
+    from sources import survey
     from train import evaluate, train
 
 
@@ -89,20 +91,25 @@ def start(arguments, stop, group):
         image_size=arguments.image_size,
         workers=arguments.num_workers,
         cache=Path(arguments.output_dir) / "data",
-    ).to(device)
+        test_fraction=arguments.test_fraction,
+        skip_damaged=arguments.skip_damaged,
+        say=group.say,
+    )
     group.say(
         f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
         f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
     )
+    images = survey.look(loaded, arguments.output_dir, group.say)
     for name in models.ARCHITECTURES:
         costs = models.costs(name, len(loaded.classes), loaded.image_size)
         millions = f"{costs.macs / 1e6:.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs.parameters:,} parameters, {millions} per image")
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(device)}, {machine.precision}{processes}")
-    typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile")
+    typed = ("dataset", "data_dir", "num_workers", "teacher", "device", "precision", "compile", *FOLDER_OPTIONS)
     recorded = {name: getattr(arguments, name) for name in typed}
-    return Session(arguments, loaded, machine, Options(arguments.save_every, stop, recorded), group)
+    options = Options(arguments.save_every, stop, recorded, images)
+    return Session(arguments, loaded.to(device), machine, options, group)
 
 
 def train_teachers(session):

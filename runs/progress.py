@@ -24,11 +24,12 @@ REFRESH = 0.25  # seconds between progress figures
 @dataclass(frozen=True)
 class Options:
     """What all runs of a command share besides the machine: seconds between saved states within an epoch, the signal
-    handler, and what run.json records without comparing it."""
+    handler, and what run.json records without comparing it: what was typed, and what the images are."""
 
     save_every: float = 120.0
     stop: Stop = field(default_factory=Stop)
     recorded: dict = field(default_factory=dict)
+    images: dict | None = None
 
 
 class Progress:
@@ -280,6 +281,7 @@ class Progress:
             settings=self.settings.as_dict(),
             environment=self.machine.environment() | {"device": ", then ".join(self.machines)},
             recorded=self.options.recorded,
+            images=self.options.images,
             **finished,
         )
         write_json(self.run.record, {k: v for k, v in vars(record).items() if v is not None})
@@ -316,6 +318,7 @@ class Progress:
             std=data.std,
             settings=self.settings.as_dict(),
             accuracy=result,
+            ranges=data.facts.ranges,
         )
         remove(self.run.state)
         return result

@@ -124,9 +124,9 @@ def students(flags, output):
 @pytest.mark.slow
 def test_teachers_more_processes_than_runs_and_images_decoded_once(flags, plain, tmp_path):
     code = """
-from sources import folders
-decoded = folders._decoded
-folders._decoded = lambda *words: print("images are decoded", flush=True) or decoded(*words)
+from sources import kept
+write = kept._write
+kept._write = lambda *words: print("images are decoded", flush=True) or write(*words)
 """
     words = ("--train-teacher", "--seeds", 2, "--output-dir", tmp_path)
     got = launch(*flags, *words, processes=3, code=code)
