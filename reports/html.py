@@ -46,6 +46,7 @@ def page(comparison, figures):
         trade=costs.trade(comparison),
         claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels)),
         environments=environments([run for run in comparison.runs if not run.settings.val_fraction]),
+        notes=comparison.notes(),
         where=costs.where(comparison),
         tables=_tables(comparison),
         figures=[(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode()) for path in drawn],

@@ -29,10 +29,20 @@ NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Where no data set decides; other kinds have none.
 DOCUMENTED = {"16-bit": (0, 65535), "floating-point": (0, 1)}
 
-ORIENTATION = 0x0112  # in EXIF
+ORIENTATION = 0x0112  # in EXIF; how an image is turned by each
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # in TIFF
 WIDE = re.compile(r"(LA|RGB|RGBA|RGBX|RGBa|CMYK|L);16([BLN])$")  # Pillow's names of 16-bit layouts it cuts to 8 bits
 PACKED = {"L;2": 85, "L;4": 17}  # its names of grey samples of 2 and 4 bits, and what it multiplies them with
+
+
+BEGINNINGS = {
+    b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+}  # fmt: skip
 
 
 class NotDecoded(Damaged):
@@ -99,14 +109,16 @@ def decode(path, image_size, ranges):
                 image.info["transparency"] *= PACKED[layout]
             image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes to an eighth of the size and up
             image.load()
+            orientation = _orientation(image)
             deep, found = _deep(image, layout, path), ()
             if deep:
                 if deep.declared is None:
                     found = (deep.kind, *deep.extremes())
                     if deep.kind not in ranges:
                         return Decoded(None, size, *found)
-                image = deep.as_8_bits(*(deep.declared or ranges[deep.kind]), image.getexif().get(ORIENTATION))
-            image = ImageOps.exif_transpose(image)
+                image = deep.as_8_bits(*(deep.declared or ranges[deep.kind]))
+            if orientation in TURNS:
+                image = image.transpose(TURNS[orientation])
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
             if image.size != (image_size, image_size):
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
@@ -130,11 +142,18 @@ def _unknown(path):
         start = file.read(12)
     if not start:
         return "the file is empty"
-    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "it is a TIFF of a kind that Pillow cannot read"
     if start[4:8] == b"ftyp":
         return "it is a HEIF or AVIF image that Pillow cannot read (pillow-heif may, where it is installed)"
-    return "it is not an image of a known format"
+    name = next((name for beginning, name in BEGINNINGS.items() if start.startswith(beginning)), None)
+    return f"it begins as a {name} file, but Pillow cannot read it" if name else "it is not an image of a known format"
+
+
+def _orientation(image):
+    """The orientation that a loaded image's EXIF names, or None; also where that is damaged, as viewers take it."""
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # SyntaxError, struct.error, ...
+        return None
 
 
 # Samples of more than 8 bits ------------------------------------------------------------------------------------------
@@ -159,7 +178,7 @@ class _Deep:
             raise ValueError("it holds samples that are not finite")
         return low, high
 
-    def as_8_bits(self, black, white, orientation):
+    def as_8_bits(self, black, white):
         """A Pillow image of 8 bits, `black` being 0 and `white` 255; raises ValueError where samples lie outside."""
         low, high = self.extremes()
         if low < black or high > white:
@@ -175,10 +194,7 @@ class _Deep:
             opaque = white if self.alpha.max() <= white else 65535  # some writers scale the colours alone
             bands.append(_scaled(self.alpha, 0, opaque))
             mode += "A"
-        image = Image.merge(mode, [Image.fromarray(band) for band in bands])
-        if orientation:
-            image.getexif()[ORIENTATION] = orientation
-        return image
+        return Image.merge(mode, [Image.fromarray(band) for band in bands])
 
 
 def _scaled(band, black, white):

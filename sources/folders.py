@@ -98,7 +98,7 @@ def _places(directory, test_fraction, say):
         raise Failure(
             f"{what}. An image folder has one sub-folder per class in train and in test:\n"
             f"{directory}/train/CLASS/IMAGE and {directory}/test/CLASS/IMAGE\n"
-            "One folder of classes alone is split by --test-fraction 0.2, say."
+            "Of one folder of classes --test-fraction 0.2 takes a fifth of each class for the test."
         )
     if held_out[0].name != "test":
         say(f"{directory / 'test'} does not exist: the images of {held_out[0]} are the test set")

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from runs.files import Damaged, make_folder, read_json, write, write_json
@@ -20,9 +21,9 @@ class Copies:
     images, too (and those of them under another class there), and different images that stand under two classes.
     `listed` is the file that names them, in the output folder."""
 
-    test_in_training: NotNegative
-    under_another_class: NotNegative
-    under_two_classes: NotNegative
+    test_in_training: NotNegative = 0
+    under_another_class: NotNegative = 0
+    under_two_classes: NotNegative = 0
     listed: str | None = None
 
 
@@ -43,22 +44,31 @@ def look(data, output, say):
         copies = _find_copies(data, path.with_name(f"duplicates-{data.digest[:16]}.txt"))
         make_folder(path.parent)
         write_json(path, asdict(copies))
-    for warning in warnings(asdict(copies), len(data.test_labels), output):
+    for warning in _warnings(copies, len(data.test_labels), output):
         say(f"Warning: {warning}")
     return {**data.facts.record, "copies": asdict(copies)}
 
 
-def warnings(copies, tests, output):
-    """What to say of copies, a dict of the fields of Copies, among the training images and `tests` test images."""
-    lines, listed = [], f" (listed in {Path(output) / copies['listed']})" if copies["listed"] else ""
-    if count := copies["test_in_training"]:
-        other = copies["under_another_class"]
+def notes(record, tests, output):
+    """What a comparison on `tests` test images must say of its images, lines, from what `look` returned; raises
+    msgspec.ValidationError where that is not such a record."""
+    copies = msgspec.convert(record.get("copies", {}), Copies)
+    skipped = msgspec.convert(record.get("skipped", {}), dict[str, dict[str, int]])
+    counts = [f"{sum(lost.values()):,} {split}" for split, lost in skipped.items() if lost]
+    left_out = [f"{' and '.join(counts)} images that cannot be decoded were left out"] if counts else []
+    return _warnings(copies, tests, output) + left_out
+
+
+def _warnings(copies, tests, output):
+    lines, listed = [], f" (listed in {Path(output) / copies.listed})" if copies.listed else ""
+    if count := copies.test_in_training:
+        other = copies.under_another_class
         also = f", {other:,} of them under another class" if other else ""
         lines.append(
             f"{count:,} of {tests:,} test images are training images, too{also}{listed}: test accuracies are not those "
             "on new images"
         )
-    if count := copies["under_two_classes"]:
+    if count := copies.under_two_classes:
         is_one = count == 1
         lines.append(f"{count:,} image{'' if is_one else 's'} stand{'s' * is_one} under two classes or more{listed}")
     return lines
