@@ -22,7 +22,7 @@ JPEG_ERROR = 12  # at quality 100, on smooth images
 @dataclass
 class Odd:
     """A file: its `name` (bytes), `content`, and `expected` pixels, float (SIZE, SIZE, 3), within `tolerance`; None
-    where it must be refused. With `may_fail` it may be refused, too: it was cut short."""
+    where it must be refused. With `may_fail` it may be refused, too: it was cut short, or not every Pillow reads it."""
 
     name: bytes
     content: bytes
@@ -39,8 +39,8 @@ def fuzz(count, seed=0):
         make = KINDS[number % len(KINDS)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            suffix, content, expected, *tolerance = make(random)
-        odd = Odd(b"", content, expected, *tolerance, kind=make.__name__)
+            suffix, content, expected, *rest = make(random)
+        odd = Odd(b"", content, expected, *rest, kind=make.__name__)
         if expected is not None and random.random() < 0.15:
             odd.content, odd.may_fail = content[: random.integers(0, len(content))], True
         if random.random() < 0.15:
@@ -145,7 +145,7 @@ def _tiff(samples, order, photometric, form=1, planes=1, extra=None):
     return head + entries + bytes(4) + b"".join(after) + data
 
 
-# Kinds: each returns (suffix, content, expected pixels or None[, tolerance]) ------------------------------------------
+# Kinds: each returns (suffix, content, expected pixels or None[, tolerance[, may_fail]]) ------------------------------
 
 
 def grey_png(random):
@@ -306,12 +306,15 @@ def tiff_numbers(random):
     photometric = 0 if inverted and kind in ("u1", "u2", "f4") else 1
     expected = (values.astype(np.float64) - low) * (255 / (high - low))
     expected = np.repeat((255 - expected if photometric == 0 else expected)[..., None], 3, axis=2)
-    form = {"u": 1, "i": 2, "f": 3}[kind[0]]
-    return ".tif", _tiff(values, order, photometric, form), expected
+    form, is_rare = {"u": 1, "i": 2, "f": 3}[kind[0]], order == ">" and kind in ("u2", "u4")
+    return ".tif", _tiff(values, order, photometric, form), expected, 0.51, is_rare
 
 
 def tiff_colours(random):
-    """16 bits of colour, with transparency, an unused band or none."""
+    """16 bits of colour, with transparency, an unused band or none; 8 bits in planes."""
+    if random.random() < 0.3:
+        values = random.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)
+        return ".tif", _tiff(values, str(random.choice(["<", ">"])), 2, planes=2), values
     bands, extra = [(3, None), (4, 0), (4, 2)][random.integers(0, 3)]
     values = _samples(random, WHITE16, bands).astype(np.uint16)
     expected = values[..., :3] * (255 / WHITE16)

@@ -15,12 +15,13 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from runs.files import Damaged, Failure, reason
 
 DECODER_VERSION = 3  # of `decode`: raise it with any change of what it returns
 MAX_PIXELS = 100_000_000  # Pillow refuses images of more than twice as many
+MAX_TEXT = 16 << 20  # bytes of a PNG's colour profile or of one of its texts; Pillow refuses a whole image for more
 ROWS = 256  # of an image that are scaled at a time, so that no wide copy of all is held
 
 # Formats that Pillow only identifies; EPS, which it hands to Ghostscript to run; FITS, whose scale it ignores.
@@ -70,6 +71,7 @@ def image_formats():
     """(the formats that are decoded, their file name suffixes), with Pillow set up for large images, and for HEIF where
     pillow-heif is installed."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT
     warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of images up to twice as large
     with contextlib.suppress(ImportError):  # without it .heic files are passed over, which is said
         importlib.import_module("pillow_heif").register_heif_opener()
