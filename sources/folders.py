@@ -11,7 +11,7 @@ import numpy as np
 from runs.files import Damaged, Failure, reason, remove, write
 from sources import Facts, kept
 from sources.decode import plain
-from sources.listing import Found, find_images, is_class_folder, is_image
+from sources.listing import Found, find_images, has_class_folders, is_class_folder, is_image
 
 HELD_OUT = ("test", "val", "valid", "validation")  # the first that exists holds the test images
 NAMED = 20  # damaged images named on the screen
@@ -100,11 +100,14 @@ def _places(directory, test_fraction, say):
             f"{directory}/train/CLASS/IMAGE and {directory}/test/CLASS/IMAGE\n"
             "Of one folder of classes --test-fraction 0.2 takes a fifth of each class for the test."
         )
-    if held_out[0].name != "test":
-        say(f"{directory / 'test'} does not exist: the images of {held_out[0]} are the test set")
-    for other in held_out[1:]:
-        say(f"{other} is not used: the test set is {held_out[0]}")
-    return [train, held_out[0]]
+    test = next(filter(has_class_folders, held_out), held_out[0])
+    if test.name != "test":
+        why = "has no class folders" if held_out[0].name == "test" else "does not exist"
+        say(f"{directory / 'test'} {why}: the images of {test} are the test set")
+    for other in held_out:
+        if other not in (test, directory / "test"):
+            say(f"{other} is not used: the test set is {test}")
+    return [train, test]
 
 
 def _listing(top, say):
@@ -115,7 +118,7 @@ def _listing(top, say):
             inside = sorted(entries, key=lambda entry: entry.name)
         names = [entry.name for entry in inside if is_class_folder(entry)]
         listing = {name: find_images(os.path.join(top, name), real, seen) for name in names}
-        beside = Counter("images beside the class folders" for entry in inside if is_image(entry))
+        beside = Counter("beside the class folders" for entry in inside if is_image(entry))
     except OSError as error:
         raise Failure(f"cannot read {error.filename or top}: {reason(error)}.") from error
     if len(names) < 2:

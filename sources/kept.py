@@ -27,7 +27,7 @@ class Record:
     `file_keys`) and `sizes` in pixels, "640x480". `samples` are (kind, low, high) of those whose kind needs a range, by
     key; `ranges` are (black, white) by kind; `sha256` is that of the images."""
 
-    decoder: int = DECODER_VERSION
+    decoder: int = 0  # DECODER_VERSION at that time
     sha256: str = ""
     keys: list[str] = field(default_factory=list)
     sizes: list[str] = field(default_factory=list)
@@ -144,7 +144,11 @@ def _write(output, paths, keys, image_size, workers, old):
     """Writes the images of `paths` to a file as .npy, what `old` holds of them not decoded again; returns the Record
     and {key: why} of the damaged ones."""
     rows = {key: row for row, key in enumerate(old.record.keys)}
-    record, damaged, late = Record(), {}, {}  # late: (path, kind, is it old) of rows that wait for a range
+    record, damaged, late = (
+        Record(DECODER_VERSION),
+        {},
+        {},
+    )  # late: (path, kind, is it old) of rows that wait for a range
     blank = np.zeros((image_size, image_size, 3), np.uint8)
 
     def attempt(file):

@@ -8,7 +8,7 @@ from sources.decode import image_formats
 
 # What file managers, cameras' cards and network drives put beside images.
 SYSTEM_FOLDERS = {
-    "@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "system volume information",
+    "@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "system volume information",
     "lost+found", ".thumbnails", ".thumb", ".trash", ".trashes",
 }  # fmt: skip
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store"}
@@ -39,7 +39,7 @@ class Found:
         kinds = sorted(self.passed.items(), key=lambda item: (-item[1], item[0]))
         words = [f"{count:,} {kind}{_advice(kind)}" for kind, count in kinds[:LONGEST]]
         if rest := sum(count for _, count in kinds[LONGEST:]):
-            words.append(f"{rest:,} others")
+            words.append(f"{rest:,} of other kinds")
         return ", ".join(words)
 
 
@@ -50,6 +50,12 @@ def _advice(kind):
 def is_class_folder(entry):
     """Whether an entry of os.scandir may be the folder of a class."""
     return _is(entry.is_dir) and not entry.name.startswith(".") and entry.name.lower() not in SYSTEM_FOLDERS
+
+
+def has_class_folders(top):
+    """Whether a folder holds folders of classes."""
+    with os.scandir(top) as entries:
+        return any(map(is_class_folder, entries))
 
 
 def is_image(entry):
@@ -94,7 +100,7 @@ def find_images(folder, top=None, seen=None):
                 if name.startswith("."):
                     found.passed["hidden"] += 1
                 elif not _is(entry.is_file) and not entry.is_symlink():  # a pipe would never end
-                    found.passed["that are no files"] += 1
+                    found.passed["neither file nor folder"] += 1
                 elif suffix in suffixes:  # even of a link that leads nowhere, which is then named as damaged
                     found.paths.append(entry.path)
                 else:

@@ -55,7 +55,7 @@ def notes(record, tests, output):
     copies = msgspec.convert(record.get("copies", {}), Copies)
     skipped = msgspec.convert(record.get("skipped", {}), dict[str, dict[str, int]])
     counts = [f"{sum(lost.values()):,} {split}" for split, lost in skipped.items() if lost]
-    left_out = [f"{' and '.join(counts)} images that cannot be decoded were left out"] if counts else []
+    left_out = [f"images that cannot be decoded were left out: {', '.join(counts)}"] if counts else []
     return _warnings(copies, tests, output) + left_out
 
 
@@ -101,7 +101,7 @@ def _sizes(data):
     small = sum(count for size, count in sizes.items() if min(size) < data.image_size)
     least, most = (choose(sizes, key=lambda size: size[0] * size[1]) for choose in (min, max))
     often = max(sizes, key=sizes.get)
-    enlarged = f"; {small:,} are enlarged to {_by((data.image_size, data.image_size))}" if small else ""
+    enlarged = f"; smaller than {_by((data.image_size, data.image_size))} and enlarged: {small:,}" if small else ""
     return f"Sizes: from {_by(least)} to {_by(most)}, most often {_by(often)} ({sizes[often]:,}){enlarged}"
 
 

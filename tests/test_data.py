@@ -223,7 +223,7 @@ DAMAGES = {
     "other type": lambda path: np.save(path, np.load(path).view(np.int8)),
     "pickle": lambda path: np.save(path, np.array([{"an": "object"}], dtype=object), allow_pickle=True),
     "record is not JSON": lambda path: path.with_suffix(".json").write_text("{]"),
-    "record of another type": lambda path: path.with_suffix(".json").write_text('{"listed": 3}'),
+    "record of another type": lambda path: path.with_suffix(".json").write_text('{"keys": 3}'),
 }
 
 
