@@ -180,7 +180,9 @@ def _list_damaged(bad, cache):
         return None
     path = cache / "damaged.txt"
     if bad:
-        write(path, "".join(f"{each} {why}\n" for each, why in bad.items()).encode(errors="backslashreplace"))
+        content = "".join(f"{each} {why}\n" for each, why in bad.items()).encode(errors="backslashreplace")
+        if not (path.is_file() and path.read_bytes() == content):  # of a group one process writes
+            write(path, content)
     else:
         remove(path)
     return path

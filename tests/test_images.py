@@ -305,7 +305,7 @@ def test_sizes_and_many_classes_fit_one_screen(folder):
     assert said[0].endswith("; the largest has 10.5 times the training images of the smallest")
     assert (
         said[1].startswith("Sizes: from 16x16 to 29x30, most often 16x16 (24); ")
-        and "; smaller than 16x16 and enlarged: 77" in said[1]
+        and "; smaller than 16x16 and enlarged: 33" in said[1]
     )
 
 
