@@ -59,7 +59,7 @@ def load(
         if not skip_damaged:
             raise Damaged(_damage(bad, len(paths), listed))
         record["skipped"] = _skipped(names, labels, is_test, whole)
-        identity["skipped"] = sorted(_relative(path, directory) for path in bad)
+        record["skipped_files"] = identity["skipped"] = sorted(_relative(path, directory) for path in bad)
         say(_left_out(record["skipped"], len(bad), len(paths), listed))
 
     images, labels, train = decoded.images, labels[whole], int((whole & ~is_test).sum())

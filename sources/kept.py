@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from runs.files import Damaged, Failure, make_folder, read_json, reason, replacing, write_json
+from runs.files import Damaged, Failure, make_folder, read_json, reason, remove, replacing, write_json
 from sources.decode import DECODER_VERSION, NotDecoded, decide, decode
 
 CHUNK = 512  # images decoded before they are written
@@ -78,6 +78,7 @@ def load(paths, keys, image_size, workers, file=None):
     with replacing(file) as temporary, open(temporary, "wb+") as output:
         record, damaged = _write(output, paths, keys, image_size, workers, old)
         old = None  # Windows replaces no file that is mapped
+        remove(file.with_suffix(".json"))  # which would call the new images damaged, if this process ended in between
     write_json(file.with_suffix(".json"), asdict(record))
     return Kept(np.load(file, mmap_mode="c"), record, damaged)
 

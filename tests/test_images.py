@@ -239,6 +239,7 @@ def test_all_damage_is_listed_and_the_rest_is_kept(folder, monkeypatch):
     skipped = folder.load(skip_damaged=True)
     assert set(decoded) == {str(path) for path in (*places, bad)}  # only what may have been repaired
     assert skipped.facts.record["skipped"] == {"training": {"green": 24}, "test": {"red": 1}}
+    assert skipped.facts.record["skipped_files"][-1] == "train/green/zero23.png"
     assert "25 of 49 images (training: green 24; test: red 1)" in folder.said[-1]
     assert len(skipped.train_labels) == 15 and len(skipped.test_labels) == 9 and skipped.digest != clean
 
