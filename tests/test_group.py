@@ -131,7 +131,7 @@ kept._write = lambda *words: print("images are decoded", flush=True) or write(*w
     words = ("--train-teacher", "--seeds", 2, "--output-dir", tmp_path)
     got = launch(*flags, *words, processes=3, code=code)
     assert got.status == 0, got
-    assert got.out.count("images are decoded") == 1 and got.out.count("training and") == 1, got
+    assert got.out.count("images are decoded") == 1 and got.out.count("folder: 48 training and") == 1, got
     found, wanted = digests(tmp_path), digests(plain / "one")
     if Group(local_size=3).threads() == THREADS:
         assert found == {name: digest for name, digest in wanted.items() if name.startswith("teacher")}
