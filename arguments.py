@@ -37,6 +37,8 @@ TASKS = {
     "export": (("model",), "which only converts a finished model"),
 }
 
+FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # what --dataset folder alone takes; part of the data's digest
+
 SWITCH = {"action": "store_true"}
 
 
@@ -170,6 +172,9 @@ def parser():
            choices=("cifar10", "cifar100", "folder", "shapes"), metavar="{cifar10,cifar100,folder,shapes}")
     option("--data-dir", "where CIFAR is or is downloaded to, or the folder with train/CLASS/ and test/CLASS/",
            "data", type=path, metavar="DIR")
+    option("--test-fraction", "part of each class that becomes the test set, of a folder of classes without one",
+           type=number(0, 0.9, above=True), metavar="F")
+    option("--skip-damaged", "train without the images that cannot be decoded", **SWITCH)
     option("--data-url", "a mirror to download the CIFAR archive from", metavar="URL")
     option("--image-size", "height and width that images are resized to, 16 to 256", 32,
            type=integer(16, 256), metavar="N")
@@ -227,6 +232,9 @@ def parse(argv):
         raise Usage("--val-fraction needs a sweep: several values of --temperature or --alpha")
     if arguments.loss and arguments.sweep:
         raise Usage("--loss is compared at one temperature and alpha: choose these by a sweep without it first")
+    for name in FOLDER_OPTIONS:
+        if getattr(arguments, name) and arguments.dataset != "folder":
+            raise Usage(f"--{name.replace('_', '-')} is for --dataset folder")
     if arguments.data_url is not None:
         if arguments.dataset not in ("cifar10", "cifar100"):
             raise Usage("--data-url is for --dataset cifar10 or cifar100")

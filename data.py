@@ -7,7 +7,7 @@ is cropped, flipped and normalized at a time, on the device, without workers.
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,12 +16,13 @@ import models
 from models import generator
 from runs.files import Failure
 from runs.settings import VIEWS_VERSION
+from sources import Facts
 
 
 @dataclass(frozen=True)
 class Data:
     """Images as uint8 (N, S, S, 3), labels as int64 (N,); `mean` and `std` per channel, of the training images on a
-    scale of 0 to 1; `digest`, the SHA-256 of all of it."""
+    scale of 0 to 1; `digest`, the SHA-256 of all of it; `facts`, what else the source knows."""
 
     classes: tuple[str, ...]
     train_images: torch.Tensor
@@ -31,6 +32,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
+    facts: Facts = field(default_factory=Facts)
 
     @property
     def image_size(self):
@@ -59,11 +61,11 @@ class Data:
         return torch.cat(chosen).sort().values
 
 
-def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None):
+def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None, **folder):
     """The Data of `dataset` ("cifar10", "cifar100", "folder" or "shapes").
 
-    `cache` is the folder where decoded images of a "folder" are kept. Raises Failure where the data cannot be read or
-    are damaged, with the path and what to do.
+    `cache` is the folder where decoded images of a "folder" are kept, `folder` further arguments of
+    sources.folders.load. Raises Failure where the data cannot be read or are damaged, with the path and what to do.
     """
     if dataset in ("cifar10", "cifar100"):
         from sources import cifar  # only here, since importing torchvision takes a second
@@ -72,13 +74,14 @@ def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, c
     if dataset == "folder":
         from sources import folders
 
-        return from_arrays(*folders.load(data_dir, image_size, workers, cache))
+        arrays, facts = folders.load(data_dir, image_size, workers, cache, **folder)
+        return from_arrays(*arrays, facts=facts)
     from sources import shapes
 
     return from_arrays(*shapes.load(image_size))
 
 
-def from_arrays(classes, train_images, train_labels, test_images, test_labels):
+def from_arrays(classes, train_images, train_labels, test_images, test_labels, facts=None):
     """The Data of NumPy arrays, which may be memory-mapped: statistics and digest are computed here."""
     total, squares = np.zeros(3), np.zeros(3)
     for start in range(0, len(train_images), 4096):  # in parts, so that no wider copy of all images is ever held
@@ -88,7 +91,9 @@ def from_arrays(classes, train_images, train_labels, test_images, test_labels):
     count = train_images.size / 3
     mean = total / count / 255
     std = np.sqrt(np.maximum(squares / count / 255**2 - mean**2, 0))
-    content = hashlib.sha256(json.dumps([list(classes), train_images.shape, test_images.shape]).encode())
+    facts = facts or Facts()
+    described = [list(classes), train_images.shape, test_images.shape, *([facts.identity] if facts.identity else [])]
+    content = hashlib.sha256(json.dumps(described).encode())
     for array in (train_images, train_labels, test_images, test_labels):
         content.update(np.ascontiguousarray(array))
     return Data(
@@ -97,6 +102,7 @@ def from_arrays(classes, train_images, train_labels, test_images, test_labels):
         tuple(mean.tolist()),
         tuple(np.maximum(std, 1 / 255).tolist()),  # images of a single colour have no spread to divide by
         content.hexdigest(),
+        facts,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from arguments import FOLDER_OPTIONS
 from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Group, Tally, join
@@ -27,7 +28,7 @@ from use.tasks import do_task
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
     global Machine, Options, describe, describe_memory, start_machine, write_report
-    global data, distill, evaluate, models, plan, records, torch, train, trial
+    global data, distill, evaluate, models, plan, records, survey, torch, train, trial
     import torch
 
     import data
@@ -39,6 +40,7 @@ def import_modules():
     from runs.costs import describe_memory
     from runs.machine import Machine, describe, start_machine
     from runs.progress import Options
+    from sources import survey
     from train import evaluate, train
 
 
@@ -105,11 +107,16 @@ def start(arguments, stop, group, hooks, teachers):
         image_size=arguments.image_size,
         workers=arguments.num_workers,
         cache=Path(arguments.output_dir) / "data",
-    ).to(machine.device)
+        test_fraction=arguments.test_fraction,
+        skip_damaged=arguments.skip_damaged,
+        say=group.say,
+    )
     group.say(
         f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
         f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
     )
+    images = survey.look(loaded, arguments.output_dir, group.say)
+    loaded = loaded.to(machine.device)
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
     if len(transfer_set) < len(loaded.train_labels):
         group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
@@ -127,11 +134,10 @@ def start(arguments, stop, group, hooks, teachers):
         group.say(describe_memory(largest, network, loaded.image_size, batch, machine))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
-    typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "device", "precision", "compile")
+    typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "device", "precision", "compile", *FOLDER_OPTIONS)
     recorded = {name: getattr(arguments, name) for name in typed}
-    return Session(
-        arguments, loaded, transfer_set, machine, Options(arguments.save_every, stop, recorded, hooks, costs), group
-    )
+    options = Options(arguments.save_every, stop, recorded, images, hooks, costs)
+    return Session(arguments, loaded, transfer_set, machine, options, group)
 
 
 def train_teachers(session):

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -84,10 +84,10 @@ class Stage(nn.Module):
 class Network(nn.Module):
     """What teacher and student share: normalized images (B, 3, S, S), S from 16 up -> logits (B, classes).
 
-    A network read with `load` also knows `classes` (their names), `image_size`, `mean` and `std`.
+    A network read with `load` also knows `classes` (their names), `image_size`, `mean`, `std` and `ranges`.
     """
 
-    classes = image_size = mean = std = None
+    classes = image_size = mean = std = ranges = None
 
     def __init__(self, features, channels, classes):
         super().__init__()
@@ -281,9 +281,10 @@ class ModelFile:
     settings: dict[str, str | int | float | list[str] | None]
     accuracy: Share
     state_dict: dict[str, torch.Tensor]
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # as sources.decode.read_image takes them
 
 
-def save(path, network, architecture, *, classes, image_size, mean, std, settings, accuracy):
+def save(path, network, architecture, *, classes, image_size, mean, std, settings, accuracy, ranges=None):
     """Writes model.pt."""
     content = ModelFile(
         format=FORMAT,
@@ -296,13 +297,15 @@ def save(path, network, architecture, *, classes, image_size, mean, std, setting
         settings=settings,
         accuracy=accuracy,
         state_dict={name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()},
+        ranges={kind: list(span) for kind, span in (ranges or {}).items()},
     )
     save_checkpoint(path, vars(content))
 
 
 def load(path):
     """The network in a model.pt, on the CPU, in evaluation mode, with the file's `architecture`, `classes` (names),
-    `image_size`, `mean`, `std`, `settings` and test `accuracy` as attributes.
+    `image_size`, `mean`, `std`, `ranges` (how samples of more than 8 bits are scaled), `settings` and test `accuracy`
+    as attributes.
 
         network = models.load("outputs/kd-T4-a0.1-s0/model.pt")
         with torch.inference_mode():
@@ -323,7 +326,7 @@ def load(path):
         raise Damaged(f"{path} is damaged: its class names do not match its arguments.")
     network = ARCHITECTURES[file.architecture](len(file.classes))
     load_weights(network, file.state_dict, path)
-    for name in ("architecture", "classes", "image_size", "mean", "std", "settings", "accuracy"):
+    for name in ("architecture", "classes", "image_size", "mean", "std", "ranges", "settings", "accuracy"):
         setattr(network, name, getattr(file, name))
     return network.eval()
 

@@ -8,6 +8,11 @@ weights, test logits, history (its timing columns aside) and the printed block m
 for byte. A flip is one changed bit in model.pt or state.pt: it must be refused, or harmless. Ends with exit status 1 at
 any difference.
 
+    python benchmarks/soak.py --images 10000
+
+makes odd image files instead, of nearly every mode and format, cut short, misnamed, with much metadata or many frames
+(odd_images.py): each must become the right pixels or be named as damaged, and nothing else.
+
 The untouched run is `python main.py` itself. What is killed is the same program in a child of this process, which has
 imported PyTorch already: that saves seconds for every kill. Not for Windows, which has no fork.
 """
@@ -215,6 +220,48 @@ def unfinished_state(images, output):
     return folder / "state.pt"
 
 
+def check_images(count, seed, folder):
+    """Decodes `count` odd files (odd_images.py), all in one folder, as the program does. Returns how many became the
+    right pixels, how many were named as damaged, and a list of what went wrong: other pixels, a good image refused, one
+    that is none taken, or words on standard error (libtiff's own aside, which Pillow lets through)."""
+    from odd_images import SIZE, fuzz
+
+    from sources import kept
+    from sources.listing import find_images
+
+    folder.mkdir(parents=True)
+    files = {os.path.join(folder, os.fsdecode(odd.name)): odd for odd in fuzz(count, seed)}
+    for path, odd in files.items():
+        Path(path).write_bytes(odd.content)
+        odd.content = b""
+    paths = find_images(folder).paths
+    wrong = [f"passed over: {path!r}" for path in sorted(files.keys() - set(paths))]
+    keys = kept.file_keys(folder, paths)
+    with tempfile.TemporaryFile() as errors:
+        usual = os.dup(2)
+        os.dup2(errors.fileno(), 2)
+        try:
+            decoded = kept.load(paths, keys, SIZE, 2, folder.with_name("kept.npy"))
+        finally:
+            os.dup2(usual, 2)
+        errors.seek(0)
+        wrong += [f"said: {line!r}" for line in errors.read().splitlines() if not line.startswith(b"TIFF")]
+    images = dict(zip(decoded.record.keys, decoded.images, strict=True))
+    right = 0
+    for path, key in zip(paths, keys, strict=True):
+        odd = files[path]
+        if key in decoded.damaged:
+            if odd.expected is not None and not odd.may_fail:
+                wrong.append(f"refused: {odd.kind} {path!r} {decoded.damaged[key]}")
+        elif odd.expected is None:
+            wrong.append(f"taken: {odd.kind} {path!r}")
+        elif abs(images[key] - odd.expected).max() > odd.tolerance:
+            wrong.append(f"other pixels: {odd.kind} {path!r}, by {abs(images[key] - odd.expected).max():.0f}")
+        else:
+            right += 1
+    return right, len(decoded.damaged), wrong
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -222,7 +269,14 @@ def main():
     parser.add_argument("--epochs", type=int, default=5, help="of each run that is killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=1.0, help="seconds of training before a kill, at most")
+    parser.add_argument("--images", type=int, metavar="N", help="decode N odd image files instead of any kill or flip")
     arguments = parser.parse_args()
+    if arguments.images:
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+            right, named, wrong = check_images(arguments.images, arguments.seed, Path(folder) / "images")
+        print("".join(f"{line}\n" for line in wrong[:50]), end="")
+        print(f"{arguments.images} odd images: {right} became the right pixels, {named} were named, {len(wrong)} WRONG")
+        return int(bool(wrong))
     from conftest import make_images
 
     draws, epochs = random.Random(arguments.seed), arguments.epochs

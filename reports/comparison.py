@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from reports.fidelity import fidelity
@@ -20,6 +21,7 @@ from reports.statistics import (
 )
 from runs.files import Damaged, Failure, decode, read_json
 from runs.settings import PLAIN, Settings, run_name
+from sources import survey
 
 
 def _key(way, seed):
@@ -242,12 +244,20 @@ class Comparison:
                 )  # fmt: skip
         return entries
 
+    def notes(self):
+        """What must be said of the images beside the figures, lines; raises Damaged where that cannot be read."""
+        try:
+            return survey.notes(self.first.images or {}, len(self.labels), self.output)
+        except msgspec.ValidationError as error:
+            raise Damaged(f"{self.first.folder / 'run.json'} is damaged: images: {error}.") from None
+
     def as_dict(self):
         """The content of comparison.json. The teacher's `members` are the accuracies of the ensemble's teachers, each
         alone, in the order of their digests in the settings."""
         return {
             "settings": self.settings.as_dict(),
             "environment": self.environment,
+            "images": self.first.images,
             "classes": self.classes,
             "test_images_by_class": self.counts.tolist(),
             "teacher": self.teacher,

@@ -47,6 +47,7 @@ def page(comparison, figures):
         claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels), method(entry)),
         note=largest_class(comparison),
         environments=environments([run for run in comparison.runs if not run.settings.val_fraction]),
+        notes=comparison.notes(),
         where=costs.where(comparison),
         tables=_tables(comparison),
         figures=[(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode()) for path in drawn],

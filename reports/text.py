@@ -133,7 +133,7 @@ def details(comparison):
         differing = environments([run for run in comparison.runs if bool(run.settings.val_fraction) == sweep])
         if len(differing) > 1:
             text += f"Note that {who} were not all trained alike: " + "; ".join(differing) + ".\n"
-    return text
+    return text + "".join(f"Note that {note}.\n" for note in comparison.notes())
 
 
 def largest_class(comparison):

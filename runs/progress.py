@@ -26,12 +26,13 @@ REFRESH = 0.25  # seconds between progress figures
 @dataclass(frozen=True)
 class Options:
     """What all runs of a command share besides the machine: seconds between saved states within an epoch, the signal
-    handler, what run.json records without comparing it, functions of the user's own, and the Costs of "teacher" and
-    "student", and of all "teachers" together, if they are known."""
+    handler, what run.json records without comparing it (what was typed, and what the images are), functions of the
+    user's own, and the Costs of "teacher" and "student", and of all "teachers" together, if they are known."""
 
     save_every: float = 120.0
     stop: Stop = field(default_factory=Stop)
     recorded: dict = field(default_factory=dict)
+    images: dict | None = None
     hooks: Hooks = field(default_factory=Hooks)
     costs: dict | None = None
 
@@ -291,6 +292,7 @@ class Progress:
             settings=self.settings.as_dict(),
             environment=self.machine.environment() | {"device": ", then ".join(self.machines)},
             recorded=self.options.recorded,
+            images=self.options.images,
             **finished,
         )
         write_json(self.run.record, {k: v for k, v in vars(record).items() if v is not None})
@@ -329,6 +331,7 @@ class Progress:
             std=data.std,
             settings=self.settings.as_dict(),
             accuracy=result,
+            ranges=data.facts.ranges,
         )
         remove(self.run.state)
         return result

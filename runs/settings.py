@@ -116,6 +116,7 @@ class RunRecord:
     settings: Settings
     environment: dict
     recorded: dict  # what was typed, which does not identify the run
+    images: dict | None = None  # what was done to the images and found among them (sources.survey)
     seconds: Annotated[float, Meta(ge=0)] | None = None
     costs: dict[str, Costs] | None = None
     accuracy: Share | None = None

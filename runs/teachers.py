@@ -6,7 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from arguments import command
+from arguments import FOLDER_OPTIONS, command
 from runs.files import Damaged, Failure, read_json
 from runs.settings import RunRecord
 
@@ -60,7 +60,7 @@ def _unfinished(arguments, folder):
             name: getattr(settings, name) for name in ("epochs", "image_size", "batch_size", "weight_decay", "seed")
         }
         changed["lr"] = settings.learning_rate
-        typed = ("dataset", "data_dir", "device", "precision", "compile")
+        typed = ("dataset", "data_dir", "device", "precision", "compile", *FOLDER_OPTIONS)
         changed |= {name: record.recorded[name] for name in typed if name in record.recorded}
     except Damaged:
         progress = "its run.json is damaged"
@@ -86,7 +86,7 @@ def spare_teachers(paths, runs):
 
 def teacher_command(arguments, **changed):
     """The command that trains the teacher which these arguments need, some of them `changed`."""
-    names = ("dataset", "data_dir", "epochs", "image_size", "output_dir")
+    names = ("dataset", "data_dir", "epochs", "image_size", "output_dir", *FOLDER_OPTIONS)
     words = command({name: getattr(arguments, name) for name in names} | changed)
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 

@@ -1,1 +1,19 @@
-"""Where images come from. Each module returns (classes, train images, train labels, test images, test labels)."""
+"""Where images come from. Each source gives (classes, train images, train labels, test images, test labels)."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set besides its arrays.
+
+    `identity` is what its digest covers besides them; `ranges`, {kind: (black, white)}, how samples of more than 8 bits
+    were scaled (sources.decode); `record`, what run.json says of the images; `names`, the paths of the training and of
+    the test images, relative to the data folder; `sizes`, how many images are of which size, {"640x480": 3}.
+    """
+
+    identity: dict = field(default_factory=dict)
+    ranges: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
+    names: tuple[list, list] | None = None
+    sizes: dict = field(default_factory=dict)

@@ -1,200 +1,227 @@
 """Images in folders: DIRECTORY/train/CLASS/… and DIRECTORY/test/CLASS/…, decoded once and memory-mapped afterwards."""
 
-import functools
 import hashlib
-import json
+import itertools
 import os
-import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
-from runs.files import Damaged, Failure, make_folder, read_json, reason, replacing, write_json
+from runs.files import Damaged, Failure, reason, remove, write
+from sources import Facts, kept
+from sources.decode import plain
+from sources.listing import Found, find_images, has_class_folders, is_class_folder, is_image
 
-DECODER_VERSION = 2  # of `read_image`: raise it with any change of what it returns
-MAX_PIXELS = 100_000_000  # Pillow refuses images of more than twice as many
-CHUNK = 4096  # images decoded before they are written
-
-# Formats that Pillow only identifies, and EPS, which it hands to Ghostscript to run.
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+HELD_OUT = ("test", "val", "valid", "validation")  # the first that exists holds the test images
+NAMED = 20  # damaged images named on the screen
 
 
-def load(directory, image_size=32, workers=2, cache=None):
-    """The images of `directory`, decoded by `workers` threads.
+def load(
+    directory, image_size=32, workers=2, cache=None, *, test_fraction=None, skip_damaged=False, say=lambda line: None
+):
+    """The images of `directory`, decoded by `workers` threads, as (arrays, Facts): the arrays are (classes, training
+    images, training labels, test images, test labels).
 
-    Decoded images are kept in the folder `cache`, memory-mapped from there, and used again while names, sizes and times
-    of the image files are unchanged; without `cache` they are held in memory. Raises Failure where the folders are not
-    as they should be, and Damaged where an image cannot be decoded.
+    Decoded images are kept in the folder `cache` and memory-mapped from there; an image file whose name, size and time
+    are unchanged is not decoded again. Without `cache` they are held in memory. `test_fraction` of each class's images
+    become the test set of a folder that has none; with `skip_damaged` images that cannot be decoded are left out. What
+    was found is told to `say`, line by line. Raises Failure where the folders are not as they should be, and Damaged
+    where images cannot be decoded.
     """
-    directory = Path(directory)
-    splits = {split: _listing(directory, split) for split in ("train", "test")}
-    if list(splits["train"]) != list(splits["test"]):
-        odd = sorted(splits["train"].keys() ^ splits["test"].keys())
-        raise Failure(f"the classes in {directory}/train and {directory}/test differ: {', '.join(odd)} is in one only.")
-    # Class names that are not UTF-8 are escaped, since no other program could read them in the output files.
-    classes = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in splits["train"]]
-    paths = [path for listing in splits.values() for found in listing.values() for path in found]
-    labels = [np.repeat(np.arange(len(classes)), [len(found) for found in each.values()]) for each in splits.values()]
-    if cache is None:
-        images = np.concatenate([*_decoded(paths, image_size, workers)])
-    else:
-        listed = _fingerprint(directory, paths, classes, image_size)
-        place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:12]
-        images = _cached(Path(cache) / f"images-{place}-{image_size}.npy", listed, paths, image_size, workers)
-    train, test = images[: len(labels[0])], images[len(labels[0]) :]
-    return classes, train, labels[0], test, labels[1]
+    directory, cache = Path(directory), cache and Path(cache)
+    places = _places(directory, test_fraction, say)
+    splits = [_listing(place, say) for place in places]
+    names = list(splits[0])
+    if names != list(splits[-1]):
+        odd = ", ".join(sorted(splits[0].keys() ^ splits[1].keys()))
+        raise Failure(f"the classes in {places[0]} and {places[1]} differ: {odd} is in one only.")
+    place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:12]
+    if test_fraction:
+        splits = _split(directory, splits[0], test_fraction, workers, cache and cache / f"contents-{place}.json")
+    paths = [path for listing in splits for found in listing.values() for path in found]
+    counts = [[len(found) for found in listing.values()] for listing in splits]
+    labels = np.repeat(np.tile(np.arange(len(names)), 2), [*counts[0], *counts[1]])
+    is_test = np.arange(len(paths)) >= sum(counts[0])
+
+    keys = kept.file_keys(directory, paths)
+    decoded = kept.load(paths, keys, image_size, workers, cache and cache / f"images-{place}-{image_size}.npy")
+    ranges = decoded.record.ranges
+    _say_ranges(decoded.record, say)
+    record = {"test_fraction": test_fraction} if test_fraction else {"test_folder": places[1].name}
+    identity = {"test_fraction": test_fraction} if test_fraction else {}
+    if ranges:
+        record["ranges"] = ranges
+    whole = np.array([key not in decoded.damaged for key in keys])
+    bad = {paths[number]: decoded.damaged[keys[number]] for number in np.flatnonzero(~whole)}
+    listed = _list_damaged(bad, cache)
+    if bad:
+        if not skip_damaged:
+            raise Damaged(_damage(bad, len(paths), listed))
+        record["skipped"] = _skipped(names, labels, is_test, whole)
+        record["skipped_files"] = identity["skipped"] = sorted(_relative(path, directory) for path in bad)
+        say(_left_out(record["skipped"], len(bad), len(paths), listed))
+
+    images, labels, train = decoded.images, labels[whole], int((whole & ~is_test).sum())
+    arrays = ([_readable(name) for name in names], images[:train], labels[:train], images[train:], labels[train:])
+    good = [_relative(path, directory) for path in itertools.compress(paths, whole)]
+    sizes = dict(Counter(decoded.record.sizes).most_common())
+    return arrays, Facts(identity, ranges, record, (good[:train], good[train:]), sizes)
 
 
-@functools.cache
-def _formats():
-    """(the formats that are decoded, their file name suffixes), with Pillow set up for large images."""
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from here to twice as many
-    suffixes = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    formats = sorted(set(suffixes.values()) - NOT_DECODED)
-    return formats, frozenset(suffix for suffix, kind in suffixes.items() if kind in formats)
+def _readable(name):
+    """A class name as other programs can read it: what is not UTF-8 is escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def find_images(folder):
-    """The paths of the images in `folder` and below it, as text (60,000 Paths take a second), sorted within each
-    folder; hidden files and other suffixes are passed over. Raises OSError where a folder cannot be read."""
-    suffixes = _formats()[1]
-
-    def unreadable(error):
-        raise error
-
-    for parent, folders, file_names in os.walk(folder, onerror=unreadable):
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
-        for file_name in sorted(file_names):
-            if not file_name.startswith(".") and os.path.splitext(file_name)[1].lower() in suffixes:
-                yield os.path.join(parent, file_name)
+def _relative(path, directory):
+    return _readable(path[len(os.path.join(directory, "")) :]).replace(os.sep, "/")
 
 
-def _listing(directory, split):
-    """{class name: [image paths]} of one split, sorted."""
-    top = directory / split
-    if not top.is_dir():
+def _places(directory, test_fraction, say):
+    """The folders of classes: of the training and of the test images, or, with `test_fraction`, the only one."""
+    train = directory / "train"
+    held_out = [directory / name for name in HELD_OUT if (directory / name).is_dir()]
+    if test_fraction:
+        if held_out:
+            raise Failure(f"{held_out[0]} holds test images already: leave --test-fraction out, or remove that folder.")
+        place = train if train.is_dir() else directory
+        if not place.is_dir():
+            raise Failure(
+                f"{place} does not exist. --test-fraction needs one folder of classes: {directory}/CLASS/IMAGE"
+            )
+        return [place]
+    if not train.is_dir() or not held_out:
+        what = f"{train} does not exist"
+        if train.is_dir():
+            what = f"{directory / 'test'} does not exist, nor {', '.join(HELD_OUT[1:-1])} or {HELD_OUT[-1]} beside it"
         raise Failure(
-            f"{top} does not exist. An image folder has one sub-folder per class in train and in test:\n"
-            f"{directory}/train/CLASS/IMAGE and {directory}/test/CLASS/IMAGE"
+            f"{what}. An image folder has one sub-folder per class in train and in test:\n"
+            f"{directory}/train/CLASS/IMAGE and {directory}/test/CLASS/IMAGE\n"
+            "Of one folder of classes --test-fraction 0.2 takes a fifth of each class for the test."
         )
+    test = next(filter(has_class_folders, held_out), held_out[0])
+    if test.name != "test":
+        why = "has no class folders" if held_out[0].name == "test" else "does not exist"
+        say(f"{directory / 'test'} {why}: the images of {test} are the test set")
+    for other in held_out:
+        if other not in (test, directory / "test"):
+            say(f"{other} is not used: the test set is {test}")
+    return [train, test]
+
+
+def _listing(top, say):
+    """{class name: [image paths]} of the folder `top`, sorted."""
+    seen, real = {os.path.realpath(top)}, os.path.realpath(top)
     try:
-        names = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        listing = {name: list(find_images(os.path.join(directory, split, name))) for name in names}
+        with os.scandir(top) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+        names = [entry.name for entry in inside if is_class_folder(entry)]
+        listing = {name: find_images(os.path.join(top, name), real, seen) for name in names}
+        beside = Counter("beside the class folders" for entry in inside if is_image(entry))
     except OSError as error:
         raise Failure(f"cannot read {error.filename or top}: {reason(error)}.") from error
     if len(names) < 2:
         count = f"{len(names) or 'no'} class folder{'s' * (len(names) != 1)}"
         raise Failure(f"{top} has {count}, but at least two classes are needed.")
     for name, found in listing.items():
-        if not found:
-            raise Failure(f"{top / name} holds no image. Put images there, or remove the folder.")
-    return listing
+        if not found.paths:
+            only = f" that can be read, only {found.passed_over()}" if found.passed else ""
+            raise Failure(f"{top / name} holds no image{only}. Put images there, or remove the folder.")
+    every = Found([path for found in listing.values() for path in found.paths], beside)
+    for found in listing.values():
+        every.passed.update(found.passed)
+    words = every.passed_over()
+    say(f"{top}: {len(every.paths):,} images taken" + (f"; passed over: {words}" if words else ""))
+    return {name: found.paths for name, found in listing.items()}
 
 
-def _fingerprint(directory, paths, classes, image_size):
-    """The SHA-256 of what decoded images depend on: the files' names, sizes and times, classes, size, decoder."""
-    listed = hashlib.sha256(json.dumps([DECODER_VERSION, image_size, classes]).encode())
-    beginning = len(os.path.join(directory, ""))
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise Failure(f"cannot read {path}: {reason(error)}.") from error
-        listed.update(os.fsencode(f"{path[beginning:]}\0{status.st_size}\0{status.st_mtime_ns}\0"))
-    return listed.hexdigest()
+def _split(directory, listing, fraction, workers, contents):
+    """The listing as two, training and test images: of each class `fraction` are test images, those whose files have
+    the lowest SHA-256. So names and order decide nothing, and copies of a file stay together."""
+    paths = [path for found in listing.values() for path in found]
+    hashes = kept.content_hashes(paths, kept.file_keys(directory, paths), workers, contents)
+    hashes = dict(zip(paths, hashes, strict=True))
+    train, test = {}, {}
+    for name, found in listing.items():
+        different = sorted({hashes[path] for path in found})
+        if len(different) < 2:
+            raise Failure(f"class {name} has one image only (copies aside): --test-fraction needs two or more of each.")
+        wanted, taken, chosen = max(1, round(fraction * len(found))), 0, set()
+        copies = Counter(hashes[path] for path in found)
+        for each in different[:-1]:  # at least one is left for training
+            if taken >= wanted:
+                break
+            chosen.add(each)
+            taken += copies[each]
+        train[name] = [path for path in found if hashes[path] not in chosen]
+        test[name] = [path for path in found if hashes[path] in chosen]
+    return [train, test]
 
 
-def _cached(file, listed, paths, image_size, workers):
-    """The images of `paths` as a memory map of `file`, decoded first unless `file` holds them already."""
-    record, shape = file.with_suffix(".json"), (len(paths), image_size, image_size, 3)
-    if file.is_file() and record.is_file():
-        try:
-            images = _kept(file, record, listed, shape)
-            if images is not None:
-                return images
-        except Failure as error:
-            tqdm.write(f"{error} The images are decoded again.", file=sys.stderr)
-    make_folder(file.parent)
-    total = hashlib.sha256()
-    with replacing(file) as temporary, open(temporary, "wb") as output:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(output, header)
-        for images in _decoded(paths, image_size, workers):
-            output.write(images)
-            total.update(images)
-    write_json(record, {"listed": listed, "sha256": total.hexdigest()})
-    return np.load(file, mmap_mode="c")
+# In words -------------------------------------------------------------------------------------------------------------
 
 
-def _kept(file, record, listed, shape):
-    """The images kept in `file`, memory-mapped, or None where they are not those that are `listed`; raises Failure
-    where they cannot be read, and Damaged where they are damaged."""
-    kept = read_json(record, dict[str, str])
-    if kept.get("listed") != listed:
+def _say_ranges(record, say):
+    """One line for each kind of samples of more than 8 bits."""
+    for kind, (black, white) in record.ranges.items():
+        found = [(low, high) for each, low, high in record.samples.values() if each == kind]
+        low, high = min(low for low, _ in found), max(high for _, high in found)
+        say(
+            f"Images with {kind} samples: {len(found):,}, from {plain(low)} to {plain(high)}. "
+            f"In all of them {plain(black)} becomes black and {plain(white)} white"
+        )
+
+
+def _list_damaged(bad, cache):
+    """Writes the list of damaged images, {path: why}, to damaged.txt in `cache`, or removes it where there are none;
+    returns its path, or None without `cache`."""
+    if cache is None:
         return None
-    try:
-        images = np.load(file, mmap_mode="c")
-    except OSError as error:
-        raise Failure(f"cannot read {file}: {reason(error)}.") from None
-    except Exception:  # ValueError, EOFError, BadZipFile, TokenError, ...
-        raise Damaged(f"{file} is damaged: it does not hold an array.") from None
-    if images.shape != shape or images.dtype != np.uint8 or _sha256(images) != kept.get("sha256"):
-        raise Damaged(f"{file} is damaged: its checksum does not match.")
-    return images
+    path = cache / "damaged.txt"
+    if bad:
+        content = "".join(f"{each} {why}\n" for each, why in bad.items()).encode(errors="backslashreplace")
+        if not (path.is_file() and path.read_bytes() == content):  # of a group one process writes
+            write(path, content)
+    else:
+        remove(path)
+    return path
 
 
-def _sha256(images):
-    return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+def _damage(bad, count, listed):
+    """What to say of images that cannot be decoded."""
+    lines = [f"  {path} {why}" for path, why in itertools.islice(bad.items(), NAMED)]
+    return "\n".join(
+        [
+            f"{len(bad):,} of {count:,} images cannot be decoded{' (what was decoded is kept)' if listed else ''}:",
+            *lines,
+            *([f"  and {len(bad) - NAMED:,} more"] if len(bad) > NAMED else []),
+            (f"All are listed in {listed}. " if listed else "")
+            + "Repair or remove them, or train without them: --skip-damaged",
+        ]
+    )
 
 
-def _decoded(paths, image_size, workers):
-    """The images of `paths` as uint8 arrays (up to CHUNK, S, S, 3), one after another."""
-    with (
-        tqdm(total=len(paths), desc="decoding images", unit=" images", disable=None) as bar,
-        ThreadPoolExecutor(max(1, workers)) as pool,  # Pillow decodes outside the interpreter's lock
-    ):
-        for start in range(0, len(paths), CHUNK):
-            part = paths[start : start + CHUNK]
-            images = np.empty((len(part), image_size, image_size, 3), np.uint8)
-            try:
-                for position, image in enumerate(pool.map(lambda path: read_image(path, image_size), part)):
-                    images[position] = image
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            yield images
+def _skipped(names, labels, is_test, whole):
+    """How many images of each class are left out: {"training": {class: count}, "test": {class: count}}. Raises Failure
+    where no image of a class is left."""
+    skipped = {}
+    for split, part in (("training", ~is_test), ("test", is_test)):
+        lost = Counter(labels[part & ~whole].tolist())
+        left = Counter(labels[part & whole].tolist())
+        empty = next((names[label] for label in lost if not left[label]), None)
+        if empty is not None:
+            raise Failure(f"--skip-damaged would leave no {split} image of the class {empty}.")
+        skipped[split] = {_readable(names[label]): lost[label] for label in sorted(lost)}
+    return skipped
 
 
-def read_image(path, image_size):
-    """One image of any size and mode -> uint8 array (image_size, image_size, 3).
-
-    EXIF orientation is applied, 16-bit grey scaled to 8 bits, transparency laid over white; the image is resized so
-    that it covers the square, and centre-cropped. Raises Damaged with the path where Pillow cannot decode it.
-    """
-    formats, _ = _formats()
-    try:
-        with Image.open(path, formats=formats) as image:
-            image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes to an eighth of the size and up
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-            if image.size != (image_size, image_size):
-                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-            if image.mode == "RGBA":
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return np.array(image)
-    except FileNotFoundError:
-        raise Failure(f"cannot read {path}: No such file or directory.") from None
-    except UnidentifiedImageError:
-        raise Damaged(f"{path} cannot be decoded: it is not an image of a known format.") from None
-    except Exception as error:  # Pillow's plugins raise nearly every kind of exception on a damaged file
-        why = str(error).rstrip(".") or type(error).__name__
-        raise Damaged(f"{path} cannot be decoded as an image: {why}.") from error
+def _left_out(skipped, bad, count, listed):
+    """The line that says what --skip-damaged leaves out."""
+    classes = "; ".join(
+        f"{split}: " + ", ".join(f"{name} {number:,}" for name, number in lost.items())
+        for split, lost in skipped.items()
+        if lost
+    )
+    where = f", listed in {listed}" if listed else ""
+    return f"Left out, since they cannot be decoded: {bad:,} of {count:,} images ({classes}){where}"

@@ -229,9 +229,9 @@ def test_batch_sizes_and_a_single_step(quick, images, tmp_path):
 def test_options_reach_what_they_are_about(cli, flags, tmp_path, monkeypatch):
     workers, runs, load = [], [], folders.load
 
-    def load_folder(directory, image_size, count, cache):
+    def load_folder(directory, image_size, count, cache, **rest):
         workers.append(count)
-        return load(directory, image_size, count, cache)
+        return load(directory, image_size, count, cache, **rest)
 
     monkeypatch.setattr(folders, "load", load_folder)
     monkeypatch.setattr(train, "train", lambda run, data, machine, options, **_: runs.append((run, options)) or 0.0)

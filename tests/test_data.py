@@ -20,7 +20,9 @@ import train
 from runs.files import Damaged, Failure
 from runs.lock import lock
 from runs.signals import Interrupted
-from sources import cifar, folders
+from sources import cifar
+from sources import kept as kept_images
+from sources.decode import decode, read_image
 
 # Folders -------------------------------------------------------------------------------------------------------------
 
@@ -69,7 +71,7 @@ PALETTE = half((10, 200, 30), (200, 10, 30)).convert("P", palette=Image.Palette.
 def test_every_mode_becomes_rgb(tmp_path, name, image, left, right):
     path = tmp_path / name
     (image or half((10, 20, 30), (200, 100, 0))).save(path, **({"lossless": True} if name.endswith("webp") else {}))
-    got = folders.read_image(path, 20)
+    got = read_image(path, 20)
     assert got.shape == (20, 20, 3) and got.dtype == np.uint8
     np.testing.assert_allclose(got[10, 3], left, atol=2)
     np.testing.assert_allclose(got[10, 16], right, atol=2)
@@ -79,7 +81,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn: the left side becomes the top
     half((250, 0, 0), (0, 0, 250)).save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
-    got = folders.read_image(tmp_path / "turned.jpg", 20).astype(int)
+    got = read_image(tmp_path / "turned.jpg", 20).astype(int)
     assert got[2, 10, 0] > 200 > 50 > got[2, 10, 2] and got[17, 10, 2] > 200
 
 
@@ -87,14 +89,14 @@ def test_images_are_resized_and_centre_cropped(tmp_path):
     wide = Image.new("RGB", (90, 30), "red")
     wide.paste("blue", (30, 0, 60, 30))
     wide.save(tmp_path / "wide.png")
-    assert (folders.read_image(tmp_path / "wide.png", 30) == (0, 0, 255)).all()
+    assert (read_image(tmp_path / "wide.png", 30) == (0, 0, 255)).all()
     Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "dot.png")
-    assert (folders.read_image(tmp_path / "dot.png", 16) == (7, 8, 9)).all()
+    assert (read_image(tmp_path / "dot.png", 16) == (7, 8, 9)).all()
 
 
 def test_an_image_of_a_hundred_million_pixels_is_read(tmp_path):
     Image.new("L", (10_000, 10_000), 77).save(tmp_path / "large.png", compress_level=1)
-    assert (folders.read_image(tmp_path / "large.png", 32) == 77).all()
+    assert (read_image(tmp_path / "large.png", 32) == 77).all()
 
 
 def test_odd_names_nested_folders_hidden_files_and_other_suffixes(tmp_path):
@@ -134,7 +136,7 @@ def test_workers_do_not_change_what_is_decoded(images, workers):
 
 def test_more_images_than_are_decoded_at_a_time(images, tmp_path, monkeypatch):
     whole = load_folder(images)
-    monkeypatch.setattr(folders, "CHUNK", 5)
+    monkeypatch.setattr(kept_images, "CHUNK", 5)
     assert load_folder(images).digest == whole.digest
     assert load_folder(images, cache=tmp_path).digest == whole.digest
 
@@ -168,8 +170,8 @@ def kept(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths of the images that are decoded, in any order."""
-    paths, read_image = [], folders.read_image
-    monkeypatch.setattr(folders, "read_image", lambda path, size: paths.append(path) or read_image(path, size))
+    paths = []
+    monkeypatch.setattr(kept_images, "decode", lambda path, *rest: paths.append(path) or decode(path, *rest))
     return paths
 
 
@@ -191,7 +193,7 @@ def test_decoded_images_are_kept_until_an_image_changes(kept, decoded):
     changed.write_bytes(content)
     os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     decoded.clear()
-    assert kept.load().digest == first.digest and len(decoded) == 15  # another time, though the same size
+    assert kept.load().digest == first.digest and decoded == [str(changed)]  # another time, though the same size
 
 
 def test_kept_images_are_mapped_and_the_file_never_changes(kept):
@@ -222,7 +224,7 @@ DAMAGES = {
     "other type": lambda path: np.save(path, np.load(path).view(np.int8)),
     "pickle": lambda path: np.save(path, np.array([{"an": "object"}], dtype=object), allow_pickle=True),
     "record is not JSON": lambda path: path.with_suffix(".json").write_text("{]"),
-    "record of another type": lambda path: path.with_suffix(".json").write_text('{"listed": 3}'),
+    "record of another type": lambda path: path.with_suffix(".json").write_text('{"keys": 3}'),
 }
 
 
@@ -246,29 +248,30 @@ def test_kept_images_without_their_record_are_decoded_again(kept, capsys):
     assert not capsys.readouterr().err  # nothing is damaged: the program ended between the two files
 
 
-@pytest.mark.parametrize("error", [Interrupted(2), KeyboardInterrupt(), Damaged("no image"), MemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [Interrupted(2), KeyboardInterrupt(), Failure("no more files"), MemoryError()], ids=repr
+)
 @pytest.mark.parametrize("position", [0, 9])
 def test_an_interrupted_decoding_keeps_nothing(kept, monkeypatch, error, position):
-    read_image = folders.read_image
     paths = sorted(str(path) for split in ("train", "test") for path in kept.images.glob(f"{split}/*/*"))
 
-    def interrupted(path, image_size):
-        if path == paths[position]:
+    def interrupted(path, image_size, ranges):
+        if path in (paths[position], str(changed)):
             raise error
-        return read_image(path, image_size)
+        return decode(path, image_size, ranges)
 
-    monkeypatch.setattr(folders, "CHUNK", 4)  # so that some images were written before
+    changed = kept.images / "test" / "red" / "00.png"
+    monkeypatch.setattr(kept_images, "CHUNK", 4)  # so that some images were written before
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "read_image", interrupted)
+        patch.setattr(kept_images, "decode", interrupted)
         with pytest.raises(type(error)):
             kept.load()
     assert not kept.files()
     first, before = kept.load().digest, kept.files()
 
-    changed = kept.images / "test" / "red" / "00.png"  # what was kept before an interruption stays
-    Image.new("RGB", (16, 16), "white").save(changed)
+    Image.new("RGB", (16, 16), "white").save(changed)  # what was kept before an interruption stays
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "read_image", interrupted)
+        patch.setattr(kept_images, "decode", interrupted)
         with pytest.raises(type(error)):
             kept.load()
     assert kept.files() == before and kept.load().digest != first

@@ -125,14 +125,14 @@ def students(flags, output):
 @pytest.mark.slow
 def test_teachers_more_processes_than_runs_and_images_decoded_once(flags, plain, tmp_path):
     code = """
-from sources import folders
-decoded = folders._decoded
-folders._decoded = lambda *words: print("images are decoded", flush=True) or decoded(*words)
+from sources import kept
+write = kept._write
+kept._write = lambda *words: print("images are decoded", flush=True) or write(*words)
 """
     words = ("--train-teacher", "--seeds", 2, "--output-dir", tmp_path)
     got = launch(*flags, *words, processes=3, code=code)
     assert got.status == 0, got
-    assert got.out.count("images are decoded") == 1 and got.out.count("training and") == 1, got
+    assert got.out.count("images are decoded") == 1 and got.out.count("folder: 48 training and") == 1, got
     found, wanted = digests(tmp_path), digests(plain / "one")
     if Group(local_size=3).threads() == THREADS:
         assert found == {name: digest for name, digest in wanted.items() if name.startswith("teacher")}

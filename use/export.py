@@ -8,7 +8,7 @@
     probabilities = session.run(None, {"images": numpy.asarray(image)[None]})[0][0]
     print(classes[probabilities.argmax()], probabilities.max())
 
-They resize as a stretch where the program crops (sources.folders.read_image), which is the same for square images.
+They resize as a stretch where the program crops (sources.decode.read_image), which is the same for square images.
 """
 
 import importlib.util

@@ -1,6 +1,7 @@
 """Which model and which images a command uses, found before PyTorch is imported."""
 
 import os
+import sys
 from pathlib import Path
 
 from runs.files import Damaged, Failure, read_json, reason
@@ -56,17 +57,22 @@ def find_images(paths):
 
     Raises Failure where a path does not exist, or a folder cannot be read or holds no image.
     """
-    from sources import folders  # only here, since importing Pillow takes a moment
+    from sources import listing  # only here, since importing Pillow takes a moment
 
     images = []
     for path in paths:
         if os.path.isdir(path):
             try:
-                found = list(folders.find_images(path))
+                inside = listing.find_images(path)
             except OSError as error:
                 raise Failure(f"cannot read {error.filename or path}: {reason(error)}.") from error
+            found, passed_over = inside.paths, inside.passed_over()
             if not found:
-                raise Failure(f"{path} holds no image.")
+                raise Failure(
+                    f"{path} holds no image{f' that can be read, only {passed_over}' if passed_over else ''}."
+                )
+            if passed_over:
+                print(f"{path}: {len(found):,} images taken; passed over: {passed_over}", file=sys.stderr)
         elif os.path.exists(path):
             found = [path]
         else:

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,6 +29,7 @@ def predict(arguments):
 
     import models
     from runs.machine import start_machine
+    from sources.decode import DOCUMENTED, plain
     from train import evaluate
 
     network = models.load(path)
@@ -36,6 +38,7 @@ def predict(arguments):
     network.to(**machine.place)
     classes, labelled, right, failures = network.classes, 0, 0, 0
     numbers = {name: number for number, name in enumerate(classes)}
+    ranges, kinds = DOCUMENTED | network.ranges, Counter()
     _write([COLUMNS])
     with (
         tqdm(total=len(found), desc=f"{path.parent.name}: predicting", unit=" images", disable=None) as bar,
@@ -44,7 +47,7 @@ def predict(arguments):
         size = models.inference_batch(device, network.image_size)  # as for the test set; and memory is bounded
         for start in range(0, len(found), size):
             part = found[start : start + size]
-            images = _decode(part, network.image_size, pool)
+            images = _decode(part, network.image_size, ranges, pool, kinds)
             failures += len(part) - len(images)
             rows = []
             if images:
@@ -63,18 +66,27 @@ def predict(arguments):
     if labelled:
         share = f"{right / labelled:.4f} ({right:,} of {labelled:,} images)"
         print(f"Accuracy where a folder is named like the class: {share}", file=sys.stderr)
+    for kind in sorted(kinds.keys() - network.ranges.keys()):
+        black, white = map(plain, ranges[kind])
+        print(
+            f"Images with {kind} samples: {kinds[kind]:,}, but the model was trained on none such. {black} was taken "
+            f"for black and {white} for white",
+            file=sys.stderr,
+        )
     if failures:
         raise Failure(f"{failures:,} of {len(found):,} images could not be decoded; they are named above.")
 
 
-def _decode(part, image_size, pool):
+def _decode(part, image_size, ranges, pool, kinds):
     """{position in `part`: uint8 image (S, S, 3)} of those that can be decoded; the others are named on standard
-    error."""
-    from sources.folders import read_image
+    error. Counts in `kinds` the images of each kind of samples that needs one of `ranges`."""
+
+    from sources.decode import decode, no_range
 
     def read(item):
         try:
-            return read_image(item[0], image_size)
+            decoded = decode(item[0], image_size, ranges)
+            return decoded if decoded.pixels is not None else no_range(item[0], decoded.kind)
         except Failure as error:
             return error
 
@@ -84,7 +96,8 @@ def _decode(part, image_size, pool):
             if isinstance(image, Failure):
                 tqdm.write(str(image), file=sys.stderr)
             else:
-                images[position] = image
+                images[position] = image.pixels
+                kinds.update([image.kind] if image.kind else [])
     except BaseException:
         pool.shutdown(cancel_futures=True)
         raise

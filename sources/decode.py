@@ -1,0 +1,301 @@
+"""One image file becomes pixels, whatever its samples are: 8 bits, 16 or 32, or floating-point numbers.
+
+Which sample is white in an image of more than 8 bits no file says, except in formats that declare it: 16 bits may hold
+12-bit values, floats lie from 0 to 1 or to 255. So a range is decided once for each kind of sample in a whole data set
+(`decide`) and holds for all of its images; one of its own for every image would make them incomparable.
+"""
+
+import contextlib
+import errno
+import functools
+import importlib
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from runs.files import Damaged, Failure, reason
+
+DECODER_VERSION = 3  # of `decode`: raise it with any change of what it returns
+MAX_PIXELS = 100_000_000  # Pillow refuses images of more than twice as many
+MAX_TEXT = 16 << 20  # bytes of a PNG's colour profile or of one of its texts; Pillow refuses a whole image for more
+ROWS = 256  # of an image that are scaled at a time, so that no wide copy of all is held
+
+# Formats that Pillow only identifies; EPS, which it hands to Ghostscript to run; FITS, whose scale it ignores.
+NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+# Where no data set decides; other kinds have none.
+DOCUMENTED = {"16-bit": (0, 65535), "floating-point": (0, 1)}
+
+ORIENTATION = 0x0112  # in EXIF; how an image is turned by each
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # in TIFF
+WIDE = re.compile(r"(LA|RGB|RGBA|RGBX|RGBa|CMYK|L);16([BLN])$")  # Pillow's names of 16-bit layouts it cuts to 8 bits
+PACKED = {"L;2": 85, "L;4": 17}  # its names of grey samples of 2 and 4 bits, and what it multiplies them with
+
+
+BEGINNINGS = {
+    b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+}  # fmt: skip
+
+
+class NotDecoded(Damaged):
+    """An image file that cannot be decoded; `why` is its text without the path."""
+
+    def __init__(self, path, why):
+        super().__init__(f"{path} {why}")
+        self.why = why
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """`pixels` are uint8 (S, S, 3), or None where the range of its `kind` is not known yet; `size` is the file's own,
+    (width, height); `kind` is that of samples which need a range, with their extremes `low` and `high`, else None."""
+
+    pixels: np.ndarray | None
+    size: tuple[int, int]
+    kind: str | None = None
+    low: float = 0
+    high: float = 0
+
+
+@functools.cache
+def image_formats():
+    """(the formats that are decoded, their file name suffixes), with Pillow set up for large images, and for HEIF where
+    pillow-heif is installed."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT
+    warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of images up to twice as large
+    with contextlib.suppress(ImportError):  # without it .heic files are passed over, which is said
+        importlib.import_module("pillow_heif").register_heif_opener()
+    suffixes = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    formats = sorted(set(suffixes.values()) - NOT_DECODED)
+    return formats, frozenset(suffix for suffix, kind in suffixes.items() if kind in formats)
+
+
+def read_image(path, image_size, ranges=None):
+    """One image of any size and mode -> uint8 array (image_size, image_size, 3).
+
+    EXIF orientation is applied, transparency laid over white; the image is resized so that it covers the square, and
+    centre-cropped. Samples of more than 8 bits are scaled by `ranges`, {kind: (black, white)}, as a model has them in
+    its `ranges`, or else from 0 to 65,535 (16 bits) and from 0 to 1 (floating-point). Raises Damaged with the path
+    where the image cannot be decoded, or holds samples outside of their range.
+    """
+    ranges = DOCUMENTED | (ranges or {})
+    decoded = decode(path, image_size, ranges)
+    if decoded.pixels is None:
+        raise no_range(path, decoded.kind)
+    return decoded.pixels
+
+
+def no_range(path, kind):
+    """The NotDecoded of an image whose samples are of a `kind` that has no range."""
+    return NotDecoded(path, f"cannot be decoded as an image: its samples are {kind}, and no range is known for them.")
+
+
+def decode(path, image_size, ranges):
+    """The Decoded of a file, without pixels where the range of its kind of samples is not in `ranges`; raises
+    NotDecoded."""
+    formats, _ = image_formats()
+    try:
+        with Image.open(path, formats=formats) as image:
+            size, layout = image.size, _layout(image)
+            if layout in PACKED and "transparency" in image.info:  # Pillow does not scale the transparent grey along
+                image.info["transparency"] *= PACKED[layout]
+            image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes to an eighth of the size and up
+            image.load()
+            orientation = _orientation(image)
+            deep, found = _deep(image, layout, path), ()
+            if deep:
+                if deep.declared is None:
+                    found = (deep.kind, *deep.extremes())
+                    if deep.kind not in ranges:
+                        return Decoded(None, size, *found)
+                image = deep.as_8_bits(*(deep.declared or ranges[deep.kind]))
+            if orientation in TURNS:
+                image = image.transpose(TURNS[orientation])
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            if image.size != (image_size, image_size):
+                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+            if image.mode == "RGBA":
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return Decoded(np.array(image), size, *found)
+    except UnidentifiedImageError:
+        raise NotDecoded(path, f"cannot be decoded: {_unknown(path)}.") from None
+    except Exception as error:  # Pillow's plugins raise nearly every kind of exception on a damaged file
+        if getattr(error, "errno", None):
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # no fault of this file
+                raise Failure(f"cannot read {path}: {reason(error)}.") from None
+            raise NotDecoded(path, f"cannot be read: {reason(error)}.") from None
+        why = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise NotDecoded(path, f"cannot be decoded as an image: {why}.") from error
+
+
+def _unknown(path):
+    """Why Pillow knows no way to open a file that it could read."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if not start:
+        return "the file is empty"
+    if start[4:8] == b"ftyp":
+        return "it is a HEIF or AVIF image that Pillow cannot read (pillow-heif may, where it is installed)"
+    name = next((name for beginning, name in BEGINNINGS.items() if start.startswith(beginning)), None)
+    return f"it begins as a {name} file, but Pillow cannot read it" if name else "it is not an image of a known format"
+
+
+def _orientation(image):
+    """The orientation that a loaded image's EXIF names, or None; also where that is damaged, as viewers take it."""
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # SyntaxError, struct.error, ...
+        return None
+
+
+# Samples of more than 8 bits ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Deep:
+    """Samples of more than 8 bits: `bands` are arrays (H, W), `alpha` one or None, of a Pillow `mode` L, RGB or CMYK;
+    `declared` is the (black, white) that the file itself declares, or None."""
+
+    kind: str
+    bands: list[np.ndarray]
+    mode: str = "L"
+    alpha: np.ndarray | None = None
+    declared: tuple[float, float] | None = None
+    inverted: bool = False  # white is the lowest
+
+    def extremes(self):
+        """The least and greatest sample, as numbers that JSON can hold; raises ValueError where one is not finite."""
+        low, high = min(band.min() for band in self.bands).item(), max(band.max() for band in self.bands).item()
+        if not np.isfinite([low, high]).all():
+            raise ValueError("it holds samples that are not finite")
+        return low, high
+
+    def as_8_bits(self, black, white):
+        """A Pillow image of 8 bits, `black` being 0 and `white` 255; raises ValueError where samples lie outside."""
+        low, high = self.extremes()
+        if low < black or high > white:
+            raise ValueError(
+                f"its samples ({self.kind}) lie from {plain(low)} to {plain(high)}, outside of the range from "
+                f"{plain(black)} to {plain(white)}"
+            )
+        bands = [_scaled(band, black, white) for band in self.bands]
+        if self.inverted:
+            bands = [255 - band for band in bands]
+        mode = self.mode
+        if self.alpha is not None:
+            opaque = white if self.alpha.max() <= white else 65535  # some writers scale the colours alone
+            bands.append(_scaled(self.alpha, 0, opaque))
+            mode += "A"
+        return Image.merge(mode, [Image.fromarray(band) for band in bands])
+
+
+def _scaled(band, black, white):
+    """The samples (H, W) as uint8: `black` becomes 0, `white` 255."""
+    result, factor = np.empty(band.shape, np.uint8), 255 / ((white - black) or 1)
+    for start in range(0, len(band), ROWS):
+        part = band[start : start + ROWS].astype(np.float64)
+        result[start : start + ROWS] = np.rint((part - black) * factor)
+    return result
+
+
+def _layout(image):
+    """Pillow's name of how samples lie in the file, such as "RGB;16B", where it has one. Asked before the image is
+    loaded. Raises ValueError for layouts that Pillow misreads."""
+    tags = getattr(image, "tag_v2", {})
+    bits = max(tags.get(BITS, (8,)))
+    if bits == 8 and 2 in tags.get(SAMPLE_FORMAT, ()):
+        raise ValueError("its samples are signed 8-bit numbers, which Pillow takes for unsigned ones")
+    if bits > 8 and tags.get(PLANAR) == 2:
+        raise ValueError(f"its {bits}-bit samples lie in planes, which Pillow misreads: export it in another layout")
+    given = image.tile[0][3] if image.tile else ""
+    layout = next(iter(given), "") if isinstance(given, tuple | list) else given
+    layout = layout if isinstance(layout, str) else ""
+    if WIDE.match(layout) and (image.format not in ("PNG", "TIFF") or layout.startswith(("RGBa", "L;"))):
+        raise ValueError(
+            "of its 16-bit samples Pillow reads the upper half only: export it as PNG, or as TIFF without "
+            "premultiplied transparency"
+        )
+    return layout
+
+
+def _deep(image, layout, path):
+    """The _Deep of a loaded image, or None where its samples have 8 bits or fewer; `layout` as from `_layout`."""
+    tags = getattr(image, "tag_v2", {})
+    inverted = tags.get(PHOTOMETRIC) == 0
+    if image.mode == "F":
+        return _Deep("floating-point", [np.asarray(image)], inverted=inverted)
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I"):  # I, I;16, I;16B
+        values, kind, declared = np.asarray(image), "16-bit" if ";16" in image.mode else "32-bit", None
+        if tags:
+            bits, form = tags.get(BITS, (1,))[0], tags.get(SAMPLE_FORMAT, (1,))[0]
+            kind = f"{'signed ' * (form == 2)}{bits}-bit"
+            if kind == "32-bit":
+                values = values.view(np.uint32)
+            if bits < 16:
+                declared = (0, 2**bits - 1)
+        elif image.format in ("JPEG2000", "PPM"):  # these declare it, and Pillow has scaled to 16 bits
+            declared = (0, 65535)
+        alpha = None if transparent is None else np.where(values == transparent, 0, 65535)
+        return _Deep(kind, [values], "L", alpha, declared, inverted)
+    if not WIDE.match(layout):
+        return None
+    if layout.startswith("LA"):
+        halves = np.asarray(_loaded_as(path, "RGBA")).astype(np.uint16)  # four bytes a pixel: both halves of both
+        grey, alpha = ((halves[..., band] << 8) | halves[..., band + 1] for band in (0, 2))
+        return _Deep("16-bit", [grey], "L", alpha)
+    suffix = layout[-1] if layout[-1] != "N" else sys.byteorder[0].upper()
+    lower = _loaded_as(path, layout[:-1] + {"B": "L", "L": "B"}[suffix])  # Pillow keeps one byte of each two
+    values = (np.asarray(image).astype(np.uint16) << 8) | np.asarray(lower)
+    bands = [values[..., number] for number in range(values.shape[2])]
+    alpha = bands.pop() if image.mode == "RGBA" else None
+    if transparent is not None:
+        alpha = np.where((values == transparent).all(2), 0, 65535)
+    return _Deep("16-bit", bands, image.mode[:4].removesuffix("A"), alpha)
+
+
+def _loaded_as(path, layout):
+    """The image loaded once more, as if its samples had another of Pillow's layouts with as many bytes."""
+    with Image.open(path, formats=["PNG", "TIFF"]) as image:
+        image.tile = [
+            type(tile)(*tile[:3], layout if isinstance(tile[3], str) else (layout, *tile[3][1:])) for tile in image.tile
+        ]
+        image.load()
+        return image.copy()
+
+
+# Their range ----------------------------------------------------------------------------------------------------------
+
+
+def decide(samples):
+    """{kind: (black, white)} of a data set whose images hold the `samples`, triples (kind, low, high).
+
+    Floating-point samples: from 0 to 1, or to 255, where all lie there. Whole numbers without a sign of up to 16 bits:
+    to the largest number of the fewest usual bits (8, 10, 12, 14, 16) that hold all. Any others: from the least to the
+    greatest of the data set.
+    """
+    found = {}
+    for kind, low, high in samples:
+        least, most = found.get(kind, (low, high))
+        found[kind] = (min(least, low), max(most, high))
+    whites = {kind: [2**bits - 1 for bits in (8, 10, 12, 14, 16)] for kind in found} | {"floating-point": [1, 255]}
+    ranges = {}
+    for kind, (low, high) in sorted(found.items()):
+        white = next((white for white in whites[kind] if low >= 0 and high <= white), None)
+        ranges[kind] = (low, high) if white is None else (0, white)
+    return ranges
+
+
+def plain(value):
+    """A sample as people write it: 4,095 or 0.999756."""
+    return f"{int(value):,}" if value == int(value) else f"{value:.6g}"

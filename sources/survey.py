@@ -1,0 +1,142 @@
+"""A look at the data before training: how many images a class has, their sizes, and images that occur twice."""
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from runs.files import Damaged, make_folder, read_json, write, write_json
+from runs.settings import NotNegative
+
+FEW = 10  # classes that are all named
+ENDS = 3  # classes named at each end, of more
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Images that occur more than once, equal in every pixel as they are trained on: test images that are training
+    images, too (and those of them under another class there), and different images that stand under two classes.
+    `listed` is the file that names them, in the output folder."""
+
+    test_in_training: NotNegative = 0
+    under_another_class: NotNegative = 0
+    under_two_classes: NotNegative = 0
+    listed: str | None = None
+
+
+def look(data, output, say):
+    """Tells `say` what `data` (a data.Data on the CPU) are, and returns what run.json says of them.
+
+    Copies are looked for once and kept in the folder `output`/data; after that only warnings are repeated.
+    """
+    path = Path(output) / "data" / f"survey-{data.digest[:16]}.json"
+    try:
+        copies = read_json(path, Copies) if path.is_file() else None
+    except Damaged:
+        copies = None
+    if copies is None:
+        for line in (_classes(data), _sizes(data)):
+            if line:
+                say(line)
+        copies = _find_copies(data, path.with_name(f"duplicates-{data.digest[:16]}.txt"))
+        make_folder(path.parent)
+        write_json(path, asdict(copies))
+    for warning in _warnings(copies, len(data.test_labels), output):
+        say(f"Warning: {warning}")
+    return {**data.facts.record, "copies": asdict(copies)}
+
+
+def notes(record, tests, output):
+    """What a comparison on `tests` test images must say of its images, lines, from what `look` returned; raises
+    msgspec.ValidationError where that is not such a record."""
+    copies = msgspec.convert(record.get("copies", {}), Copies)
+    skipped = msgspec.convert(record.get("skipped", {}), dict[str, dict[str, int]])
+    counts = [f"{sum(lost.values()):,} {split}" for split, lost in skipped.items() if lost]
+    left_out = [f"images that cannot be decoded were left out: {', '.join(counts)}"] if counts else []
+    return _warnings(copies, tests, output) + left_out
+
+
+def _warnings(copies, tests, output):
+    lines, listed = [], f" (listed in {Path(output) / copies.listed})" if copies.listed else ""
+    if count := copies.test_in_training:
+        other = copies.under_another_class
+        also = f", {other:,} of them under another class" if other else ""
+        lines.append(
+            f"{count:,} of {tests:,} test images are training images, too{also}{listed}: test accuracies are not those "
+            "on new images"
+        )
+    if count := copies.under_two_classes:
+        is_one = count == 1
+        lines.append(f"{count:,} image{'' if is_one else 's'} stand{'s' * is_one} under two classes or more{listed}")
+    return lines
+
+
+def _classes(data):
+    """Images a class: all of few classes, else the largest and the smallest."""
+    train, test = (
+        np.bincount(labels.numpy(), minlength=len(data.classes)).tolist()
+        for labels in (data.train_labels, data.test_labels)
+    )
+    if len({*train}) == 1 and len({*test}) == 1:
+        return f"Each class has {train[0]:,} training and {test[0]:,} test images"
+    order = sorted(range(len(train)), key=lambda number: -train[number])
+    words = [f"{data.classes[number]} {train[number]:,} + {test[number]:,}" for number in order]
+    if len(words) > FEW:
+        words = [*words[:ENDS], "...", *words[-ENDS:]]
+    times = train[order[0]] / train[order[-1]]
+    unequal = f"; the largest has {times:.3g} times the training images of the smallest" if times > 1 else ""
+    return f"Images a class (training + test): {', '.join(words)}{unequal}"
+
+
+def _sizes(data):
+    """The sizes of the image files, where that is known."""
+    sizes = {tuple(map(int, name.split("x"))): count for name, count in data.facts.sizes.items()}
+    if not sizes:
+        return None
+    if len(sizes) == 1:
+        return f"Sizes: all {_by(*sizes)}"
+    small = sum(count for size, count in sizes.items() if min(size) < data.image_size)
+    least, most = (choose(sizes, key=lambda size: size[0] * size[1]) for choose in (min, max))
+    often = max(sizes, key=sizes.get)
+    enlarged = f"; smaller than {_by((data.image_size, data.image_size))} and enlarged: {small:,}" if small else ""
+    return f"Sizes: from {_by(least)} to {_by(most)}, most often {_by(often)} ({sizes[often]:,}){enlarged}"
+
+
+def _by(size):
+    return f"{size[0]}x{size[1]}"
+
+
+def _find_copies(data, path):
+    """The Copies in `data`, named in the file `path`."""
+    places, splits = {}, (("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels))
+    for number, (_, images, labels) in enumerate(splits):
+        for position, (image, label) in enumerate(zip(images.numpy(), labels.tolist(), strict=True)):
+            key = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+            places.setdefault(key, []).append((number, position, label))
+    counts, lines = Counter(), []
+    for found in places.values():
+        training = [label for number, _, label in found if number == 0]
+        tests = [label for number, _, label in found if number == 1]
+        labels = {*training, *tests}
+        if len(found) == 1 or not (len(labels) > 1 or (training and tests)):
+            continue
+        counts["under_two_classes"] += len(labels) > 1
+        if training:
+            counts["test_in_training"] += len(tests)
+            counts["under_another_class"] += sum(label not in training for label in tests)
+        lines.append(" = ".join(_name(data, splits, *place) for place in found))
+    names = ("test_in_training", "under_another_class", "under_two_classes")
+    if lines:
+        make_folder(path.parent)
+        write(path, "".join(f"{line}\n" for line in lines))
+    return Copies(*(counts[name] for name in names), f"{path.parent.name}/{path.name}" if lines else None)
+
+
+def _name(data, splits, split, position, label):
+    """An image's path, or its number where it has none, counted from 0."""
+    if data.facts.names:
+        return data.facts.names[split][position]
+    return f"{splits[split][0]} image {position} ({data.classes[label]})"
