@@ -71,21 +71,25 @@ def main(arguments, stop):
         with group.lock(arguments.output_dir):
             import_modules()
             with group.first():
-                teachers = [(path, models.load(path)) for path in paths]
-                if teachers:
-                    try_hooks(arguments, hooks, len(teachers[0][1].classes))  # before any image is decoded
+                teachers = [(path, models.load(path, hooks=hooks)) for path in paths]
+                if teachers:  # before any image is decoded
+                    try_hooks(arguments, hooks, len(teachers[0][1].classes), teachers[0][1].image_size)
                 session = start(arguments, stop, group, hooks, [network for _, network in teachers])
             if arguments.train_teacher or demo:
                 train_teachers(session)
             if not arguments.train_teacher:
-                teachers = teachers or [(path, models.load(path)) for path in find_teachers(arguments)]
+                found = [] if teachers else find_teachers(arguments)  # that --demo has just trained
+                teachers += [(path, models.load(path, hooks=hooks)) for path in found]
                 asked = train_students(session, teachers)
                 if group.leads:
                     write_report(arguments.output_dir, asked)
 
 
-def try_hooks(arguments, hooks, classes):
-    """Raises Failure where a function of the user's own cannot be trained with so many classes."""
+def try_hooks(arguments, hooks, classes, image_size):
+    """Raises Failure where a function of the user's own cannot be trained with so many classes and images so large."""
+    for role in ("teacher", "student"):
+        if getattr(hooks, role):
+            trial.try_network(getattr(hooks, role), role, classes, image_size)
     if hooks.loss:
         trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0])
 
@@ -113,31 +117,44 @@ def start(arguments, stop, group, hooks, teachers):
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
     if len(transfer_set) < len(loaded.train_labels):
         group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
-    costs = {name: models.costs(name, len(loaded.classes), loaded.image_size) for name in models.ARCHITECTURES}
-    if teachers:
-        members = [costs[network.architecture] for network in teachers]
-        costs = {"teacher": members[0], "student": costs["student"], "teachers": sum(members[1:], members[0])}
+    if not teachers:
+        try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size)
+    costs = costs_of(hooks, teachers, len(loaded.classes), loaded.image_size)
     for name in ("teacher", "student"):
         millions = f"{costs[name].macs / 1e6:.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "device", "precision", "compile")
+    typed += ("student", "teacher_network")
     recorded = {name: getattr(arguments, name) for name in typed}
     return Session(
         arguments, loaded, transfer_set, machine, Options(arguments.save_every, stop, recorded, hooks, costs), group
     )
 
 
+def costs_of(hooks, teachers, classes, image_size):
+    """The Costs of "teacher" and "student", and of the `teachers` together where there are any yet."""
+    own = {
+        role: models.build(getattr(hooks, role).loaded, role, classes, 0) if getattr(hooks, role) else None
+        for role in models.ARCHITECTURES
+    }
+    costs = {role: models.costs(role, classes, image_size, own[role]) for role in own}
+    if teachers:
+        networks = [(each.architecture, each if isinstance(each, models.Own) else None) for each in teachers]
+        members = [models.costs(role, classes, image_size, network) for role, network in networks]
+        costs |= {"teacher": members[0], "teachers": sum(members[1:], members[0])}
+    return costs
+
+
 def train_teachers(session):
     """Trains the teacher, or with --seeds several of them."""
     arguments, loaded = session.arguments, session.data
     count = arguments.seeds if arguments.train_teacher else 1
-    runs = plan.teacher_runs(arguments, loaded, count)
+    runs = plan.teacher_runs(arguments, loaded, count, session.hooks)
     prepare(session, runs)
     later = []
     if not arguments.train_teacher:  # --demo: the students follow
-        try_hooks(arguments, session.hooks, len(loaded.classes))
         later = plan.student_runs(arguments, loaded, None, plan.pairs(arguments), session.hooks)
         if arguments.overwrite:  # removed now, so that they never stop whoever resumes without --overwrite
             prepare(session, later)
@@ -277,8 +294,11 @@ def keep_for_report(session, networks, teacher_bytes):
         test_logits = partial(evaluate, network, loaded.test_images, loaded.mean, loaded.std)
         records.save_teacher_logits(output, digest, loaded.digest, test_logits)
     place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": teacher_bytes}
-    measure = partial(models.speeds, list(networks.values()), loaded.image_size, machine)
-    records.save_speed(output, list(networks), loaded.digest, place, measure)
+    hook, classes = session.hooks.student, len(loaded.classes)
+    student = models.build(hook.loaded, "student", classes, 0) if hook else models.create("student", classes, 0)
+    measure = partial(models.speeds, list(networks.values()), student, loaded.image_size, machine)
+    own = hook and (hook.function, hook.sha256)
+    records.save_speed(output, list(networks), loaded.digest, place, measure, own)
 
 
 if __name__ == "__main__":

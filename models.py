@@ -11,23 +11,19 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from msgspec import Meta
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from runs.checkpoints import load_checkpoint, save_checkpoint
+from runs.checkpoints import ModelFile, load_checkpoint, save_checkpoint
 from runs.files import Damaged, decode
+from runs.hooks import Hooks
 from runs.machine import choose_precision
-from runs.settings import Costs, Share, Speed
+from runs.settings import Costs, Speed
 
 FORMAT = 2  # of model.pt; a file with another number is refused
-SMALLEST_IMAGE, LARGEST_IMAGE = 16, 64
-Scale = Annotated[float, Meta(gt=0, le=1)]
 
 # Images in an inference batch: one fixed size per device, so that a view's logits are the same bits whoever asks. On a
 # CPU the activations of 128 images stay in its caches: a teacher is half as fast again as with 1,000. On a GPU those of
@@ -90,6 +86,7 @@ class Network(nn.Module):
 
     def __init__(self, features, channels, classes):
         super().__init__()
+        self.outputs = classes
         self.features = nn.Sequential(Whitening(), nn.GELU(), *features)
         self.head = nn.Linear(channels, classes, bias=False)
 
@@ -105,7 +102,7 @@ class Network(nn.Module):
 
     def normalize(self, images):
         """uint8 images (B, S, S, 3) -> what the network takes: float32 (B, 3, S, S) on its device."""
-        return normalize(images.to(self.head.weight.device), self.mean, self.std)
+        return normalize(images.to(next(self.parameters()).device), self.mean, self.std)
 
 
 class Teacher(Network):
@@ -122,6 +119,17 @@ class Student(Network):
     def __init__(self, classes, widths=(32, 32, 96, 96, 128, 128)):
         inputs = (24, *widths[:-1])
         super().__init__(map(Block, inputs, widths, (True, False) * 3), widths[-1], classes)
+
+
+class Own(Network):
+    """A `network` of the user's own, any module from normalized images (B, 3, S, S) to logits (B, classes)."""
+
+    def __init__(self, network, classes):
+        nn.Module.__init__(self)
+        self.network, self.outputs = network, classes
+
+    def forward(self, x):
+        return self.network(x)
 
 
 ARCHITECTURES = {"teacher": Teacher, "student": Student}
@@ -165,12 +173,21 @@ def create(architecture, classes, seed, images=None):
     return network
 
 
-def costs(architecture, classes, image_size):
-    """The Costs of an architecture: parameters, and multiply-adds of convolutions and matrix products for one image."""
-    with torch.device("meta"):  # shapes without memory and without arithmetic
-        network = ARCHITECTURES[architecture](classes).eval()
+def build(function, role, classes, seed):
+    """A new network that a function of the user's own returns for so many classes, on the CPU. What it draws from
+    PyTorch's generator is a function of ("teacher" or "student", seed); weights that it loads stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed("weights", role, seed))
+        return Own(function(classes), classes)
+
+
+def costs(architecture, classes, image_size, network=None):
+    """The Costs of an architecture, or of a `network` of the user's own, on the CPU: parameters, and multiply-adds of
+    convolutions and matrix products for one image."""
+    with torch.device("cpu" if network else "meta"):  # the latter has shapes without memory and arithmetic
+        network = (network or ARCHITECTURES[architecture](classes)).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.empty(1, 3, image_size, image_size))
+            network(torch.zeros(1, 3, image_size, image_size))
     return Costs(sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)
 
 
@@ -183,15 +200,14 @@ def normalize(images, mean, std):
 
 
 @torch.inference_mode()
-def speeds(teachers, image_size, machine):
-    """How fast `teachers` (networks that answer together, on `machine`'s device) and a student are: `batch`, and for
+def speeds(teachers, student, image_size, machine):
+    """How fast `teachers` (networks that answer together, on `machine`'s device) and a `student` are: `batch`, and for
     both {precision: Speed}, in float32 and, where the device has instructions for it, in bfloat16.
 
     The median of a few repeats, about a second in all. Both take turns, so that whatever else the machine does slows
-    them alike; the first turn is a warm-up. Speed depends on shapes, not on weights, so the student is a new one.
+    them alike; the first turn is a warm-up. Speed depends on shapes, not on weights: the student may be a new one.
     """
-    student = create("student", teachers[0].head.out_features, seed=0).eval()
-    networks = {"teacher": teachers, "student": [student.to(machine.device, memory_format=torch.channels_last)]}
+    networks = {"teacher": teachers, "student": [student.eval().to(machine.device, memory_format=torch.channels_last)]}
     batch = INFERENCE_BATCH[machine.device.type]
     result = {"batch": batch, "teacher": {}, "student": {}}
     for precision in dict.fromkeys(("fp32", choose_precision("auto", machine.device))):
@@ -255,22 +271,6 @@ def is_finite(state_dict):
     return bool(torch.stack([tensor.isfinite().all() for tensor in state_dict.values()]).all())
 
 
-@dataclass
-class ModelFile:
-    """The content of model.pt: all it takes to use a network without knowing how it was trained."""
-
-    format: int
-    architecture: str
-    arguments: dict[str, int]
-    classes: Annotated[list[str], Meta(min_length=2)]
-    image_size: Annotated[int, Meta(ge=SMALLEST_IMAGE, le=LARGEST_IMAGE)]
-    mean: tuple[Share, Share, Share]
-    std: tuple[Scale, Scale, Scale]
-    settings: dict[str, str | int | float | list[str] | None]
-    accuracy: Share
-    state_dict: dict[str, torch.Tensor]
-
-
 def save(path, network, architecture, *, classes, image_size, mean, std, settings, accuracy):
     """Writes model.pt."""
     content = ModelFile(
@@ -288,7 +288,7 @@ def save(path, network, architecture, *, classes, image_size, mean, std, setting
     save_checkpoint(path, vars(content))
 
 
-def load(path):
+def load(path, network=None, hooks=None):
     """The network in a model.pt, on the CPU, in evaluation mode, with the file's `architecture`, `classes` (names),
     `image_size`, `mean`, `std`, `settings` and test `accuracy` as attributes.
 
@@ -300,8 +300,11 @@ def load(path):
     further: `network.train()`, which lets batch norm follow the new images; its weights already require gradients.
     Back to answers: `network.eval()`.
 
-    Raises Failure where the file cannot be read, and Damaged where it is not a complete checkpoint of this format and
-    one of these architectures. Nothing in the file can run code.
+    Of a network of your own the file holds weights and the function's name, never code: give that function as `network`
+    (from the number of classes to a module), or `hooks` with what the command line names (runs.hooks.Hooks).
+
+    Raises Failure where the file cannot be read or no function is given, and Damaged where it is not a complete
+    checkpoint of this format and one of these architectures. Nothing in the file can run code.
     """
     content = load_checkpoint(path)
     if content.get("format") != FORMAT:
@@ -315,7 +318,9 @@ def load(path):
         raise Damaged(f"{path} holds the unknown architecture '{file.architecture}'; known are: {known}.")
     if file.arguments != {"classes": len(file.classes)}:
         raise Damaged(f"{path} is damaged: its class names do not match its arguments.")
-    network = ARCHITECTURES[file.architecture](len(file.classes))
+    network = network or (hooks or Hooks()).network_of(file.settings, path)
+    count = len(file.classes)
+    network = build(network, file.architecture, count, 0) if network else ARCHITECTURES[file.architecture](count)
     load_weights(network, file.state_dict, path)
     for name in ("architecture", "classes", "image_size", "mean", "std", "settings", "accuracy"):
         setattr(network, name, getattr(file, name))
