@@ -33,8 +33,11 @@ examples:
 TASKS = {
     "list": ((), "which only lists runs"),
     "report": ((), "which only reads finished runs"),
-    "predict": (("model", "temperature", "device", "num_workers"), "which only uses a finished model"),
-    "export": (("model",), "which only converts a finished model"),
+    "predict": (
+        ("model", "temperature", "device", "num_workers", "student", "teacher_network"),
+        "which only uses a finished model",
+    ),
+    "export": (("model", "student", "teacher_network"), "which only converts a finished model"),
 }
 
 FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # what --dataset folder alone takes; part of the data's digest
@@ -151,6 +154,10 @@ def parser():
            1, type=integer(1, 1000), metavar="N")
     option("--loss", "a loss of your own, beside plain distillation and the baseline: called as distill.py's is",
            type=function, metavar="FILE.py:FUNCTION")
+    option("--student", "a student network of your own: FUNCTION(classes) returns a module from normalized images "
+           "(B, 3, S, S) to logits", type=function, metavar="FILE.py:FUNCTION")
+    option("--teacher-network", "a teacher network of your own, likewise; to train it, and to use it as a teacher",
+           type=function, metavar="FILE.py:FUNCTION")
     option("--train-fraction", "students see this part of each class's training images, always the same ones", 1.0,
            type=number(0, 1, above=True), metavar="F")
     option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
@@ -161,9 +168,11 @@ def parser():
     option = group("training")
     option("--epochs", "passes over the training set", 200, type=integer(1, 100_000), metavar="N")
     option("--batch-size", "images per step", 128, type=integer(1, 1_000_000), metavar="N")
-    option("--lr", "learning rate at the start; it falls to zero in a line [0.2 * sqrt(batch size / 128)]",
+    option("--lr", "learning rate at the start; it falls to zero in a line [0.2 * sqrt(batch size / 128); of networks "
+           "of your own, after a short rise, 0.1 * batch size / 128]",
            type=number(0, 1e6, above=True), metavar="RATE")
-    option("--weight-decay", "of the last layer's matrix; convolutions are normalized instead", 5e-4,
+    option("--weight-decay", "of the last layer's matrix, as convolutions are normalized instead; of all weights in "
+           "networks of your own", 5e-4,
            type=number(0, 1), metavar="RATE")
     option("--seed", "of initial weights and order of images", 0, type=integer(0, 2**31 - 1), metavar="N")
 
@@ -210,7 +219,8 @@ def parse(argv):
     if arguments.train_teacher:
         for name, given in (
             ("--report", arguments.report), ("--teacher", arguments.teacher), ("--loss", arguments.loss),
-            ("--train-fraction", arguments.train_fraction != 1), ("--omit-class", arguments.omit_class),
+            ("--student", arguments.student), ("--train-fraction", arguments.train_fraction != 1),
+            ("--omit-class", arguments.omit_class),
         ):  # fmt: skip
             if given:
                 raise Usage(f"{name} is for students and cannot be combined with --train-teacher")

@@ -124,7 +124,7 @@ class SoftTargets:
 
     @property
     def shape(self):
-        return len(self.indices), self.teacher.head.out_features
+        return len(self.indices), self.teacher.outputs
 
     @property
     def bytes_per_epoch(self):

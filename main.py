@@ -12,14 +12,12 @@ machines share the runs of a command:
 """
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from arguments import FOLDER_OPTIONS
 from runs.command import exit_status
 from runs.files import Failure
-from runs.group import Group, Tally, join
+from runs.group import Tally, join
 from runs.hooks import find_hooks
 from runs.teachers import check_teacher, find_teachers, spare_teachers
 from use.tasks import do_task
@@ -27,8 +25,8 @@ from use.tasks import do_task
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global Machine, Options, describe, describe_memory, start_machine, write_report
-    global data, distill, evaluate, models, plan, records, survey, torch, train, trial
+    global describe, evaluate, measure_speeds, start, train, try_hooks, write_report
+    global data, distill, models, plan, records, torch
     import torch
 
     import data
@@ -36,28 +34,11 @@ def import_modules():
     import models
     from reports import records
     from reports.report import report as write_report
-    from runs import plan, trial
-    from runs.costs import describe_memory
-    from runs.machine import Machine, describe, start_machine
-    from runs.progress import Options
-    from sources import survey
+    from runs import plan
+    from runs.machine import describe
+    from runs.session import start, try_hooks
+    from runs.speed import speeds as measure_speeds
     from train import evaluate, train
-
-
-@dataclass(frozen=True)
-class Session:
-    """What all steps of a command work with."""
-
-    arguments: object
-    data: "data.Data"  # on the device
-    transfer_set: "torch.Tensor"  # the training images that students see
-    machine: "Machine"
-    options: "Options"
-    group: Group
-
-    @property
-    def hooks(self):
-        return self.options.hooks
 
 
 def main(arguments, stop):
@@ -74,81 +55,28 @@ def main(arguments, stop):
         with group.lock(arguments.output_dir):
             import_modules()
             with group.first():
-                teachers = [(path, models.load(path)) for path in paths]
-                if teachers:
-                    try_hooks(arguments, hooks, len(teachers[0][1].classes))  # before any image is decoded
+                teachers = [(path, models.load(path, hooks=hooks)) for path in paths]
+                if teachers:  # before any image is decoded
+                    try_hooks(arguments, hooks, len(teachers[0][1].classes), teachers[0][1].image_size)
                 session = start(arguments, stop, group, hooks, [network for _, network in teachers])
             if arguments.train_teacher or demo:
                 train_teachers(session)
             if not arguments.train_teacher:
-                teachers = teachers or [(path, models.load(path)) for path in find_teachers(arguments)]
+                found = [] if teachers else find_teachers(arguments)  # that --demo has just trained
+                teachers += [(path, models.load(path, hooks=hooks)) for path in found]
                 asked = train_students(session, teachers)
                 if group.leads:
                     write_report(arguments.output_dir, asked)
-
-
-def try_hooks(arguments, hooks, classes):
-    """Raises Failure where a function of the user's own cannot be trained with so many classes."""
-    if hooks.loss:
-        trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0])
-
-
-def start(arguments, stop, group, hooks, teachers):
-    """Chooses the device and loads the data; prints what the command works with. `teachers` are networks, as far as
-    there are any yet."""
-    rank = group.local_rank if group.size > 1 else None
-    machine = start_machine(arguments.device, arguments.precision, arguments.compile, rank)
-    if group.size > 1:
-        torch.set_num_threads(group.threads())
-    loaded = data.load(
-        arguments.dataset,
-        data_dir=arguments.data_dir,
-        data_url=arguments.data_url,
-        image_size=arguments.image_size,
-        workers=arguments.num_workers,
-        cache=Path(arguments.output_dir) / "data",
-        test_fraction=arguments.test_fraction,
-        skip_damaged=arguments.skip_damaged,
-        say=group.say,
-    )
-    group.say(
-        f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
-        f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
-    )
-    images = survey.look(loaded, arguments.output_dir, group.say)
-    loaded = loaded.to(machine.device)
-    transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
-    if len(transfer_set) < len(loaded.train_labels):
-        group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
-    costs = {name: models.costs(name, len(loaded.classes), loaded.image_size) for name in models.ARCHITECTURES}
-    if teachers:
-        members = [costs[network.architecture] for network in teachers]
-        costs = {"teacher": members[0], "student": costs["student"], "teachers": sum(members[1:], members[0])}
-    for name in ("teacher", "student"):
-        millions = f"{costs[name].macs / 1e6:,.1f} million multiply-adds"
-        group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
-    if loaded.image_size > models.FULL_BATCH:
-        largest = "teacher" if arguments.train_teacher or arguments.demo else "student"
-        batch = min(arguments.batch_size, len(loaded.train_labels))
-        network = models.create(largest, len(loaded.classes), seed=0)
-        group.say(describe_memory(largest, network, loaded.image_size, batch, machine))
-    processes = f", shared by {group.size} processes" if group.size > 1 else ""
-    group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
-    typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "device", "precision", "compile", *FOLDER_OPTIONS)
-    recorded = {name: getattr(arguments, name) for name in typed}
-    options = Options(arguments.save_every, stop, recorded, images, hooks, costs)
-    return Session(arguments, loaded, transfer_set, machine, options, group)
 
 
 def train_teachers(session):
     """Trains the teacher, or with --seeds several of them."""
     arguments, loaded = session.arguments, session.data
     count = arguments.seeds if arguments.train_teacher else 1
-    runs = plan.teacher_runs(arguments, loaded, count)
+    runs = plan.teacher_runs(arguments, loaded, count, session.hooks)
     prepare(session, runs)
     later = []
     if not arguments.train_teacher:  # --demo: the students follow
-        try_hooks(arguments, session.hooks, len(loaded.classes))
         later = plan.student_runs(arguments, loaded, None, plan.pairs(arguments), session.hooks)
         if arguments.overwrite:  # removed now, so that they never stop whoever resumes without --overwrite
             prepare(session, later)
@@ -287,8 +215,11 @@ def keep_for_report(session, networks, teacher_bytes):
         test_logits = partial(evaluate, network, loaded.test_images, loaded.mean, loaded.std)
         records.save_teacher_logits(output, digest, loaded.digest, test_logits)
     place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": teacher_bytes}
-    measure = partial(models.speeds, list(networks.values()), loaded.image_size, machine)
-    records.save_speed(output, list(networks), loaded.digest, place, measure)
+    hook, classes = session.hooks.student, len(loaded.classes)
+    student = models.build(hook.loaded, "student", classes, 0) if hook else models.create("student", classes, 0)
+    measure = partial(measure_speeds, list(networks.values()), student, loaded.image_size, machine)
+    own = hook and (hook.function, hook.sha256)
+    records.save_speed(output, list(networks), loaded.digest, place, measure, own)
 
 
 if __name__ == "__main__":

@@ -9,32 +9,25 @@ import functools
 import hashlib
 import json
 import math
-import statistics
-import time
-from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
-from msgspec import Meta
 from torch import nn
 from torch.nn import functional as F
 
-from runs.checkpoints import save_checkpoint
+from runs.checkpoints import ModelFile, save_checkpoint
 from runs.costs import any_macs, layers_macs
 from runs.files import Damaged, decode
 from runs.foreign import load_own
-from runs.machine import choose_precision, memory_format
-from runs.settings import Costs, Share, Speed
+from runs.hooks import Hooks
+from runs.machine import memory_format
+from runs.settings import Costs
 
 FORMAT = 2  # of model.pt; a file with another number is refused
-SMALLEST_IMAGE, LARGEST_IMAGE = 16, 256
-Scale = Annotated[float, Meta(gt=0, le=1)]
 
 # Images in an inference batch, of up to FULL_BATCH pixels a side. On a CPU the activations of 128 images of 32x32 stay
 # in its caches: a teacher is half as fast again as with 1,000. On a GPU those of 2,000 images of 64x64 would fill 8 GB.
 INFERENCE_BATCH = {"cpu": 128, "mps": 500, "cuda": 500}
 FULL_BATCH = 64
-SPEED_SECONDS = 0.15  # for single images and for batches, in each precision
 
 
 class Whitening(nn.Conv2d):
@@ -91,6 +84,7 @@ class Network(nn.Module):
 
     def __init__(self, features, channels, classes):
         super().__init__()
+        self.outputs = classes
         self.features = nn.Sequential(Whitening(), nn.GELU(), *features)
         self.head = nn.Linear(channels, classes, bias=False)
 
@@ -106,7 +100,7 @@ class Network(nn.Module):
 
     def normalize(self, images):
         """uint8 images (B, S, S, 3) -> what the network takes: float32 (B, 3, S, S) on its device."""
-        return normalize(images.to(self.head.weight.device), self.mean, self.std)
+        return normalize(images.to(next(self.parameters()).device), self.mean, self.std)
 
 
 class Teacher(Network):
@@ -123,6 +117,17 @@ class Student(Network):
     def __init__(self, classes, widths=(32, 32, 96, 96, 128, 128)):
         inputs = (24, *widths[:-1])
         super().__init__(map(Block, inputs, widths, (True, False) * 3), widths[-1], classes)
+
+
+class Own(Network):
+    """A `network` of the user's own, any module from normalized images (B, 3, S, S) to logits (B, classes)."""
+
+    def __init__(self, network, classes):
+        nn.Module.__init__(self)
+        self.network, self.outputs = network, classes
+
+    def forward(self, x):
+        return self.network(x)
 
 
 ARCHITECTURES = {"teacher": Teacher, "student": Student}
@@ -166,15 +171,30 @@ def create(architecture, classes, seed, images=None):
     return network
 
 
+def build(function, role, classes, seed):
+    """A new network that a function of the user's own returns for so many classes, on the CPU. What it draws from
+    PyTorch's generator is a function of ("teacher" or "student", seed); weights that it loads stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed("weights", role, seed))
+        return Own(function(classes), classes)
+
+
+def costs(architecture, classes, image_size, network=None):
+    """The Costs of an architecture, or of a `network` of the user's own: parameters, and multiply-adds of convolutions
+    and matrix products for one image."""
+    if isinstance(network, Own):
+        return costs_of(network, image_size)
+    return _costs(architecture, classes, image_size)
+
+
 @functools.lru_cache
-def costs(architecture, classes, image_size):
-    """The Costs of an architecture: parameters, and multiply-adds of convolutions and matrix products for one image."""
+def _costs(architecture, classes, image_size):
     return costs_of(create(architecture, classes, seed=0), image_size)
 
 
 def costs_of(network, image_size):
     """The Costs of any network on the CPU that takes images (B, 3, S, S)."""
-    count = layers_macs if isinstance(network, Network) else any_macs
+    count = any_macs if isinstance(network, Own) else layers_macs
     return Costs(sum(each.numel() for each in network.parameters()), count(network, image_size))
 
 
@@ -192,46 +212,6 @@ def normalize(images, mean, std):
     rows = images.reshape(count, height, width * 3).to(torch.float32)  # whole rows are long enough to vectorize
     images = torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
     return images.contiguous(memory_format=memory_format(images.device))
-
-
-@torch.inference_mode()
-def speeds(teachers, image_size, machine):
-    """How fast `teachers` (networks that answer together, on `machine`'s device) and a student are: `batch`, and for
-    both {precision: Speed}, in float32 and, where the device has instructions for it, in bfloat16.
-
-    The median of a few repeats, about a second in all. Both take turns, so that whatever else the machine does slows
-    them alike; the first turn is a warm-up. Speed depends on shapes, not on weights, so the student is a new one.
-    """
-    student = create("student", teachers[0].head.out_features, seed=0).eval()
-    networks = {"teacher": teachers, "student": [student.to(**machine.place)]}
-    batch = inference_batch(machine.device, image_size)
-    result = {"batch": batch, "teacher": {}, "student": {}}
-    for precision in dict.fromkeys(("fp32", choose_precision("auto", machine.device))):
-        one, many = (_seconds(networks, count, image_size, machine, precision) for count in (1, batch))
-        for name in networks:
-            result[name][precision] = Speed(1000 * one[name], batch / many[name])
-    return result
-
-
-def _seconds(networks, count, image_size, machine, precision):
-    """{name: median seconds} that each of `networks` takes for `count` images."""
-    images = torch.randn(count, 3, image_size, image_size, generator=generator("speed"))
-    images = images.to(**machine.place)
-    seconds = {name: [] for name in networks}
-    calls = 5 if count == 1 else 1  # in a turn: of single images the first finds the other network in the caches
-    finish, turns = time.perf_counter() + SPEED_SECONDS, 0
-    while turns < 3 or (turns < 50 and time.perf_counter() < finish):
-        for name, members in networks.items():
-            for _ in range(calls):
-                machine.synchronize()
-                started = time.perf_counter()
-                with machine.autocast(precision):
-                    for network in members:
-                        network(images)
-                machine.synchronize()
-                seconds[name].append(time.perf_counter() - started)
-        turns += 1
-    return {name: statistics.median(measured[calls:]) for name, measured in seconds.items()}
 
 
 def scale_and_shift(mean, std):
@@ -267,23 +247,6 @@ def is_finite(state_dict):
     return bool(torch.stack([tensor.isfinite().all() for tensor in state_dict.values()]).all())
 
 
-@dataclass
-class ModelFile:
-    """The content of model.pt: all it takes to use a network without knowing how it was trained."""
-
-    format: int
-    architecture: str
-    arguments: dict[str, int]
-    classes: Annotated[list[str], Meta(min_length=2)]
-    image_size: Annotated[int, Meta(ge=SMALLEST_IMAGE, le=LARGEST_IMAGE)]
-    mean: tuple[Share, Share, Share]
-    std: tuple[Scale, Scale, Scale]
-    settings: dict[str, str | int | float | list[str] | None]
-    accuracy: Share
-    state_dict: dict[str, torch.Tensor]
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # as sources.decode.read_image takes them
-
-
 def save(path, network, architecture, *, classes, image_size, mean, std, settings, accuracy, ranges=None):
     """Writes model.pt."""
     content = ModelFile(
@@ -302,7 +265,7 @@ def save(path, network, architecture, *, classes, image_size, mean, std, setting
     save_checkpoint(path, vars(content))
 
 
-def load(path):
+def load(path, network=None, hooks=None):
     """The network in a model.pt, on the CPU, in evaluation mode, with the file's `architecture`, `classes` (names),
     `image_size`, `mean`, `std`, `ranges` (how samples of more than 8 bits are scaled), `settings` and test `accuracy`
     as attributes.
@@ -315,8 +278,11 @@ def load(path):
     further: `network.train()`, which lets batch norm follow the new images; its weights already require gradients.
     Back to answers: `network.eval()`.
 
-    Raises Failure where the file cannot be read, and Damaged where it is not a complete checkpoint of this format and
-    one of these architectures. Nothing in the file can run code.
+    Of a network of your own the file holds weights and the function's name, never code: give that function as `network`
+    (from the number of classes to a module), or `hooks` with what the command line names (runs.hooks.Hooks).
+
+    Raises Failure where the file cannot be read or no function is given, and Damaged where it is not a complete
+    checkpoint of this format and one of these architectures. Nothing in the file can run code.
     """
     file = decode(load_own(path, FORMAT), ModelFile, path)
     if file.architecture not in ARCHITECTURES:
@@ -324,7 +290,9 @@ def load(path):
         raise Damaged(f"{path} holds the unknown architecture '{file.architecture}'; known are: {known}.")
     if file.arguments != {"classes": len(file.classes)}:
         raise Damaged(f"{path} is damaged: its class names do not match its arguments.")
-    network = ARCHITECTURES[file.architecture](len(file.classes))
+    network = network or (hooks or Hooks()).network_of(file.settings, path)
+    count = len(file.classes)
+    network = build(network, file.architecture, count, 0) if network else ARCHITECTURES[file.architecture](count)
     load_weights(network, file.state_dict, path)
     for name in ("architecture", "classes", "image_size", "mean", "std", "ranges", "settings", "accuracy"):
         setattr(network, name, getattr(file, name))

@@ -17,6 +17,7 @@ from runs.progress import Progress
 
 # Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
 CONVOLUTIONS, HEAD, BIASES = (0.3, 0.6), (1.0, 0.85), (30.0, 0.85)
+WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its highest rate from the start may diverge
 WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
@@ -32,8 +33,9 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
     for batch in progress.batches(order):
         images, targets = views.batch(epoch, batch), labels[batch]
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule(progress.steps_done, progress.total_steps)
-        if settings.loss:  # which may draw: the same numbers whenever this step is taken
+            share = schedule(progress.steps_done, progress.total_steps, WARM_UP if settings.network else 0.0)
+            group["lr"] = settings.learning_rate * share
+        if settings.loss or settings.network:  # which may draw: the same numbers whenever this step is taken
             torch.manual_seed(stream_seed("step", settings.seed, progress.steps_done))
         with progress.machine.autocast():
             logits = model(images)
@@ -65,13 +67,14 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     indices, validation = (transfer_set[part].to(machine.device) for part in parts)
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
     views = Views(data.train_images, data.mean, data.std, f"{stream}views")
-    count = WHITENED * 64**2 // max(64, data.image_size) ** 2
-    some = transfer_set[:: max(1, len(transfer_set) // count)].to(machine.device)
-    some = data.train_images[some].cpu()
-    some = models.normalize(some, data.mean, data.std)
-    network = models.create(settings.architecture, len(data.classes), settings.seed, some)
+    network = new_network(settings, data, transfer_set, options.hooks)
     network = network.to(**machine.place).train()
-    optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
+    if settings.network:
+        trained = [p for p in network.parameters() if p.requires_grad]
+        rest = {"momentum": 0.9, "nesterov": True, "weight_decay": settings.weight_decay}
+        optimizer = torch.optim.SGD(trained, settings.learning_rate, **rest)
+    else:
+        optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
     criterion = options.hooks.loss.loaded if settings.loss else distillation_loss
 
@@ -95,6 +98,17 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
         logits = evaluate(network, data.test_images, data.mean, data.std)  # the test set, read once
         bias = bias_of_omitted(network, data, settings.omit_class) if settings.omit_class else None
         return progress.finish(data, logits, accuracy(logits, data.test_labels), bias)
+
+
+def new_network(settings, data, transfer_set, hooks):
+    """The network of a run before its first step, on the CPU: of the user's own where the settings name one."""
+    if settings.network:
+        hook = getattr(hooks, settings.architecture)
+        return models.build(hook.loaded, settings.architecture, len(data.classes), settings.seed)
+    count = WHITENED * 64**2 // max(64, data.image_size) ** 2
+    some = transfer_set[:: max(1, len(transfer_set) // count)].to(data.train_images.device)
+    some = models.normalize(data.train_images[some].cpu(), data.mean, data.std)
+    return models.create(settings.architecture, len(data.classes), settings.seed, some)
 
 
 def evaluate(network, images, mean, std):
@@ -128,9 +142,11 @@ def accuracy(logits, labels):
     return (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
-def schedule(step, steps):
-    """The share of the learning rate at `step` of `steps` (from 0): from 1 in a line to zero."""
-    return (steps - step) / steps
+def schedule(step, steps, warm_up=0.0):
+    """The share of the learning rate at `step` of `steps` (from 0): from 1 in a line to zero, after it has risen to 1
+    in a line over a share `warm_up` of the steps."""
+    rise = round(warm_up * steps)
+    return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
 
 
 def compile_network(network):

@@ -100,7 +100,8 @@ class Comparison:
 
     def _add_speed(self):
         """Adds to teacher and student what their files and their speed cost: `cost`, None where it was not measured."""
-        speed = load_speed(self.output, self.settings.teacher.split("+"), self.settings.data)
+        network = self.settings.shared[2]
+        speed = load_speed(self.output, self.settings.teacher.split("+"), self.settings.data, network)
         sizes = {"teacher": speed and speed.teacher_bytes, "student": (self.first.folder / "model.pt").stat().st_size}
         for name, size in sizes.items():
             getattr(self, name)["cost"] = speed and {
@@ -124,7 +125,7 @@ class Comparison:
         students = [run for run in runs if run.settings.role == "kd"]
         if not students:
             raise Failure(f"{self.output} holds no finished students to report on.")
-        shared = min((run.settings.shared for run in students), key=lambda shared: (shared != PLAIN, shared))
+        shared = min((run.settings.shared for run in students), key=lambda shared: (shared != PLAIN, str(shared)))
         runs = {run.key: run for run in runs if run.settings.shared == shared}
         students = sorted((key[1:] for key in runs if key[0] == "kd"), key=lambda each: (each[3] or (), each[:3]))
         with_baseline = []

@@ -75,6 +75,7 @@ def comparable(one, other, apart=frozenset()):
     """Whether the settings of two students differ only in the seed and in what belongs to distillation (and in the
     names `apart`), and have the same teacher where both have one."""
     varied = {"role", "temperature", "alpha", "teacher", "seed", "loss", "loss_file", "loss_sha256"} | apart
+    varied |= {"network_file"}
     same = all(getattr(other, name) == value for name, value in vars(one).items() if name not in varied)
     return same and len({one.teacher, other.teacher} - {None}) < 2
 
@@ -95,10 +96,11 @@ def save_teacher_logits(output, teacher_digest, data_digest, compute):
         save_arrays(path, logits=compute().cpu().numpy())
 
 
-def save_speed(output, teacher_digests, data_digest, place, measure):
+def save_speed(output, teacher_digests, data_digest, place, measure, network=None):
     """Keeps how fast a teacher (or several together) and the student are: what `measure()` returns, and where that was,
-    `place`; unless it was measured there before, so that a repeated command says the same."""
-    path = _speed_path(output, teacher_digests, data_digest)
+    `place`; unless it was measured there before, so that a repeated command says the same. `network` is the student's
+    name and digest if it is of the user's own."""
+    path = _speed_path(output, teacher_digests, data_digest, network)
     try:
         kept = path.is_file() and vars(read_json(path, SpeedRecord))
     except Damaged:
@@ -108,10 +110,10 @@ def save_speed(output, teacher_digests, data_digest, place, measure):
         write_json(path, asdict(SpeedRecord(**place, **measure())))
 
 
-def load_speed(output, teacher_digests, data_digest):
+def load_speed(output, teacher_digests, data_digest, network=None):
     """The SpeedRecord of a teacher (or several together) and its student, None where it was not measured; raises
     Damaged where the file is damaged."""
-    path = _speed_path(output, teacher_digests, data_digest)
+    path = _speed_path(output, teacher_digests, data_digest, network)
     return read_json(path, SpeedRecord) if path.is_file() else None
 
 
@@ -167,7 +169,8 @@ def _teacher_path(output, teacher_digest, data_digest):
     return Path(output) / "data" / f"teacher-{teacher_digest[:16]}-{data_digest[:16]}.npz"
 
 
-def _speed_path(output, teacher_digests, data_digest):
+def _speed_path(output, teacher_digests, data_digest, network):
     one = len(teacher_digests) == 1
     teacher = teacher_digests[0] if one else hashlib.sha256("+".join(teacher_digests).encode()).hexdigest()
-    return Path(output) / "data" / f"speed-{teacher[:16]}-{data_digest[:16]}.json"
+    student = f"-{network[0]}-{network[1][:16]}" if network else ""
+    return Path(output) / "data" / f"speed-{teacher[:16]}-{data_digest[:16]}{student}.json"

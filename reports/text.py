@@ -40,7 +40,9 @@ def block(comparison):
 
 def _special(settings):
     """What the students of this comparison have that others have not, a line each."""
-    lines = [f"- Loss: {settings.loss} in {settings.loss_file}\n"] if settings.loss else []
+    lines = [f"- Student: {settings.network} in {settings.network_file}\n"] if settings.network else []
+    if settings.loss:
+        lines.append(f"- Loss: {settings.loss} in {settings.loss_file}\n")
     if settings.train_fraction != 1:
         lines.append(f"- Training Images: {settings.train_fraction:.4g} of each class\n")
     if settings.omit_class:

@@ -2,10 +2,34 @@
 
 import io
 import pickle
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 
 from runs.files import Damaged, verified_archive, write
+from runs.settings import Share
+
+SMALLEST_IMAGE, LARGEST_IMAGE = 16, 256
+Scale = Annotated[float, Meta(gt=0, le=1)]
+
+
+@dataclass
+class ModelFile:
+    """The content of model.pt: all it takes to use a network without knowing how it was trained."""
+
+    format: int
+    architecture: str
+    arguments: dict[str, int]
+    classes: Annotated[list[str], Meta(min_length=2)]
+    image_size: Annotated[int, Meta(ge=SMALLEST_IMAGE, le=LARGEST_IMAGE)]
+    mean: tuple[Share, Share, Share]
+    std: tuple[Scale, Scale, Scale]
+    settings: dict[str, str | int | float | list[str] | None]
+    accuracy: Share
+    state_dict: dict[str, torch.Tensor]
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # as sources.decode.read_image takes them
 
 
 def save_checkpoint(path, content):

@@ -80,11 +80,44 @@ class Hooks:
     """The functions that a command names, None where it names none."""
 
     loss: Hook | None = None
+    student: Hook | None = None
+    teacher: Hook | None = None
+
+    def network_of(self, settings, path):
+        """The function that builds the network in the model.pt at `path`, from `settings` that are recorded there; None
+        for a network of this program. Raises Failure where the function is not among these, or was edited since."""
+        name, file, sha256 = (settings.get(f"network{more}") for more in ("", "_file", "_sha256"))
+        if not name:
+            return None
+        option = "--teacher-network" if settings.get("role") == "teacher" else "--student"
+        named = [hook for hook in (self.student, self.teacher) if hook and hook.function == name]
+        for hook in named:
+            if hook.sha256 == sha256:
+                return hook.loaded
+        if named:
+            then, now = f"SHA-256 {sha256[:12]}… then", f"{named[0].sha256[:12]}… now"
+            raise Failure(
+                f"{path} cannot be read with {named[0]}: the network in {file} was edited since ({then}, {now}). Name "
+                "a copy of the file as it was, or train again: --overwrite, or another --output-dir."
+            )
+        raise Failure(
+            f"{path} holds a network of your own, {name} in {file}, which is never imported by itself. Name it: "
+            f"{option} FILE.py:{name} (as a teacher: --teacher-network FILE.py:{name})"
+        )
 
 
 def find_hooks(arguments):
     """The Hooks that `arguments` name; raises Failure where a file cannot be read. Needs no PyTorch."""
-    return Hooks(loss=_find("--loss", arguments.loss))
+    return Hooks(
+        _find("--loss", arguments.loss),
+        _find("--student", arguments.student),
+        _find("--teacher-network", arguments.teacher_network),
+    )
+
+
+def settings_of(what, hook):
+    """What Settings say of a Hook that is a "loss" or a "network", or of None."""
+    return {what: hook.function, f"{what}_file": hook.file, f"{what}_sha256": hook.sha256} if hook else {}
 
 
 def _find(option, named):

@@ -5,21 +5,23 @@ import itertools
 from pathlib import Path
 
 from runs.files import Failure, read_json
+from runs.hooks import settings_of
 from runs.run import Run
 from runs.settings import RunRecord, Settings, default_learning_rate
 
 
-def _settings(arguments, data, role, seed, images, **rest):
+def _settings(arguments, data, role, seed, images, network, **rest):
     size = min(arguments.batch_size, images)
     return Settings(
         role=role,
         data=data.digest,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
-        learning_rate=arguments.lr or default_learning_rate(size),
+        learning_rate=arguments.lr or default_learning_rate(size, network),
         weight_decay=arguments.weight_decay,
         seed=seed,
         image_size=arguments.image_size,
+        **settings_of("network", network),
         **rest,
     )
 
@@ -40,11 +42,11 @@ def omitted(arguments, data):
     return (*(name for name in data.classes if name in asked), *sorted(asked.difference(data.classes)))
 
 
-def teacher_runs(arguments, data, count):
+def teacher_runs(arguments, data, count, hooks):
     """The runs of the first `count` teachers."""
-    images = len(data.train_labels)
-    settings = [_settings(arguments, data, "teacher", arguments.seed + number, images) for number in range(count)]
-    return [Run(Path(arguments.output_dir) / each.name, each) for each in settings]
+    images, all_seeds = len(data.train_labels), range(arguments.seed, arguments.seed + count)
+    settings = [_settings(arguments, data, "teacher", seed, images, hooks.teacher) for seed in all_seeds]
+    return [Run(Path(arguments.output_dir) / each.name, each, hooks) for each in settings]
 
 
 def student_runs(arguments, data, teacher, pairs, hooks, selection=False):
@@ -59,11 +61,12 @@ def student_runs(arguments, data, teacher, pairs, hooks, selection=False):
     for seed in seeds(arguments):
         distilled = [{"role": "kd", "temperature": t, "alpha": a, "teacher": teacher} for t, a in pairs]
         if hooks.loss:
-            loss = {"loss": hooks.loss.function, "loss_file": hooks.loss.file, "loss_sha256": hooks.loss.sha256}
+            loss = settings_of("loss", hooks.loss)
             distilled = [each | more for each in distilled for more in (loss, {})]
         for rest in (*distilled, {"role": "baseline"}):
-            settings = _settings(arguments, data, seed=seed, images=images, val_fraction=fraction, **shared, **rest)
-            runs.append(Run(folder / settings.name, settings))
+            common = {"seed": seed, "images": images, "network": hooks.student, "val_fraction": fraction}
+            settings = _settings(arguments, data, **common, **shared, **rest)
+            runs.append(Run(folder / settings.name, settings, hooks))
     return runs
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import models
 from runs.files import Damaged, Failure, read_json, remove
-from runs.settings import RunRecord, differences
+from runs.hooks import Hooks
+from runs.settings import OPTIONAL, RunRecord, differences
 
 FILES = ("model.pt", "state.pt", "run.json", "history.csv", "test_logits.npy", "model.onnx")  # model.pt first
 
@@ -15,8 +16,9 @@ class Run:
     A run is finished when its folder holds model.pt, which is written last; state.pt is there only before that.
     """
 
-    def __init__(self, folder, settings):
-        self.folder, self.settings = Path(folder), settings
+    def __init__(self, folder, settings, hooks=None):
+        """`hooks` are the functions of the user's own (runs.hooks.Hooks) that its network may need."""
+        self.folder, self.settings, self.hooks = Path(folder), settings, hooks or Hooks()
         self.model, self.state, self.record, self.history, self.logits = (
             self.folder / name for name in ("model.pt", "state.pt", "run.json", "history.csv", "test_logits.npy")
         )
@@ -48,7 +50,7 @@ class Run:
 
     def _finished_model(self):
         try:
-            model = models.load(self.model)
+            model = models.load(self.model, hooks=self.hooks)
             if not self.record.is_file() or not read_json(self.record, RunRecord).finished:
                 raise Damaged(f"{self.record} is missing, or does not belong to the finished model.pt beside it.")
         except Damaged as error:
@@ -60,7 +62,7 @@ class Run:
 
     def refuse_other_settings(self, found):
         """Raises Failure where the settings `found` in the folder are not the run's."""
-        phrases = differences(found, self.settings.as_dict())
+        phrases = differences(OPTIONAL | found, OPTIONAL | self.settings.as_dict())
         if phrases:
             raise Failure(
                 f"{self.folder} holds a run with other settings: {', '.join(phrases)}.\n"

@@ -21,9 +21,9 @@ class Settings:
     """What identifies a run: two runs with equal settings end with equal weights (on one machine). `data` and `teacher`
     are SHA-256 digests, those of several teachers sorted and joined by "+".
 
-    Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` is the name of a
-    function of the user's own, in the file `loss_file`. What is in OPTIONAL is recorded only where it differs from that
-    default, as older runs have none of it."""
+    Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and
+    `network` are the names of functions of the user's own, in files of these names and digests. What is in OPTIONAL is
+    recorded only where it differs from that default, as older runs have none of it."""
 
     role: Literal["teacher", "kd", "baseline"]
     data: str
@@ -44,6 +44,9 @@ class Settings:
     loss: str | None = None
     loss_file: str | None = None
     loss_sha256: str | None = None
+    network: str | None = None
+    network_file: str | None = None
+    network_sha256: str | None = None
 
     @property
     def architecture(self):
@@ -67,7 +70,7 @@ class Settings:
     @property
     def shared(self):
         """What a distilled student and its baseline have in common beyond what every run has."""
-        return self.train_fraction, self.omit_class
+        return self.train_fraction, self.omit_class, self.network and (self.network, self.network_sha256)
 
     def as_dict(self):
         values = asdict(self) | {"omit_class": list(self.omit_class), "architecture": self.architecture}
@@ -75,8 +78,10 @@ class Settings:
 
 
 # Of the settings: what a run has that records nothing of them.
-OPTIONAL = {"train_fraction": 1.0, "omit_class": [], "loss": None, "loss_file": None, "loss_sha256": None}
-PLAIN = (1.0, ())  # `Settings.shared` of such a run
+OPTIONAL = {"train_fraction": 1.0, "omit_class": []} | {
+    f"{what}{more}": None for what in ("loss", "network") for more in ("", "_file", "_sha256")
+}
+PLAIN = (1.0, (), None)  # `Settings.shared` of such a run
 
 
 @dataclass(frozen=True)
@@ -126,18 +131,21 @@ class RunRecord:
     weights_sha256: str | None = None
 
 
-def default_learning_rate(batch_size):
+def default_learning_rate(batch_size, network=None):
     """The learning rate at the start: 0.2 for batches of 128, and with the square root of the size for others, which
-    went better than in proportion to it, for batches of 32 and of 512 (results/README.md)."""
+    went better than in proportion to it, for batches of 32 and of 512 (results/README.md).
+
+    For a `network` of the user's own, trained by plain SGD, the highest rate: 0.1 for batches of 128, as He et al.
+    train ResNets for CIFAR (arXiv 1512.03385, section 4.2), and in proportion to the size (arXiv 1706.02677)."""
+    if network:
+        return 0.1 * batch_size / 128
     return 0.2 * (batch_size / 128) ** 0.5
 
 
 def run_name(role, temperature, alpha, seed, criterion=None, shared=PLAIN):
     """The name of a run's folder; numbers without a trailing .0. `criterion` and `shared` are those of Settings."""
-    fraction, omitted = shared
-    parts = [role]
-    if criterion:
-        parts.append(_safe(criterion[0]))
+    fraction, omitted, network = shared
+    parts = [role, *(_safe(named[0]) for named in (network, criterion) if named)]
     if role == "kd":
         parts += [f"T{_short(temperature)}", f"a{_short(alpha)}"]
     if fraction != 1:
@@ -163,9 +171,8 @@ def pair_name(entry):
 
 
 def differences(found: Mapping, wanted: Mapping):
-    """What differs between a run's settings and those wanted, as a list of phrases; a missing setting differs."""
+    """What differs between what is `found` and what is `wanted`, as a list of phrases; what is missing differs."""
     phrases = []
-    found, wanted = OPTIONAL | dict(found), OPTIONAL | dict(wanted)
     for name, value in wanted.items():
         if name.endswith("_file"):
             continue  # a file may be moved or renamed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arguments import FOLDER_OPTIONS, command
 from runs.files import Damaged, Failure, read_json
-from runs.settings import RunRecord
+from runs.settings import RunRecord, run_name
 
 
 def find_teachers(arguments):
@@ -25,9 +25,10 @@ def _find_teacher(arguments, named):
         if not folder.is_dir():
             raise Failure(f"--teacher {folder} does not exist.")
     else:
-        folder = output / f"teacher-s{arguments.seed}"
+        own = arguments.teacher_network and (arguments.teacher_network.rpartition(":")[2],)
+        folder = output / run_name("teacher", None, None, arguments.seed, shared=(1.0, (), own))
         if not folder.is_dir():
-            others = sorted(each for each in output.glob("teacher-s*") if each.is_dir())
+            others = sorted(each for each in output.glob("teacher-*") if each.is_dir())
             if len(others) > 1:
                 raise Failure(
                     f"{output} holds several teachers. Name one with --teacher, or several as an ensemble: "
@@ -38,10 +39,10 @@ def _find_teacher(arguments, named):
         return folder / "model.pt"
     if (folder / "run.json").is_file():
         raise Failure(_unfinished(arguments, folder))
-    if named and (inside := sorted(folder.glob("teacher-s*/model.pt"))):
+    if named and (inside := sorted(folder.glob("teacher-*/model.pt"))):
         found = " ".join(str(each.parent) for each in inside)
         raise Failure(f"--teacher {named} is not a teacher's folder, but it holds teachers. Name them: {found}")
-    own = re.fullmatch(r"teacher-s(\d+)", folder.name)  # the program's own name for it
+    own = re.fullmatch(r"teacher-(?:.*-)?s(\d+)", folder.name)  # the program's own name for it
     changed = {"output_dir": str(folder.parent), "seed": int(own[1])} if named and own else {}
     raise Failure(
         f"There is no teacher in {named or output} yet. Train one first:\n{teacher_command(arguments, **changed)}"
@@ -60,7 +61,7 @@ def _unfinished(arguments, folder):
             name: getattr(settings, name) for name in ("epochs", "image_size", "batch_size", "weight_decay", "seed")
         }
         changed["lr"] = settings.learning_rate
-        typed = ("dataset", "data_dir", "device", "precision", "compile", *FOLDER_OPTIONS)
+        typed = ("dataset", "data_dir", "device", "precision", "compile", "teacher_network", *FOLDER_OPTIONS)
         changed |= {name: record.recorded[name] for name in typed if name in record.recorded}
     except Damaged:
         progress = "its run.json is damaged"
@@ -86,7 +87,7 @@ def spare_teachers(paths, runs):
 
 def teacher_command(arguments, **changed):
     """The command that trains the teacher which these arguments need, some of them `changed`."""
-    names = ("dataset", "data_dir", "epochs", "image_size", "output_dir", *FOLDER_OPTIONS)
+    names = ("dataset", "data_dir", "epochs", "image_size", "output_dir", "teacher_network", *FOLDER_OPTIONS)
     words = command({name: getattr(arguments, name) for name in names} | changed)
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 

@@ -1,7 +1,8 @@
-"""A loss of the user's own is tried before anything is trained, removed or decoded."""
+"""What is of the user's own is tried before anything is trained, removed or decoded."""
 
 import torch
 
+import models
 from models import generator
 from runs.files import Failure
 
@@ -30,3 +31,43 @@ def try_loss(hook, classes, temperature, alpha):
         raise Failure(f"{hook} returns a loss without a gradient for student_logits.")
     if not loss.isfinite() or not gradient.isfinite().all():
         raise Failure(f"{hook} is not finite on a batch of drawn logits: {loss.item()}, or its gradient is not.")
+
+
+def try_network(hook, role, classes, image_size):
+    """Builds the network of a Hook for a "teacher" or "student", and takes one step of training without the optimizer,
+    on drawn images on the CPU; raises Failure, with what is wrong, unless it can be trained, saved and loaded."""
+    with hook.explained(f"fails for {classes} classes"):
+        network, again = (models.build(hook.loaded, role, classes, 0) for _ in range(2))
+    own = network.network
+    if not isinstance(own, torch.nn.Module):
+        raise Failure(f"{hook} returns {type(own).__name__}, but a network is a torch.nn.Module.")
+    state = network.state_dict()
+    odd = [name for name, each in state.items() if not isinstance(each, torch.Tensor)]
+    odd += [name for name, each in state.items() if name not in odd and each.dtype in (torch.float16, torch.bfloat16)]
+    if odd:
+        raise Failure(f"{hook}: '{odd[0].removeprefix('network.')}' of its state_dict is not a tensor of float32.")
+    if not any(each.requires_grad for each in own.parameters()):
+        raise Failure(f"{hook} has no parameter that is trained.")
+    if models.digest(state) != models.digest(again.state_dict()):
+        raise Failure(
+            f"{hook} begins with other weights each time: draw them from PyTorch's generator, as its own layers do."
+        )
+    images = torch.randn(IMAGES, 3, image_size, image_size, generator=generator("trial"))
+    images = images.to(memory_format=torch.channels_last)
+    with hook.explained(f"fails on a batch of {IMAGES} images of {image_size}x{image_size}"):
+        network.to(memory_format=torch.channels_last)
+        logits = network.train()(images)
+        with torch.no_grad():
+            single = network.eval()(images[:1])
+    for found, count in ((logits, IMAGES), (single, 1)):
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        if shape != (count, classes):
+            raise Failure(
+                f"{hook} gives {shape} for {count} images, but logits of {classes} classes are {count, classes}."
+            )
+    if not logits.isfinite().all():
+        raise Failure(f"{hook} gives logits that are not finite for drawn images.")
+    if not logits.requires_grad:
+        raise Failure(f"{hook} gives logits without a gradient.")
+    with hook.explained("fails where its gradient is computed"):
+        torch.nn.functional.cross_entropy(logits.float(), torch.arange(IMAGES) % classes).backward()

@@ -41,6 +41,7 @@ NUMBERS = {
     "--weight-decay": ("-1e-4", "nan", "inf", "2"),
     "--image-size": ("15", "257", "nan", "32.0"),
     "--val-fraction": ("0", "0.6", "nan", "-0.1"),
+    "--train-fraction": ("0", "1.1", "nan", "-0.1"),
     "--save-every": ("-1", "nan", "inf"),
     "--device": ("gpu", "cuda:", "cuda:x", "tpu", "cuda:-1"),
     "--precision": ("fp8", "fp16"),
@@ -71,6 +72,9 @@ USAGE = {
     "report with a sweep": ("--report", "--temperature", "1", "2"),
     "report of a part": ("--report", "--seeds", "3"),
     "batch norm of a single pixel": ("--batch-size", "1", "--image-size", "16"),
+    "part of a teacher": ("--train-teacher", "--train-fraction", "0.1"),
+    "class that a teacher omits": ("--train-teacher", "--omit-class", "bird"),
+    "report of a class": ("--report", "--omit-class", "bird"),
     "seeds past the last": ("--seed", "2147483647", "--seeds", "2"),
 }
 

@@ -357,6 +357,7 @@ def test_help_names_every_option_with_its_default(cli):
         assert f"[{default}]" in part, name
     for name in (
         "--train-teacher", "--report", "--demo", "--teacher", "--seeds", "--val-fraction", "--lr", "--weight-decay",
+        "--loss", "--student", "--teacher-network", "--train-fraction", "--omit-class",
         "--data-url", "--device", "--precision", "--compile", "--save-every", "--overwrite", "--debug",
     ):  # fmt: skip
         assert f"\n  {name}" in text, name

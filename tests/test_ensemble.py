@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import distill
 import models
+import runs.speed
 from distill import Ensemble, compress
 from reports import figures
 from reports.comparison import Comparison
@@ -24,7 +25,7 @@ from runs.command import exit_status
 def leave_out(patch):
     """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
     patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
-    patch.setattr(models, "SPEED_SECONDS", 0)
+    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
 
 
 @pytest.fixture(autouse=True)

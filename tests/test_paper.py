@@ -13,13 +13,16 @@ from conftest import CLASSES, ROOT
 import data
 import distill
 import models
+import runs.speed
 from data import Views
 from distill import omitted_bias
 from reports import figures
 from reports.comparison import Comparison
 from runs.command import exit_status
+from runs.files import Failure
 from runs.machine import Machine
-from runs.settings import Settings, differences, run_name
+from runs.run import Run
+from runs.settings import OPTIONAL, Settings, differences, run_name
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -27,7 +30,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 def leave_out(patch):
     """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
     patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
-    patch.setattr(models, "SPEED_SECONDS", 0)
+    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +127,7 @@ def test_the_bias_by_hand():
 def test_the_report_adds_each_runs_bias(without_red, capsys):
     output, _ = without_red
     comparison = Comparison(
-        output, json.loads((output / "comparison.json").read_text())["kd"][0] | {"shared": (0.5, ("red",))}
+        output, json.loads((output / "comparison.json").read_text())["kd"][0] | {"shared": (0.5, ("red",), None)}
     )
     labels = comparison.labels
     for role, entry in (("kd-T4-a0.1", comparison.kd[0]), ("baseline", comparison.baseline)):
@@ -165,21 +168,24 @@ def test_runs_of_all_and_of_a_part_live_in_one_folder_and_are_not_mixed(cli, fla
     assert "train_fraction" not in plain["settings"] and len(plain["kd"]) == 1
 
 
-def test_what_is_as_ever_is_recorded_as_ever():
+def test_what_is_as_ever_is_recorded_as_ever(tmp_path):
     """So that runs of earlier versions stay what they are."""
     common = {"data": "d", "epochs": 1, "batch_size": 2, "learning_rate": 0.1, "weight_decay": 0.0, "seed": 0}
     plain = Settings("baseline", **common, image_size=16).as_dict()
     assert not {"train_fraction", "omit_class"} & plain.keys()
     part = Settings("baseline", **common, image_size=16, train_fraction=0.1, omit_class=("red",)).as_dict()
-    assert differences(part, part) == [] == differences(plain, plain)
+    run = Run(tmp_path, Settings("baseline", **common, image_size=16))
+    run.refuse_other_settings(plain)
     for found, wanted, fraction in ((plain, part, "1.0 instead of 0.1"), (part, plain, "0.1 instead of 1.0")):
-        phrases = " ".join(differences(found, wanted))
+        phrases = " ".join(differences(OPTIONAL | found, OPTIONAL | wanted))
         assert f"train fraction {fraction}" in phrases and "omit class" in phrases
+    with pytest.raises(Failure, match="train fraction 0.1 instead of 1.0"):
+        run.refuse_other_settings(part)
 
 
 def test_names_are_safe_for_files():
-    assert run_name("kd", 4.0, 0.9, 0, shared=(0.03, ())) == "kd-T4-a0.9-f0.03-s0"
-    assert run_name("baseline", None, None, 2, None, (1.0, ("a/b", "$5 $10"))) == "baseline-without-a_b-_5_10-s2"
+    assert run_name("kd", 4.0, 0.9, 0, shared=(0.03, (), None)) == "kd-T4-a0.9-f0.03-s0"
+    assert run_name("baseline", None, None, 2, None, (1.0, ("a/b", "$5 $10"), None)) == "baseline-without-a_b-_5_10-s2"
 
 
 def test_a_sweep_on_a_part_is_judged_on_a_part_of_that_part(cli, flags, finished, tmp_path, monkeypatch):

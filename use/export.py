@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from reports.records import find_test_images
 from runs.files import Failure, write
+from runs.hooks import find_hooks
 from runs.settings import VERSION
 from use.find import find_model
 
@@ -36,14 +37,14 @@ def export(arguments):
     Input `images`: uint8 (N, S, S, 3), any N, RGB. Output `probabilities`: float32 (N, classes). Raises Failure where
     packages are missing, PyTorch cannot export, the answers differ or the file cannot be written; nothing is then left.
     """
-    path = find_model(arguments)
+    path, hooks = find_model(arguments), find_hooks(arguments)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise Failure(f"--export needs {', '.join(missing)}: pip install -r requirements-export.txt")
 
     import models  # and with it PyTorch, which takes seconds
 
-    network = models.load(path)
+    network = models.load(path, hooks=hooks)
     content = to_onnx(network)
     images = find_test_images(path, network.settings.get("data"))
     if images is None:

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runs.files import Failure
+from runs.hooks import find_hooks
 from use.find import find_images, find_model
 
 COLUMNS = ("path", "class", "probability", "second_class", "second_probability")
@@ -22,7 +23,7 @@ def predict(arguments):
     Where folders are named like the classes, a line on standard error says how many of their images were right. An
     image that cannot be decoded is named there, too, and the others go on; then, at the end, raises Failure.
     """
-    path = find_model(arguments)
+    path, hooks = find_model(arguments), find_hooks(arguments)
     found = find_images(arguments.predict)
 
     import torch  # takes seconds, so only once the paths are known to be good
@@ -32,7 +33,7 @@ def predict(arguments):
     from sources.decode import DOCUMENTED, plain
     from train import evaluate
 
-    network = models.load(path)
+    network = models.load(path, hooks=hooks)
     machine = start_machine(arguments.device, "fp32")
     device = machine.device
     network.to(**machine.place)

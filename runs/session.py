@@ -1,0 +1,105 @@
+"""What all steps of a command work with: the device, the data, functions of the user's own, and what networks cost."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import models
+from arguments import FOLDER_OPTIONS
+from runs import plan, trial
+from runs.costs import describe_memory
+from runs.group import Group
+from runs.machine import Machine, describe, start_machine
+from runs.progress import Options
+from sources import survey
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all steps of a command work with."""
+
+    arguments: object
+    data: data.Data  # on the device
+    transfer_set: torch.Tensor  # the training images that students see
+    machine: Machine
+    options: Options
+    group: Group
+
+    @property
+    def hooks(self):
+        return self.options.hooks
+
+
+def try_hooks(arguments, hooks, classes, image_size):
+    """Raises Failure where a function of the user's own cannot be trained with so many classes and images so large."""
+    for role in ("teacher", "student"):
+        if getattr(hooks, role):
+            trial.try_network(getattr(hooks, role), role, classes, image_size)
+    if hooks.loss:
+        trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0])
+
+
+def start(arguments, stop, group, hooks, teachers):
+    """Chooses the device and loads the data; prints what the command works with. `teachers` are networks, as far as
+    there are any yet."""
+    rank = group.local_rank if group.size > 1 else None
+    machine = start_machine(arguments.device, arguments.precision, arguments.compile, rank)
+    if group.size > 1:
+        torch.set_num_threads(group.threads())
+    loaded = data.load(
+        arguments.dataset,
+        data_dir=arguments.data_dir,
+        data_url=arguments.data_url,
+        image_size=arguments.image_size,
+        workers=arguments.num_workers,
+        cache=Path(arguments.output_dir) / "data",
+        test_fraction=arguments.test_fraction,
+        skip_damaged=arguments.skip_damaged,
+        say=group.say,
+    )
+    group.say(
+        f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
+        f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
+    )
+    images = survey.look(loaded, arguments.output_dir, group.say)
+    loaded = loaded.to(machine.device)
+    transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
+    if len(transfer_set) < len(loaded.train_labels):
+        group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
+    if not teachers:
+        try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size)
+    own = own_networks(hooks, len(loaded.classes))
+    costs = costs_of(own, teachers, len(loaded.classes), loaded.image_size)
+    for name in ("teacher", "student"):
+        millions = f"{costs[name].macs / 1e6:,.1f} million multiply-adds"
+        group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
+    if loaded.image_size > models.FULL_BATCH:
+        largest = "teacher" if arguments.train_teacher or arguments.demo else "student"
+        batch = min(arguments.batch_size, len(loaded.train_labels))
+        network = own.get(largest) or models.create(largest, len(loaded.classes), seed=0)
+        group.say(describe_memory(largest, network, loaded.image_size, batch, machine))
+    processes = f", shared by {group.size} processes" if group.size > 1 else ""
+    group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
+    typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "student", "teacher_network", "device")
+    typed += ("precision", "compile", *FOLDER_OPTIONS)
+    recorded = {name: getattr(arguments, name) for name in typed}
+    options = Options(arguments.save_every, stop, recorded, images, hooks, costs)
+    return Session(arguments, loaded, transfer_set, machine, options, group)
+
+
+def own_networks(hooks, classes):
+    """{role: a new network of the user's own} of the roles for which the command names one."""
+    named = {role: getattr(hooks, role) for role in models.ARCHITECTURES}
+    return {role: models.build(hook.loaded, role, classes, 0) for role, hook in named.items() if hook}
+
+
+def costs_of(own, teachers, classes, image_size):
+    """The Costs of "teacher" and "student", and of the `teachers` together where there are any yet; `own` as from
+    `own_networks`."""
+    found = {role: models.costs(role, classes, image_size, own.get(role)) for role in models.ARCHITECTURES}
+    if teachers:
+        members = [models.costs(network.architecture, classes, image_size, network) for network in teachers]
+        found |= {"teacher": members[0], "teachers": sum(members[1:], members[0])}
+    return found

@@ -1,0 +1,295 @@
+"""Networks of the user's own: trained, resumed, compared, saved and loaded, as students and as teachers."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import models
+import runs.speed
+import train
+from data import Views
+from reports import figures
+from runs.command import exit_status
+from runs.files import Failure
+from runs.hooks import Hook, Hooks
+from runs.machine import Machine
+from runs.progress import Options
+from runs.run import Run
+from runs.settings import Settings
+from runs.signals import Interrupted, Stop
+
+NETS = """
+import torch
+from torch import nn
+
+
+def tiny(classes):
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(392, classes))
+
+
+def loaded(classes):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5), nn.ReLU(), nn.Linear(5, classes))
+    network[2].requires_grad_(False).weight.fill_(0.25)  # as weights that were trained before
+    return network
+"""
+
+
+def leave_out(patch):
+    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
+    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
+    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    leave_out(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nets") / "nets.py"
+    path.write_text(NETS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, finished, flags, file):
+    """An output folder with a teacher and students of the user's own, beside the program's; not to be changed."""
+    import main
+
+    output = tmp_path_factory.mktemp("own") / "out"
+    shutil.copytree(finished, output)
+    network = ("--teacher-network", f"{file}:loaded")
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch)
+        for more in (("--train-teacher", *network), (*network, "--student", f"{file}:tiny")):
+            assert exit_status(main.main, [str(word) for word in (*flags, "--output-dir", output, *more)]) == 0
+    return output
+
+
+def hook(path, name, option="--student"):
+    return Hook(option, path, name, path.read_bytes())
+
+
+def load_tiny(path, file):
+    return models.load(path / "model.pt", network=hook(file, "tiny").loaded)
+
+
+# Training and comparing ----------------------------------------------------------------------------------------------
+
+
+def test_names_costs_and_comparison(own, finished):
+    names = {path.parent.name for path in own.glob("*/model.pt")} - {path.parent.name for path in finished.glob("*/*")}
+    assert names == {"teacher-loaded-s0", "kd-tiny-T4-a0.1-s0", "baseline-tiny-s0"}
+    found = json.loads((own / "comparison.json").read_text())
+    assert found["settings"]["network"] == "tiny" and found["settings"]["network_file"] == "nets.py"
+    assert found["student"]["parameters"] == 8 * 3 * 9 + 8 + 16 + 392 * 3 + 3
+    assert found["student"]["macs"] == 49 * 8 * 3 * 9 + 392 * 3
+    assert (found["teacher"]["parameters"], found["teacher"]["macs"]) == (48 * 5 + 5 + 5 * 3 + 3, 48 * 5 + 5 * 3)
+    assert found["student"]["cost"]["fp32"]["milliseconds"] > 0
+    teacher = json.loads((own / "teacher-loaded-s0" / "run.json").read_text())
+    assert found["settings"]["teacher"] == teacher["weights_sha256"]
+    assert teacher["settings"]["learning_rate"] == 0.1 * 16 / 128
+
+
+def test_both_students_begin_with_the_same_weights_drawn_under_their_seed(file):
+    function = hook(file, "tiny").loaded
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    digests = [
+        models.digest(models.build(function, role, 3, seed).state_dict())
+        for role, seed in (("student", 0), ("student", 0), ("student", 1), ("teacher", 0))
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weights_that_the_function_loads_are_kept_and_frozen_ones_stay(own, file):
+    network = models.load(own / "teacher-loaded-s0" / "model.pt", network=hook(file, "loaded").loaded)
+    assert (network.network[2].weight == 0.25).all() and not network.network[4].weight.eq(0).all()
+
+
+@pytest.fixture(scope="module")
+def small(images):
+    return data.load("folder", data_dir=images, image_size=16)
+
+
+def tiny_run(small, folder, file, stop=None):
+    found = hook(file, "tiny")
+    settings = Settings(
+        "baseline", small.digest, 2, 16, 0.05, 5e-4, 0, 16,
+        network="tiny", network_file=found.file, network_sha256=found.sha256,
+    )  # fmt: skip
+    hooks = Hooks(student=found)
+    run = Run(folder, settings, hooks)
+    return train.train(run, small, Machine(torch.device("cpu")), Options(stop=stop or Stop(), hooks=hooks))
+
+
+def test_interrupted_between_dropouts_the_bits_are_the_same(small, file, tmp_path, monkeypatch):
+    tiny_run(small, tmp_path / "whole", file)
+    stop, batch, steps = Stop(), Views.batch, []
+
+    def counted(self, epoch, indices):
+        steps.append(indices)
+        if len(steps) == 4:
+            stop.handle(signal.SIGTERM)
+        return batch(self, epoch, indices)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Views, "batch", counted)
+        tiny_run(small, tmp_path / "parts", file, stop)
+    torch.rand(7)  # whatever else the process draws
+    tiny_run(small, tmp_path / "parts", file)
+    one, other = (load_tiny(tmp_path / name, file) for name in ("whole", "parts"))
+    assert models.digest(one.state_dict()) == models.digest(other.state_dict())
+
+
+def test_it_is_trained_by_plain_sgd(small, file, tmp_path, monkeypatch):
+    """Nesterov momentum 0.9, the weight decay of the settings, and a rate that rises before it falls."""
+    made, sgd = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *given, **rest: made.append((given, rest)) or sgd(*given, **rest))
+    tiny_run(small, tmp_path, file)
+    (((_, rate), rest),) = made
+    assert rate == 0.05 and rest == {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    shares = [train.schedule(step, 40, 0.1) for step in range(40)]
+    np.testing.assert_allclose(shares[:6], [0.2, 0.4, 0.6, 0.8, 1, 35 / 36])
+    assert shares[-1] == pytest.approx(1 / 36) and all(
+        0 < train.schedule(0, steps, 0.05) <= 1 for steps in range(1, 50)
+    )
+
+
+# Using them ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_names_its_function_and_never_imports_it(own, file, images, tmp_path):
+    path = own / "kd-tiny-T4-a0.1-s0" / "model.pt"
+    with pytest.raises(Failure, match=r"holds a network of your own, tiny in nets.py.*--student FILE.py:tiny"):
+        models.load(path)
+    with pytest.raises(Failure, match="weights do not fit"):
+        models.load(path, network=hook(file, "loaded").loaded)
+    network = load_tiny(own / "kd-tiny-T4-a0.1-s0", file)
+    pixels = torch.from_numpy(np.zeros((2, 16, 16, 3), np.uint8))
+    with torch.inference_mode():
+        assert network(network.normalize(pixels)).shape == (2, 3)
+    assert network.classes == ["blue", "green", "red"] and network.settings["network"] == "tiny"
+
+
+def test_prediction_needs_the_function(cli, own, file, images):
+    words = ("--output-dir", own, "--model", own / "kd-tiny-T4-a0.1-s0", "--predict", images / "test" / "red")
+    got = cli(*words)
+    assert got.status == 1 and "--student FILE.py:tiny" in got.err
+    got = cli(*words, "--student", f"{file}:tiny")
+    assert got.status == 0 and len(got.out.splitlines()) == 1 + 8
+    assert cli("--list", "--output-dir", own).out.count("kd-tiny-T4-a0.1-s0") == 1
+
+
+def test_an_edited_file_is_another_run(cli, flags, own, file, tmp_path):
+    edited = tmp_path / "nets.py"
+    edited.write_text(NETS.replace("0.3", "0.4"))
+    digests = [hook(each, "tiny").sha256[:12] for each in (file, edited)]
+    words = (*flags, "--output-dir", own, "--teacher", own / "teacher-s0")
+    for more in ((), ("--teacher-network", f"{file}:tiny")):  # the file as it was may be at hand, too
+        got = cli(*words, "--student", f"{edited}:tiny", *more)
+        assert got.status == 1 and "the network in nets.py was edited since" in got.err and "--overwrite" in got.err
+        assert all(each in got.err for each in digests)
+
+
+def test_a_student_of_the_users_own_teaches(cli, flags, own, file, tmp_path):
+    words = (*flags, "--output-dir", tmp_path, "--teacher", own / "kd-tiny-T4-a0.1-s0", own / "teacher-s0")
+    got = cli(*words)
+    assert got.status == 1 and "--teacher-network FILE.py:tiny" in got.err
+    assert cli(*words, "--teacher-network", f"{file}:tiny").status == 0
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["teacher"]["macs"] == 49 * 8 * 3 * 9 + 392 * 3 + models.costs("teacher", 3, 16).macs
+    assert found["student"]["macs"] == models.costs("student", 3, 16).macs
+
+
+def test_runs_of_both_kinds_live_in_one_folder(cli, flags, own, tmp_path):
+    output = Path(shutil.copytree(own, tmp_path / "out"))
+    assert "- Student: tiny in nets.py" in cli("--report", "--output-dir", output).out
+    assert (
+        "- Student: " not in cli(*flags, "--output-dir", output).out.split("Final")[0].split("Training Parameters")[1]
+    )
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+HEAD = """import numpy
+from torch import nn
+linear = lambda n: nn.Sequential(nn.Flatten(), nn.Linear(768, n))
+"""
+ODD = {
+    "def f(n): return linear(11)": "gives (8, 11) for 8 images, but logits of 3 classes are (8, 3)",
+    "def f(n): return 3": "returns int, but a network is a torch.nn.Module",
+    "def f(): pass": "takes 0 positional arguments but 1 was given",
+    "def f(n): return nn.Linear(700, n)": "mat1 and mat2 shapes cannot be multiplied",
+    "def f(n): return linear(n).requires_grad_(False)": "has no parameter that is trained",
+    "def f(n): return linear(n).half()": "'1.weight' of its state_dict is not a tensor of float32",
+    "def f(n):\n    a = linear(n)\n    a[1].bias.data += numpy.random.rand()\n    return a": "other weights each time",
+    "def f(n):\n    a = linear(n)\n    a[1].bias.data += float('nan')\n    return a": "logits that are not finite",
+    "class f(nn.Module):\n    def __init__(self, n):\n        super().__init__()\n        self.a = linear(n)\n"
+    "    def forward(self, x):\n        return self.a(x), 1": "gives tuple for 8 images",
+}
+
+
+@pytest.mark.parametrize(("text", "told"), ODD.items())
+def test_a_network_that_cannot_be_trained_is_refused_before_images_are_read(cli, flags, finished, tmp_path, text, told):
+    path = tmp_path / "odd.py"
+    path.write_text(HEAD + text)
+    words = ("--output-dir", finished, "--data-dir", "nowhere", "--overwrite", "--student", f"{path}:f")
+    got = cli(*flags, *words)
+    assert got.status == 1 and told in got.err and f"--student {path}:f" in got.err and "nowhere" not in got.err, got
+    assert len(got.err.splitlines()) < 12 and "site-packages" not in got.err and not got.out
+
+
+def test_a_teacher_that_cannot_be_trained_is_refused_before_anything_is_written(cli, flags, tmp_path):
+    path = tmp_path / "odd.py"
+    path.write_text(HEAD + "def f(n): return linear(11)")
+    got = cli(*flags, "--output-dir", tmp_path / "out", "--train-teacher", "--teacher-network", f"{path}:f")
+    assert got.status == 1 and "gives (8, 11)" in got.err and not [*(tmp_path / "out").glob("teacher*")]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--student", "resnet20"), "is not FILE.py:FUNCTION"),
+        (("--train-teacher", "--student", "a.py:f"), "--student is for students"),
+        (("--report", "--teacher-network", "a.py:f"), "--teacher-network cannot be combined with --report"),
+    ],
+)
+def test_wrong_usage(cli, words, told):
+    got = cli(*words)
+    assert got.status == 2 and told in got.err
+
+
+# The pair that is kept -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "parameters", "macs"), [("resnet20", 269_722, 40.55), ("resnet56", 853_018, 125.49)])
+def test_the_resnets_are_those_of_the_paper(name, parameters, macs):
+    """Table 6 of arXiv 1512.03385: 0.27 and 0.85 million parameters, in 20 and 56 layers with weights."""
+    network = models.build(hook(ROOT / "examples" / "resnet_cifar.py", name).loaded, "student", 10, 0)
+    layers = [layer for layer in network.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert f"resnet{len(layers)}" == name
+    found = models.costs("student", 10, 32, network)
+    assert found.parameters == parameters and round(found.macs / 1e6, 2) == macs
+    for size in (16, 32):
+        assert network(torch.randn(2, 3, size, size)).shape == (2, 10)
+
+
+def test_the_shortcut_has_no_weights():
+    """Option A: every second pixel, zeros for the new channels. With a branch of zeros the block is its shortcut."""
+    block = hook(ROOT / "examples" / "resnet_cifar.py", "Block").loaded(4, 8).eval()
+    torch.nn.init.zeros_(block.branch[3].weight)
+    x = torch.rand(2, 4, 6, 6)
+    out = block(x)
+    assert out.shape == (2, 8, 3, 3) and torch.equal(out[:, 2:6], x[:, :, ::2, ::2])
+    assert not out[:, :2].any() and not out[:, 6:].any()
