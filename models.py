@@ -194,7 +194,7 @@ def _costs(architecture, classes, image_size):
 
 def costs_of(network, image_size):
     """The Costs of any network on the CPU that takes images (B, 3, S, S)."""
-    count = any_macs if isinstance(network, Own) else layers_macs
+    count = layers_macs if isinstance(network, tuple(ARCHITECTURES.values())) else any_macs
     return Costs(sum(each.numel() for each in network.parameters()), count(network, image_size))
 
 
