@@ -307,7 +307,8 @@ def tiff_numbers(random):
     photometric = 0 if inverted and kind in ("u1", "u2", "f4") else 1
     expected = (values.astype(np.float64) - low) * (255 / (high - low))
     expected = np.repeat((255 - expected if photometric == 0 else expected)[..., None], 3, axis=2)
-    form, is_rare = {"u": 1, "i": 2, "f": 3}[kind[0]], order == ">" and kind in ("u2", "u4")
+    form = {"u": 1, "i": 2, "f": 3}[kind[0]]
+    is_rare = order == ">" and (kind == "u4" or (kind == "u2" and photometric == 0))
     return ".tif", _tiff(values, order, photometric, form), expected, 0.51, is_rare
 
 
