@@ -57,7 +57,7 @@ def record(folder):
     points = [Point(f"teacher, {teacher_epochs} epochs", "teacher", cost, sum(members) / len(members), len(members))]
     for role, entries in (("kd", found["kd"]), ("baseline", [found["baseline"]])):
         for entry in entries:
-            pair = f" {pair_name(entry['temperature'], entry['alpha'])}," if role == "kd" else ""
+            pair = f" {pair_name(entry)}," if role == "kd" else ""
             interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
             half = interval and (interval[1] - interval[0]) / 2
             what = f"{STYLES[role]['label']},{pair} {epochs} epochs"

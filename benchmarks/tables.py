@@ -7,13 +7,15 @@ A block begins with <!-- NAME --> and ends with <!-- end -->, each on a line of 
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RECORD, SPEED = ROOT / "README.md", ROOT / "results" / "cifar10", ROOT / "results" / "throughput-cpu.json"
+RESULTS = ROOT / "results"
+README, RECORD, SPEED = ROOT / "README.md", RESULTS / "cifar10", RESULTS / "throughput-cpu.json"
 
 
 def table(head, *rows):
@@ -85,7 +87,22 @@ def speed():
     )
 
 
-BLOCKS = {"printed": printed, "results": results, "speed": speed}
+def paper():
+    """The paper's own questions, and losses of others: each variant over what it is paired with."""
+    with open(RESULTS / "paper.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    rows = []
+    for row in found:
+        one, other = (f"{float(row[name]):.4f} ± {float(row[f'{name}_std']):.4f}" for name in ("distilled", "other"))
+        mean, low, high = (float(row[name]) for name in ("mean", "low", "high"))
+        difference = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+        rows.append([row["experiment"], row["what"], row["epochs"], one, other, difference])
+    (seeds,) = {row["n"] for row in found}
+    head = ["students", "measured", "epochs", "distilled", "the other", "difference in points (95% interval)"]
+    return table(head, *rows) + f"\n\nMeans of {seeds} seeds; teacher {float(found[0]['teacher']):.4f}."
+
+
+BLOCKS = {"printed": printed, "results": results, "paper": paper, "speed": speed}
 
 
 def main():

@@ -185,11 +185,11 @@ def test_both_students_start_alike_and_see_the_same_batches(quick, flags, copy, 
             self.batches.append((epoch, indices.tolist(), images.numpy().tobytes()))
             return images
 
-    def record(model, optimizer, views, labels, order, soft_targets, progress):
-        name = progress.run.name
+    def record(model, optimizer, views, *rest):
+        name = rest[-1].run.name  # of its Progress
         starts.setdefault(name, models.digest(model.state_dict()))
         recorded = Recorded(views, seen.setdefault(name, []))
-        train_one_epoch(model, optimizer, recorded, labels, order, soft_targets, progress)
+        train_one_epoch(model, optimizer, recorded, *rest)
 
     monkeypatch.setattr(train, "train_one_epoch", record)
     assert quick(*flags, "--output-dir", copy, "--overwrite").status == 0
@@ -408,9 +408,12 @@ def test_the_demo_trains_teacher_and_students(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "load", lambda image_size: load(image_size, train=64, test=32))
     got = quick("--demo", "--epochs", 1, "--device", "cpu", "--output-dir", tmp_path / "out")
     assert got.status == 0 and "shapes: 64 training and 32 test images of 16x16, 8 classes" in got.out, got
-    assert BLOCK.search(got.out) and got.out.index("teacher-s0: test accuracy") < got.out.index("Training Parameters:")
+    half = "- Training Images: 0.5 of each class\n"
+    assert half in got.out and BLOCK.search(got.out.replace(half, "")), got
+    assert got.out.index("teacher-s0: test accuracy") < got.out.index("Training Parameters:")
     assert logged(got.err) == [
-        "teacher-s0: 1 of 1 for all runs", "[1/2] kd-T4-a0.9-s0: 1 of 1 for all runs", "[2/2] baseline-s0: 1 of 1",
+        "teacher-s0: 1 of 1 for all runs", "[1/2] kd-T4-a0.9-f0.5-s0: 1 of 1 for all runs",
+        "[2/2] baseline-f0.5-s0: 1 of 1",
     ]  # fmt: skip
 
 
