@@ -13,6 +13,9 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # PyTorch's threads share the cores with them
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+
 CLASSES = ("blue", "green", "red")
 
 
