@@ -10,10 +10,16 @@ from runs.files import Failure, reason
 from runs.group import Told
 from runs.signals import Interrupted, Stop
 
-# How it is said that there is not enough memory: on CUDA by a type of its own, on MPS and a CPU in words.
+# How it is said that there is not enough memory: by types of Python and PyTorch, by CUDA and its libraries, on MPS, on
+# a CPU, by the system.
 OUT_OF_MEMORY = (
-    "OutOfMemoryError", "MPS backend out of memory", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
+    "OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "Invalid buffer size", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
 )  # fmt: skip
+SMALLER = {  # what a command, by its task, can do with less
+    None: "Try a smaller --batch-size or --image-size.",
+    "predict": "Try --num-workers 1, or on a GPU --device cpu.",
+}
 
 
 def exit_status(main, argv=None):
@@ -72,7 +78,7 @@ def explain(error, arguments, stop):
     if isinstance(error, Failure):
         text = str(error)
     elif isinstance(error, MemoryError) or any(words in f"{type(error).__name__}: {error}" for words in OUT_OF_MEMORY):
-        text = "there is not enough memory. Try a smaller --batch-size or --image-size."
+        text = f"there is not enough memory. {SMALLER.get(arguments.task, 'Close other programs, and try again.')}"
     elif isinstance(error, OSError):
         text = f"{error.filename}: {reason(error)}." if error.filename else f"{reason(error)}."
     else:

@@ -92,6 +92,44 @@ def test_memory_in_words(monkeypatch, free, more):
     assert text == f"Memory: about 0.4 GB to train the student with batches of 64{more}"
 
 
+def test_processes_share_the_memory_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(runs.costs, "free_memory", lambda device: 0.6e9)
+    text = describe_memory("student", models.create("student", 10, 0), 80, 64, Machine(torch.device("cpu")), 2)
+    assert text.endswith(", but only 0.3 GB are free for each of 2 processes: choose a smaller --batch-size")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        (  # version 2: the container's limit is on a group around this one; files in the page cache are given back
+            "0::/job/step\n",
+            {"job/memory.max": 1000, "job/memory.current": 700, "job/memory.stat": "anon 500\nactive_file 60\n"
+             "inactive_file 100", "job/step/memory.max": "max", "job/step/memory.current": 1},
+            [460],
+        ),
+        (  # version 1, whose group is not seen from inside the container
+            "4:cpu,memory:/docker/01ab\n2:cpuset:/\n0::/\n",
+            {"memory/memory.limit_in_bytes": 900, "memory/memory.usage_in_bytes": 300,
+             "memory/memory.stat": "total_active_file 10\ntotal_inactive_file 20"},
+            [630],
+        ),
+        ("0::/\n", {}, []),
+    ],
+)  # fmt: skip
+def test_what_a_container_has_left(tmp_path, groups, files, left):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    here = {key: (tmp_path / key, *names) for key, (_, *names) in runs.costs.CGROUP_FILES.items()}
+    assert [*runs.costs._left_in_groups(groups, here)] == left
+
+
+def test_free_memory_is_what_the_container_has_left(monkeypatch):
+    monkeypatch.setattr(runs.costs, "_left_in_groups", lambda groups: [3e6, 2e6])
+    if sys.platform == "linux":
+        assert free_memory(torch.device("cpu")) == 2e6
+
+
 def test_free_memory_is_known_on_linux():
     free = free_memory(torch.device("cpu"))
     assert free > 1e7 if sys.platform == "linux" else free is None
