@@ -1,7 +1,9 @@
 """Images larger than 64x64: what their networks cost, and that everything takes them."""
 
 import sys
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from torch import nn
 import models
 import runs.costs
 from models import inference_batch
+from reports import records
 from runs.costs import any_macs, describe_memory, free_memory, layers_macs, training_memory
+from runs.files import Damaged
 from runs.machine import Machine
 
 
@@ -64,6 +68,30 @@ def test_an_inference_batch_is_fixed_and_of_large_images_smaller():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [inference_batch(cpu, size) for size in (16, 32, 64, 128, 256)] == [128, 128, 128, 32, 8]
     assert [inference_batch(cuda, size) for size in (32, 64, 256)] == [500, 500, 31]
+
+
+def test_a_test_set_is_held_in_memory_once_at_most(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), np.uint8)
+    labels, classes = np.arange(64) % 2, ("a", "b")
+
+    def peak(function, *arguments):
+        tracemalloc.start()
+        try:
+            function(*arguments)
+            return tracemalloc.get_traced_memory()[1] / images.nbytes
+        finally:
+            tracemalloc.stop()
+
+    for most in (1.3, 0.3):  # written, in parts of 16 MB, and found to be intact
+        assert peak(records.save_test_set, tmp_path, "digest", images, labels, classes) < most
+    assert peak(records.load_test_set, tmp_path, "digest", []) < 1.3
+    (path,) = (tmp_path / "data").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    with pytest.raises(Damaged, match="the checksum of 'images.npy' in it does not match"):
+        records.load_test_set(tmp_path, "digest", [])
+    records.save_test_set(tmp_path, "digest", images, labels, classes)
+    assert np.array_equal(records.load_test_set(tmp_path, "digest", [])[0], images)
 
 
 @pytest.mark.slow
