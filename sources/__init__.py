@@ -17,3 +17,8 @@ class Facts:
     record: dict = field(default_factory=dict)
     names: tuple[list, list] | None = None
     sizes: dict = field(default_factory=dict)
+
+
+def one_line(name):
+    """A file's name for a list of one file a line: as Python writes it where it holds an end of line or the like."""
+    return name if name.isprintable() else repr(name)

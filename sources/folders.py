@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from runs.files import Damaged, Failure, reason, remove, write
-from sources import Facts, kept
+from sources import Facts, kept, one_line
 from sources.decode import plain
 from sources.listing import Found, find_images, has_class_folders, is_class_folder, is_image
 
@@ -180,7 +180,7 @@ def _list_damaged(bad, cache):
         return None
     path = cache / "damaged.txt"
     if bad:
-        content = "".join(f"{each} {why}\n" for each, why in bad.items()).encode(errors="backslashreplace")
+        content = "".join(f"{one_line(each)} {why}\n" for each, why in bad.items()).encode(errors="backslashreplace")
         if not (path.is_file() and path.read_bytes() == content):  # of a group one process writes
             write(path, content)
     else:
@@ -190,7 +190,7 @@ def _list_damaged(bad, cache):
 
 def _damage(bad, count, listed):
     """What to say of images that cannot be decoded."""
-    lines = [f"  {path} {why}" for path, why in itertools.islice(bad.items(), NAMED)]
+    lines = [f"  {one_line(path)} {why}" for path, why in itertools.islice(bad.items(), NAMED)]
     return "\n".join(
         [
             f"{len(bad):,} of {count:,} images cannot be decoded{' (what was decoded is kept)' if listed else ''}:",

@@ -10,6 +10,7 @@ import numpy as np
 
 from runs.files import Damaged, make_folder, read_json, write, write_json
 from runs.settings import NotNegative
+from sources import one_line
 
 FEW = 10  # classes that are all named
 ENDS = 3  # classes named at each end, of more
@@ -37,7 +38,7 @@ def look(data, output, say):
         copies = read_json(path, Copies) if path.is_file() else None
     except Damaged:
         copies = None
-    if copies is None:
+    if copies is None or (copies.listed and not (Path(output) / copies.listed).is_file()):
         for line in (_classes(data), _sizes(data)):
             if line:
                 say(line)
@@ -60,7 +61,8 @@ def notes(record, tests, output):
 
 
 def _warnings(copies, tests, output):
-    lines, listed = [], f" (listed in {Path(output) / copies.listed})" if copies.listed else ""
+    lines, path = [], copies.listed and Path(output) / copies.listed
+    listed = f" (listed in {path})" if path and path.is_file() else ""
     if count := copies.test_in_training:
         other = copies.under_another_class
         also = f", {other:,} of them under another class" if other else ""
@@ -87,7 +89,8 @@ def _classes(data):
     if len(words) > FEW:
         words = [*words[:ENDS], "...", *words[-ENDS:]]
     times = train[order[0]] / train[order[-1]]
-    unequal = f"; the largest has {times:.3g} times the training images of the smallest" if times > 1 else ""
+    shown = f"{times:.3g}" if times < 100 else f"{times:,.0f}"
+    unequal = f"; the largest has {shown} times the training images of the smallest" if times > 1 else ""
     return f"Images a class (training + test): {', '.join(words)}{unequal}"
 
 
@@ -96,9 +99,10 @@ def _sizes(data):
     sizes = {tuple(map(int, name.split("x"))): count for name, count in data.facts.sizes.items()}
     if not sizes:
         return None
-    if len(sizes) == 1:
-        return f"Sizes: all {_by(*sizes)}"
     small = sum(count for size, count in sizes.items() if min(size) < data.image_size)
+    if len(sizes) == 1:
+        enlarged = f", smaller than {_by((data.image_size, data.image_size))} and enlarged" if small else ""
+        return f"Sizes: all {_by(*sizes)}{enlarged}"
     least, most = (choose(sizes, key=lambda size: size[0] * size[1]) for choose in (min, max))
     often = max(sizes, key=sizes.get)
     enlarged = f"; smaller than {_by((data.image_size, data.image_size))} and enlarged: {small:,}" if small else ""
@@ -138,5 +142,5 @@ def _find_copies(data, path):
 def _name(data, splits, split, position, label):
     """An image's path, or its number where it has none, counted from 0."""
     if data.facts.names:
-        return data.facts.names[split][position]
+        return one_line(data.facts.names[split][position])
     return f"{splits[split][0]} image {position} ({data.classes[label]})"

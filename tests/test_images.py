@@ -15,7 +15,7 @@ import data
 import models
 from arguments import Usage, parse
 from runs.files import Damaged, Failure
-from sources import decode, kept, survey
+from sources import Facts, decode, kept, survey
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -253,6 +253,17 @@ def test_all_damage_is_listed_and_the_rest_is_kept(folder, monkeypatch):
     assert folder.load().digest == clean and not decoded
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such name")
+def test_a_damaged_image_is_one_line_whatever_its_name(folder):
+    bad = folder.top / "test" / "red" / "two\nlines.jpg"
+    bad.write_text("I am not an image")
+    with pytest.raises(Damaged) as error:
+        folder.load()
+    line = f"{str(bad)!r} cannot be decoded: it is not an image of a known format."
+    assert str(error.value).splitlines()[1] == f"  {line}"
+    assert (folder.cache / "damaged.txt").read_text() == f"{line}\n"
+
+
 def test_no_class_is_left_without_images(folder):
     for path in (folder.top / "test" / "red").iterdir():
         path.write_bytes(b"")
@@ -291,6 +302,34 @@ def test_copies_are_counted_and_named(folder, tmp_path):
     again = []
     assert survey.look(loaded, tmp_path / "out", again.append)["copies"]["test_in_training"] == 3
     assert again == said[2:]  # the warnings are repeated, the rest is not
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such name")
+def test_a_list_of_copies_that_was_removed_is_made_again(folder):
+    shutil.copy(folder.top / "train/red/00.png", folder.top / "test/red/two\nlines.png")
+    loaded = folder.load()
+    record = survey.look(loaded, folder.cache, lambda line: None)
+    listed = folder.cache / record["copies"]["listed"]
+    assert listed.read_text() == "train/red/00.png = 'test/red/two\\nlines.png'\n"
+    listed.unlink()
+    assert survey.notes(record, 9, folder.cache)[0].startswith("1 of 9 test images are training images, too: test acc")
+    survey.look(loaded, folder.cache, lambda line: None)
+    assert listed.is_file() and f"(listed in {listed})" in survey.notes(record, 9, folder.cache)[0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "image_size", "told"),
+    [
+        ((3000, 2), 16, ["; the largest has 1,500 times the training images of the smallest", "Sizes: all 16x16"]),
+        ((3, 2), 24, ["; the largest has 1.5 times the tr", "Sizes: all 16x16, smaller than 24x24 and enlarged"]),
+    ],
+)
+def test_numbers_and_sizes_in_words(counts, image_size, told):
+    labels, size = np.repeat([0, 1], counts), (image_size, image_size, 3)
+    images = np.zeros((len(labels), *size), np.uint8)
+    facts = Facts(sizes={"16x16": len(labels) + 2})
+    loaded = data.from_arrays(("a", "b"), images, labels, images[:2], np.array([0, 1]), facts)
+    assert told[0] in survey._classes(loaded) and survey._sizes(loaded) == told[1]
 
 
 def test_sizes_and_many_classes_fit_one_screen(folder):
