@@ -40,14 +40,23 @@ def save_checkpoint(path, content):
 
 
 def load_checkpoint(path):
-    """The dict in a PyTorch archive, with its tensors on the CPU.
+    """The dict in a PyTorch archive, with its tensors on the CPU; raises what `load_plain` raises, and Damaged where it
+    holds anything but a dict."""
+    checkpoint = load_plain(path)
+    if not isinstance(checkpoint, dict):
+        raise Damaged(f"{path} is damaged: it does not hold a checkpoint's dict.")
+    return checkpoint
 
-    Raises Failure where the file cannot be read, and Damaged where it is cut short, has a flipped bit, holds anything
-    but a dict, or carries a pickled call, which is not executed.
+
+def load_plain(path):
+    """What a PyTorch archive holds, with its tensors on the CPU.
+
+    Raises Failure where the file cannot be read, and Damaged where it is cut short, has a flipped bit, or carries a
+    pickled call, which is not executed.
     """
     content = verified_archive(path)
     try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise Damaged(
             f"{path} is refused: it holds more than plain values and tensors, and loading it could run code."
@@ -55,6 +64,8 @@ def load_checkpoint(path):
     except Exception as error:  # the checksums matched, so this archive is not one of PyTorch's
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Damaged(f"{path} is damaged: {first}.") from None
-    if not isinstance(checkpoint, dict):
-        raise Damaged(f"{path} is damaged: it does not hold a checkpoint's dict.")
-    return checkpoint
+
+
+def has_format(checkpoint, version):
+    """Whether a dict from `load_checkpoint`, in which anything may stand under "format", says that it is `version`."""
+    return isinstance(found := checkpoint.get("format"), int) and found == version

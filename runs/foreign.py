@@ -1,12 +1,13 @@
 """Checkpoints of this program, told from files of others: what those are is said without running anything in them."""
 
+import codecs
 import json
 import re
 import zipfile
 
 import torch
 
-from runs.checkpoints import load_checkpoint
+from runs.checkpoints import has_format, load_plain
 from runs.files import Damaged
 
 # What a file is by its first bytes; more common kinds of weights first.
@@ -28,6 +29,7 @@ NAMES = (
     (r"(^|/)(archive_format|serialized_exported_program\.json)$", "a program of torch.export"),
     (r"^[^/]*\.npy$", "an archive of NumPy arrays"),
 )
+DEEPEST = 4  # dicts in dicts that are searched for weights; one may hold itself
 ADVICE = "Name the folder of a run of this program instead, or train a teacher: python main.py --train-teacher"
 
 
@@ -38,19 +40,22 @@ def load_own(path, version):
     program; the text says what it is and what to do.
     """
     try:
-        content = load_checkpoint(path)
+        content = load_plain(path)
     except Damaged:
         if kind := _kind_of_file(path):
             raise Damaged(f"{path} is not a model of this program: it is {kind}.\n{ADVICE}") from None
+        if kind := _kind_of_text(path):
+            raise Damaged(f"{path} is damaged: it is {kind} instead of a model.\n{ADVICE}") from None
         raise
-    if content.get("format") == version:
-        return content
-    if {"format", "architecture", "state_dict"} <= content.keys():
-        raise Damaged(
-            f"{path} is a model of another version of this program: its format is {content['format']!r}, and this "
-            f"version reads {version}."
-        )
-    raise Damaged(f"{path} is not a model of this program: it is {_kind_of_dict(content)}.\n{ADVICE}")
+    if isinstance(content, dict):
+        if has_format(content, version):
+            return content
+        if {"architecture", "state_dict"} <= content.keys() and isinstance(content.get("format"), int):
+            raise Damaged(
+                f"{path} is a model of another version of this program: its format is {content['format']}, and this "
+                f"version reads {version}."
+            )
+    raise Damaged(f"{path} is not a model of this program: it is {_kind_of_content(content)}.\n{ADVICE}")
 
 
 def _kind_of_file(path):
@@ -62,6 +67,22 @@ def _kind_of_file(path):
         if tensors := _safetensors(file, start):
             return f"a safetensors file of {tensors:,} tensors, weights without their network"
     return next((kind for pattern, kind in BEGINNINGS if re.match(pattern, start, re.DOTALL)), None)
+
+
+def _kind_of_text(path):
+    """What a file is that holds text or nothing, in words; None for any other."""
+    with open(path, "rb") as file:
+        start = file.read(256)
+    if not start:
+        return "an empty file"
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)  # whose last character may be cut
+    except UnicodeDecodeError:
+        return None
+    words = " ".join(text.split())
+    if not words.isprintable():
+        return None
+    return f"a text file that begins {words[:40]!r}" if words else "a text file of blanks"
 
 
 def _safetensors(file, start):
@@ -98,23 +119,57 @@ def _kind_of_archive(path):
     return f"a pickle of Python objects (of the type {objects[0]}{more}), and loading it could run code"
 
 
-def _kind_of_dict(content):
+def _kind_of_content(content):
+    """What plain values and tensors are that no model of this program is, in words."""
+    if isinstance(content, torch.Tensor):
+        return f"a single tensor ({_shape(content)})"
+    if isinstance(content, list | tuple):
+        return f"a {type(content).__name__} of {_count(len(content), 'value')}"
+    if not isinstance(content, dict):
+        return f"a value of the type {type(content).__name__}"
     if content.keys() >= {"optimizer", "network", "sums"}:
         return "the state of an unfinished run; the command that began that run finishes it"
-    if weights := _tensors(content):
-        return f"a state_dict, {weights}"
-    for name, value in content.items():
-        if weights := _tensors(value):
-            return f"a checkpoint of another program; its entry '{name}' is a state_dict, {weights}"
-    names = ", ".join(f"'{name}'" for name in list(content)[:5])
+    found = [*_state_dicts(content)]
+    if found:
+        names, state_dict = max(found, key=lambda each: (each[0] == (), len(_tensors(each[1]))))
+        weights = _weights(state_dict)
+        if not names:
+            return f"a state_dict, {weights}"
+        entry = ".".join(map(str, names))
+        return f"a checkpoint of another program; its entry {entry!r} is a state_dict, {weights}"
+    names = ", ".join(repr(str(name)) for name in list(content)[:5])
     more = f" and {len(content) - 5} more" if len(content) > 5 else ""
     return f"a dict with the entries {names}{more}" if content else "an empty dict"
 
 
 def _tensors(value):
-    """A state_dict in words, "" for anything else."""
-    if not isinstance(value, dict) or not value or not all(isinstance(each, torch.Tensor) for each in value.values()):
-        return ""
-    name, first = next(iter(value.items()))
-    shape = "x".join(map(str, first.shape)) or "a single number"
-    return f"weights without their network ({len(value):,} tensors; the first is '{name}', {shape})"
+    """The tensors among a dict's values, by name."""
+    return {name: each for name, each in value.items() if isinstance(each, torch.Tensor)}
+
+
+def _state_dicts(value, names=()):
+    """Pairs (names of the entries that lead there, dict) of all dicts in a dict that hold more tensors than other
+    values."""
+    if 2 * len(_tensors(value)) > len(value):
+        yield names, value
+    for name, each in value.items():
+        if isinstance(each, dict) and len(names) < DEEPEST:
+            yield from _state_dicts(each, (*names, name))
+
+
+def _weights(state_dict):
+    """A state_dict in words."""
+    tensors = _tensors(state_dict)
+    name, first = next(iter(tensors.items()))
+    rest = len(state_dict) - len(tensors)
+    beside = f", beside {_count(rest, 'other value')}" if rest else ""
+    what = f"{_count(len(tensors), 'tensor')}; the first is {str(name)!r}, {_shape(first)}{beside}"
+    return f"weights without their network ({what})"
+
+
+def _shape(tensor):
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _count(number, name):
+    return f"{number:,} {name}{'s' * (number != 1)}"

@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from runs.checkpoints import load_checkpoint, save_checkpoint
+from runs.checkpoints import has_format, load_checkpoint, save_checkpoint
 from runs.files import Damaged, decode
 from runs.settings import NotNegative
 
@@ -59,7 +59,7 @@ def save_state(path, state):
 def load_state(path):
     """The State in a file; raises Damaged where it is damaged or of another version of this program."""
     content = load_checkpoint(path)
-    if content.get("format") != FORMAT:
+    if not has_format(content, FORMAT):
         raise Damaged(
             f"{path} is a state of another version of this program: its format is {content.get('format')!r}, and this "
             f"version reads {FORMAT}."

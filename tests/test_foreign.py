@@ -32,6 +32,10 @@ def archive(path, *names):
             content.writestr(name, b"{}")
 
 
+NAMED = WEIGHTS.state_dict()
+LOOP = {"a": 1}
+LOOP["loop"] = LOOP
+
 # How each is made, and what is said of it.
 FILES = {
     "state_dict": (
@@ -46,6 +50,18 @@ FILES = {
         lambda path: torch.save({"model": WEIGHTS.state_dict(), "optimizer": {}}, path),
         "a checkpoint of another program; its entry 'model' is a state_dict",
     ),
+    "beside a number": (
+        lambda path: torch.save({"classes": 10, **WEIGHTS.state_dict()}, path),
+        "a state_dict, weights without their network (9 tensors; the first is '0.weight', 8x3x3x3, beside 1 other",
+    ),
+    "nested": (
+        lambda path: torch.save({"a": {0: {"b": WEIGHTS[0].bias}}, "net": {"ema": {"weights": NAMED}}}, path),
+        "a checkpoint of another program; its entry 'net.ema.weights' is a state_dict, weights without their",
+    ),
+    "format": (lambda path: torch.save({"format": torch.ones(3), "epoch": 1, "a": 1}, path), "a dict with the entries"),
+    "tensor": (lambda path: torch.save(torch.ones(3, 4), path), "a single tensor (3x4)"),
+    "list": (lambda path: torch.save([torch.ones(3, 4)], path), "a list of 1 value."),
+    "loop": (lambda path: torch.save(LOOP, path), "a dict with the entries 'a', 'loop'"),
     "other dict": (
         lambda path: torch.save({"loss": 0.5, "epoch": 3}, path), "a dict with the entries 'loss', 'epoch'.",
     ),
@@ -93,7 +109,26 @@ def test_a_state_given_as_a_teacher(cli, flags, copy):
 
 def test_a_file_that_is_cut_short_is_damaged_and_not_foreign(copy):
     path = copy / "teacher-s0" / "model.pt"
-    for content in (path.read_bytes()[:-1000], b"", b"hello"):
+    for content in (path.read_bytes()[:-1000], bytes(1000)):
         path.write_bytes(content)
         with pytest.raises(Damaged, match="is damaged: it is not a complete archive"):
             models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "an empty file"),
+        ("é\r\n".encode() + "→".encode() * 99, "a text file that begins 'é →→→"),
+        (b" \n", "a text file of blanks"),
+    ],
+)
+def test_a_file_of_text_or_nothing_is_said_to_be_that(tmp_path, content, told):
+    """A disk that was full may leave the one, a failed download the other."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(Damaged) as failure:
+        models.load(path)
+    first, second = str(failure.value).splitlines()
+    assert first.startswith(f"{path} is damaged: it is {told}") and first.endswith(" instead of a model.")
+    assert second.endswith("or train a teacher: python main.py --train-teacher")
