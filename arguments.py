@@ -180,13 +180,13 @@ def parser():
     option = group("images")
     option("--dataset", "CIFAR-10, CIFAR-100, images in folders, or drawn shapes", "cifar10",
            choices=("cifar10", "cifar100", "folder", "shapes"), metavar="{cifar10,cifar100,folder,shapes}")
-    option("--data-dir", "where CIFAR is or is downloaded to, or the folder with train/CLASS/ and test/CLASS/",
-           "data", type=path, metavar="DIR")
-    option("--test-fraction", "part of each class that becomes the test set, of a folder of classes without one",
+    option("--data-dir", "where CIFAR is or is downloaded to, or a folder with train/CLASS/ and test/CLASS/, or with "
+           "CLASS/ alone for --test-fraction", "data", type=path, metavar="DIR")
+    option("--test-fraction", "part of each class that is split off as the test set, of --dataset folder without test/",
            type=number(0, 0.9, above=True), metavar="F")
-    option("--skip-damaged", "train without the images that cannot be decoded", **SWITCH)
+    option("--skip-damaged", "train without the images of --dataset folder that cannot be decoded", **SWITCH)
     option("--data-url", "a mirror to download the CIFAR archive from", metavar="URL")
-    option("--image-size", "height and width that images are resized to, 16 to 256", 32,
+    option("--image-size", "height and width that images are resized to, and in folders cropped to, 16 to 256", 32,
            type=integer(16, 256), metavar="N")
     option("--num-workers", "threads that decode images in folders", 2, type=integer(0, 256), metavar="N")
 

@@ -145,7 +145,8 @@ def _unknown(path):
     if not start:
         return "the file is empty"
     if start[4:8] == b"ftyp":
-        return "it is a HEIF or AVIF image that Pillow cannot read (pillow-heif may, where it is installed)"
+        advice = "" if "HEIF" in image_formats()[0] else " (pip install pillow-heif to read HEIC)"
+        return f"it is a HEIF or AVIF image that cannot be read here{advice}"
     name = next((name for beginning, name in BEGINNINGS.items() if start.startswith(beginning)), None)
     return f"it begins as a {name} file, but Pillow cannot read it" if name else "it is not an image of a known format"
 

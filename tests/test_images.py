@@ -200,6 +200,14 @@ def test_a_class_without_an_image_that_can_be_read(folder):
         folder.load()
 
 
+@pytest.mark.parametrize(("known", "told"), [([], " (pip install pillow-heif to read HEIC)"), (["HEIF"], "")])
+def test_heic_under_another_name_gets_the_same_advice(tmp_path, monkeypatch, known, told):
+    formats, suffixes = decode.image_formats()
+    monkeypatch.setattr(decode, "image_formats", lambda: ([*formats, *known], suffixes))
+    (path := tmp_path / "photo.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    assert decode._unknown(path) == f"it is a HEIF or AVIF image that cannot be read here{told}"
+
+
 def test_pillow_heif_is_used_where_it_is_installed(folder, monkeypatch):
     """In its place a module that gives .heic to Pillow's PNG reader."""
     extensions = dict(Image.registered_extensions())
