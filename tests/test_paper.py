@@ -124,6 +124,19 @@ def test_the_bias_by_hand():
     assert omitted_bias(logits, [0, 2], 3) == 1.0  # the likelier of two counts: both lack -7, -5, 0, 2 and 8
 
 
+def test_the_bias_needs_no_float64_of_the_device():
+    """MPS has none: here a type of tensor that leaves the CPU only when it is told to."""
+
+    class Elsewhere(torch.Tensor):
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    assert omitted_bias(torch.tensor([[5.0, 0, 4], [0, 5, 3]]).as_subclass(Elsewhere), [2], 1) == 1.5
+
+
 def test_the_report_adds_each_runs_bias(without_red, capsys):
     output, _ = without_red
     comparison = Comparison(
