@@ -6,14 +6,9 @@ import sys
 import traceback
 
 from arguments import Usage, parse
-from runs.files import Failure, reason
+from runs.files import Failure, is_out_of_memory, reason
 from runs.group import Told
 from runs.signals import Interrupted, Stop
-
-# How it is said that there is not enough memory: on CUDA by a type of its own, on MPS and a CPU in words.
-OUT_OF_MEMORY = (
-    "OutOfMemoryError", "MPS backend out of memory", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
-)  # fmt: skip
 
 
 def exit_status(main, argv=None):
@@ -71,7 +66,7 @@ def explain(error, arguments, stop):
     """An exception in words: what happened, where, and what to do."""
     if isinstance(error, Failure):
         text = str(error)
-    elif isinstance(error, MemoryError) or any(words in f"{type(error).__name__}: {error}" for words in OUT_OF_MEMORY):
+    elif is_out_of_memory(error):
         text = "there is not enough memory. Try a smaller --batch-size or --image-size."
     elif isinstance(error, OSError):
         text = f"{error.filename}: {reason(error)}." if error.filename else f"{reason(error)}."

@@ -30,6 +30,18 @@ class Damaged(Failure):
     """A file that exists but does not hold what it should."""
 
 
+# How it is said that there is not enough memory: on CUDA by a type of its own, on MPS and a CPU in words.
+OUT_OF_MEMORY = (
+    "OutOfMemoryError", "MPS backend out of memory", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
+)  # fmt: skip
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that there is not enough memory."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
+
+
 def reason(error):
     """An OSError in words, without its number and path."""
     if error.errno == errno.ENOSPC:
