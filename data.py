@@ -18,6 +18,8 @@ from runs.files import Failure
 from runs.settings import VIEWS_VERSION
 from sources import Facts
 
+PART = 1 << 24  # bytes of images that are summed at a time
+
 
 @dataclass(frozen=True)
 class Data:
@@ -61,16 +63,17 @@ class Data:
         return torch.cat(chosen).sort().values
 
 
-def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None, **folder):
+def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None, processes=1, **folder):
     """The Data of `dataset` ("cifar10", "cifar100", "folder" or "shapes").
 
-    `cache` is the folder where decoded images of a "folder" are kept, `folder` further arguments of
-    sources.folders.load. Raises Failure where the data cannot be read or are damaged, with the path and what to do.
+    `cache` is the folder where decoded images of a "folder" are kept, `processes` how many on this machine are going to
+    hold the data, `folder` further arguments of sources.folders.load. Raises Failure where the data cannot be read or
+    are damaged, with the path and what to do.
     """
     if dataset in ("cifar10", "cifar100"):
         from sources import cifar  # only here, since importing torchvision takes a second
 
-        return from_arrays(*cifar.load(data_dir, data_url, image_size, cifar.DATASETS[dataset]))
+        return from_arrays(*cifar.load(data_dir, data_url, image_size, cifar.DATASETS[dataset], processes))
     if dataset == "folder":
         from sources import folders
 
@@ -84,8 +87,9 @@ def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, c
 def from_arrays(classes, train_images, train_labels, test_images, test_labels, facts=None):
     """The Data of NumPy arrays, which may be memory-mapped: statistics and digest are computed here."""
     total, squares = np.zeros(3), np.zeros(3)
-    for start in range(0, len(train_images), 4096):  # in parts, so that no wider copy of all images is ever held
-        rows = train_images[start : start + 4096].reshape(-1, train_images.shape[2] * 3)  # long enough to vectorize
+    part = max(1, PART // train_images[0].nbytes)
+    for start in range(0, len(train_images), part):  # in parts, so that no wider copy of all images is ever held
+        rows = train_images[start : start + part].reshape(-1, train_images.shape[2] * 3)  # long enough to vectorize
         total += rows.sum(0, dtype=np.uint32).reshape(-1, 3).sum(0, dtype=np.float64)
         squares += np.square(rows, dtype=np.uint16).sum(0, dtype=np.uint64).reshape(-1, 3).sum(0, dtype=np.float64)
     count = train_images.size / 3

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from runs.files import Damaged, Failure, load_array, read_json, verified_archive
+from runs.files import Damaged, Failure, load_array, read_json, verify_archive
 from runs.settings import RunRecord
 
 FILES = ("run.json", "model.pt", "state.pt")  # a folder with one of them is a run's
@@ -50,7 +50,7 @@ def _verified_record(folder):
     record = read_json(folder / "run.json", RunRecord)
     for name in ("model.pt", "state.pt"):
         if (folder / name).is_file():
-            verified_archive(folder / name)
+            verify_archive(folder / name)
     if (folder / "model.pt").is_file():
         result = record.val_accuracy if record.settings.val_fraction else record.accuracy
         if not record.finished or result is None:

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from runs.files import Damaged, Failure, load_array, load_arrays, make_folder, read_json, save_arrays, write_json
+from runs.files import (
+    Damaged,
+    Failure,
+    load_array,
+    load_arrays,
+    make_folder,
+    read_json,
+    save_arrays,
+    verify_archive,
+    write_json,
+)
 from runs.settings import PLAIN, RunRecord, SpeedRecord
 
 
@@ -156,9 +166,12 @@ def check_logits(path, logits, shape):
 
 def _intact(path):
     try:
-        return path.is_file() and bool(load_arrays(path))
+        if path.is_file():
+            verify_archive(path)  # which holds no more than a part of it in memory
+            return True
     except Damaged:
-        return False
+        pass
+    return False
 
 
 def _test_path(output, data_digest):

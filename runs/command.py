@@ -10,6 +10,11 @@ from runs.files import Failure, is_out_of_memory, reason
 from runs.group import Told
 from runs.signals import Interrupted, Stop
 
+SMALLER = {  # what a command, by its task, can do with less
+    None: "Try a smaller --batch-size or --image-size.",
+    "predict": "Try --num-workers 1, or on a GPU --device cpu.",
+}
+
 
 def exit_status(main, argv=None):
     """Runs `main(arguments, stop)` with the arguments in `argv` [the command line's]; returns the exit status: 0, 1 for
@@ -67,7 +72,7 @@ def explain(error, arguments, stop):
     if isinstance(error, Failure):
         text = str(error)
     elif is_out_of_memory(error):
-        text = "there is not enough memory. Try a smaller --batch-size or --image-size."
+        text = f"there is not enough memory. {SMALLER.get(arguments.task, 'Close other programs, and try again.')}"
     elif isinstance(error, OSError):
         text = f"{error.filename}: {reason(error)}." if error.filename else f"{reason(error)}."
     else:

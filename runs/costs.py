@@ -1,7 +1,20 @@
 """What a network costs, found by running it on the CPU once: multiply-adds, and the memory of training."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
+
+# Where Linux keeps the limits of containers and of a scheduler's jobs, by the controllers in /proc/self/cgroup: the
+# names of a group's limit and usage, and what of its memory.stat holds files and is given back when memory is short.
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_FILES = {
+    "": (CGROUPS, "memory.max", "memory.current", ("active_file", "inactive_file")),
+    "memory": (
+        CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
+}  # fmt: skip
 
 
 def layers_macs(network, image_size):
@@ -70,25 +83,53 @@ def _kept(network, image_size, count, precision):
     return list(kept.values())
 
 
-def describe_memory(name, network, image_size, batch_size, machine):
-    """In words how much memory it takes to train the network called `name`, and how much `machine` has free."""
+def describe_memory(name, network, image_size, batch_size, machine, processes=1):
+    """In words how much memory it takes to train the network called `name`, and how much `machine` has free for each of
+    `processes` that share it."""
     takes = training_memory(network, image_size, batch_size, machine.precision)
     text = f"Memory: about {takes / 1e9:.1f} GB to train the {name} with batches of {batch_size:,}"
     free = free_memory(machine.device)
     if free is None:
         return text
+    each = ""
+    if processes > 1 and machine.device.type != "cuda":
+        free, each = free / processes, f" for each of {processes} processes"
     if takes > free:
-        return f"{text}, but only {free / 1e9:.1f} GB are free: choose a smaller --batch-size"
-    return f"{text}, of {free / 1e9:.1f} GB that are free"
+        return f"{text}, but only {free / 1e9:.1f} GB are free{each}: choose a smaller --batch-size"
+    return f"{text}, of {free / 1e9:.1f} GB that are free{each}"
 
 
 def free_memory(device):
-    """How many bytes of memory are free on a device; None where the system does not say."""
+    """How many bytes of memory are free on a device, no more than this process's container or job has left; None where
+    the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return 1024 * int(lines["MemAvailable"].split()[0])
+        free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):  # no Linux
         return None
+    try:
+        groups = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        groups = ""
+    return max(0, min([free, *_left_in_groups(groups)]))
+
+
+def _left_in_groups(groups, files=None):
+    """How many bytes each control group with a limit has left, of those that the text of /proc/self/cgroup names and
+    of those around them; `files` are the CGROUP_FILES."""
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller, (top, limit, usage, caches) in (files or CGROUP_FILES).items():
+            if controller not in controllers.split(","):
+                continue
+            group = top / path.strip("/")
+            for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+                try:
+                    most, used = (int((folder / name).read_text()) for name in (limit, usage))
+                    counts = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
+                    yield most - used + sum(int(counts[name]) for name in caches)
+                except (OSError, KeyError, ValueError):  # "max", or not seen from inside the container
+                    continue

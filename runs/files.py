@@ -32,14 +32,9 @@ class Damaged(Failure):
 
 # How it is said that there is not enough memory: on CUDA by a type of its own, on MPS and a CPU in words.
 OUT_OF_MEMORY = (
-    "OutOfMemoryError", "MPS backend out of memory", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
+    "OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "Invalid buffer size", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
 )  # fmt: skip
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that there is not enough memory."""
-    text = f"{type(error).__name__}: {error}"
-    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
 
 
 def reason(error):
@@ -157,14 +152,34 @@ def read_json(path, kind=dict):
 
 
 def verified_archive(path):
-    """The bytes of a zip archive in which every checksum matches.
+    """The bytes of a zip archive in which every checksum matches; see `verify_archive`."""
+    content = read(path)
+    _verify(path, io.BytesIO(content))
+    return content
+
+
+def verify_archive(path):
+    """Reads a zip archive, a part at a time; raises Damaged unless every checksum matches.
 
     Only what PyTorch and NumPy write is accepted: stored, since a small compressed entry could fill the memory, and no
     entry with a folder's attribute, for which PyTorch returns uninitialised memory.
     """
-    content = read(path)
+    with _opened(path) as file:
+        _verify(path, file)
+
+
+@contextlib.contextmanager
+def _opened(path):
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {reason(error)}.") from error
+
+
+def _verify(path, file):
+    try:
+        with zipfile.ZipFile(file) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise Damaged(f"{path} is damaged: it is a compressed archive, which this program never writes.")
             if any(entry.external_attr & 0x10 for entry in archive.infolist()):
@@ -173,10 +188,13 @@ def verified_archive(path):
     except Damaged:
         raise
     except Exception as error:  # BadZipFile, struct.error, EOFError, NotImplementedError, ...
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # a wrong offset is EINVAL, others are the disk's
+            raise
         raise Damaged(f"{path} is damaged: it is not a complete archive ({error or type(error).__name__}).") from None
     if bad is not None:
         raise Damaged(f"{path} is damaged: the checksum of '{bad}' in it does not match.")
-    return content
 
 
 def save_arrays(path, **arrays):
@@ -187,12 +205,16 @@ def save_arrays(path, **arrays):
 
 def load_arrays(path):
     """The arrays of an .npz archive as a dict; raises Damaged unless all checksums match and no entry is a pickle."""
-    content = verified_archive(path)
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:
-        raise Damaged(f"{path} is damaged: {error}.") from None
+    with _opened(path) as file:  # no copy of the file beside the arrays
+        _verify(path, file)
+        file.seek(0)
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:
+            raise Damaged(f"{path} is damaged: {error}.") from None
 
 
 def save_array(path, array):

@@ -199,5 +199,7 @@ def keep_memory():
     otherwise returns large blocks to the system and gets new ones at every step, whose pages are cleared again: of the
     processor time of a student's step a seventh, of a teacher's a twentieth (AMD EPYC, one thread, bf16)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter in (MMAP_THRESHOLD, TRIM_THRESHOLD):
-            libc.mallopt(parameter, 2**31 - 1)
+        # An older glibc takes no more than 32 MB. Where it takes neither, the other threshold stays, too: setting that
+        # one alone would end their growth with what is freed.
+        if any(libc.mallopt(MMAP_THRESHOLD, size) for size in (2**31 - 1, 1 << 25)):
+            libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)

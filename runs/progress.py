@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 import models
 from runs.files import Damaged, Failure, make_folder, remove, save_array, write, write_json
-from runs.group import available_cores
 from runs.hooks import Hooks
 from runs.machine import describe
 from runs.settings import RunRecord
@@ -259,10 +258,10 @@ class Progress:
                 text = f"{folder} was begun {word} {then}; {word} {now} the last bits may differ."
                 tqdm.write(text, file=sys.stderr)
         self.machines = state.machines + [here] * (here != before)
-        threads = min(state.threads, available_cores())  # more would wait for each other
+        threads = min(state.threads, self.threads)  # more would wait for each other
         if threads < state.threads:
-            text = f"{folder} was begun with {state.threads} threads; with {threads}, one for each core that is"
-            tqdm.write(f"{text} available here, the last bits may differ.", file=sys.stderr)
+            text = f"{folder} was begun with {state.threads} threads; with {threads}, as many as this process has,"
+            tqdm.write(f"{text} the last bits may differ.", file=sys.stderr)
         torch.set_num_threads(threads)  # the order of additions, and with it the last bits, depends on it
         self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
 

@@ -60,6 +60,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
         image_size=arguments.image_size,
         workers=arguments.num_workers,
         cache=Path(arguments.output_dir) / "data",
+        processes=group.local_size if group.leads else 1,  # the others come when the memory of the first is taken
         test_fraction=arguments.test_fraction,
         skip_damaged=arguments.skip_damaged,
         say=group.say,
@@ -84,7 +85,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
         largest = "teacher" if arguments.train_teacher or arguments.demo else "student"
         batch = min(arguments.batch_size, len(loaded.train_labels))
         network = own.get(largest) or models.create(largest, len(loaded.classes), seed=0)
-        group.say(describe_memory(largest, network, loaded.image_size, batch, machine))
+        group.say(describe_memory(largest, network, loaded.image_size, batch, machine, group.local_size))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "student", "teacher_network", "device")

@@ -22,13 +22,13 @@ DATASETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}  # the latter with its 100
 NETWORK_TIMEOUT = 30  # seconds without a byte
 
 
-def load(data_dir, url=None, image_size=32, dataset=CIFAR10):
+def load(data_dir, url=None, image_size=32, dataset=CIFAR10, processes=1):
     """A data set of DATASETS from `data_dir`, downloaded once (from `url`, a mirror, where given), resized to
     `image_size`.
 
     `dataset` is torchvision's class or a subclass with other checksums. Its pickles are read only after their MD5
-    matched. Raises Failure where it cannot be downloaded or unpacked or the memory is too small for it, and Damaged
-    where a file has another MD5.
+    matched. Raises Failure where it cannot be downloaded or unpacked or the memory is too small for `processes` of it,
+    and Damaged where a file has another MD5.
     """
     root = Path(data_dir)
     batches = root / dataset.base_folder
@@ -47,10 +47,12 @@ def load(data_dir, url=None, image_size=32, dataset=CIFAR10):
         for path in damaged():
             raise Damaged(f"{path} is damaged even though it was unpacked from {archive} just now.")
     train, test = (dataset(root, train=part, download=False) for part in (True, False))
-    size, free = 3 * image_size**2 * (len(train) + len(test)), free_memory(torch.device("cpu"))
+    size = 3 * image_size**2 * (len(train) + len(test)) * processes
+    free = free_memory(torch.device("cpu"))
     if image_size != train.data.shape[1] and free is not None and size > free:
+        each = f" for {processes} processes" if processes > 1 else ""
         raise Failure(
-            f"Resized to {image_size}x{image_size} the images take {size / 1e9:.1f} GB of memory, but only "
+            f"Resized to {image_size}x{image_size} the images take {size / 1e9:.1f} GB of memory{each}, but only "
             f"{free / 1e9:.1f} GB are free. Choose a smaller --image-size."
         )
     images = [np.ascontiguousarray(resize(part.data, image_size)) for part in (train, test)]

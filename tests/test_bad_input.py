@@ -18,9 +18,12 @@ from PIL import Image
 import models
 import runs.machine
 import train
+from arguments import parse
 from reports import figures
+from runs.command import explain
 from runs.files import Damaged, Failure
 from runs.machine import check_arithmetic, choose_device, choose_precision
+from runs.signals import Stop
 
 
 def explained(got):
@@ -559,6 +562,16 @@ UNEXPECTED = {
         RuntimeError("MPS backend out of memory (MPS allocated: 9.1 GB, max allowed: 9.07 GB). Tried to allocate 1 GB"),
         "there is not enough memory. Try a smaller --batch-size or --image-size.",
     ),
+    "CUDA memory in words": (
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors"),
+        "there is not enough memory.",
+    ),
+    "memory of cuBLAS": (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "there is not enough memory.",
+    ),
+    "memory of cuDNN": (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "there is not enough memory."),
+    "a buffer on MPS": (RuntimeError("Invalid buffer size: 24.00 GiB"), "there is not enough memory."),
     "memory of the system": (OSError(12, "Cannot allocate memory"), "there is not enough memory."),
     "file": (OSError(13, "Permission denied", "here/it"), "here/it: Permission denied."),
     "disk": (OSError(28, "No space left on device"), "the disk is full."),
@@ -575,6 +588,18 @@ def test_an_unexpected_error_becomes_a_sentence(cli, flags, tmp_path, monkeypatc
     got = cli(*words, "--compile")
     assert got.status == 1 and explained(got), got
     assert ("train without --compile" in got.err) == told.startswith("RuntimeError")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--predict x", "Try --num-workers 1, or on a GPU --device cpu."),
+        ("--report", "Close other programs, and try again."),
+        ("--train-teacher", "Try a smaller --batch-size or --image-size."),
+    ],
+)
+def test_too_little_memory_is_met_with_options_that_the_command_has(words, told):
+    assert explain(MemoryError(), parse(words.split()), Stop()) == f"there is not enough memory. {told}"
 
 
 def test_debug_shows_the_traceback(cli, tmp_path):

@@ -292,6 +292,16 @@ def test_the_digest_stays_the_same_from_version_to_version():
         assert data.from_arrays(*changed).digest != known
 
 
+def test_statistics_are_the_same_bits_however_many_images_are_summed_at_a_time(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
+    arrays = ("a", "b"), images, np.arange(7) % 2, images[:2], np.array([1, 0])
+    whole = data.from_arrays(*arrays)
+    for part in (1, 2 * images[0].nbytes):
+        monkeypatch.setattr(data, "PART", part)
+        got = data.from_arrays(*arrays)
+        assert (got.mean, got.std, got.digest) == (whole.mean, whole.std, whole.digest)
+
+
 def test_images_of_one_colour_can_be_normalized():
     grey, labels = np.full((2, 16, 16, 3), 51, np.uint8), np.array([0, 1])
     got = data.from_arrays(("a", "b"), grey, labels, grey, labels)
@@ -455,6 +465,9 @@ def test_images_too_large_for_the_memory_are_refused(load_small, archive, tmp_pa
     monkeypatch.setattr(cifar, "free_memory", lambda device: 2e6)
     with pytest.raises(Failure, match=r"256x256 the images take 0\.. GB of memory, but only 0\.0 GB are free"):
         cifar.load(tmp_path, image_size=256, dataset=archive[1])
+    monkeypatch.setattr(cifar, "free_memory", lambda device: 20e6)
+    with pytest.raises(Failure, match=r"memory for 100 processes, but only 0\.0 GB are free"):
+        cifar.load(tmp_path, image_size=256, dataset=archive[1], processes=100)
     load_small(tmp_path)
 
 

@@ -1,7 +1,9 @@
 """Images larger than 64x64: what their networks cost, and that everything takes them."""
 
 import sys
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from torch import nn
 import models
 import runs.costs
 from models import inference_batch
+from reports import records
 from runs.costs import any_macs, describe_memory, free_memory, layers_macs, training_memory
+from runs.files import Damaged
 from runs.machine import Machine
 
 
@@ -75,6 +79,30 @@ def test_an_inference_batch_is_fixed_and_of_large_images_smaller():
     assert [inference_batch(cuda, size) for size in (32, 64, 256)] == [500, 500, 31]
 
 
+def test_a_test_set_is_held_in_memory_once_at_most(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), np.uint8)
+    labels, classes = np.arange(64) % 2, ("a", "b")
+
+    def peak(function, *arguments):
+        tracemalloc.start()
+        try:
+            function(*arguments)
+            return tracemalloc.get_traced_memory()[1] / images.nbytes
+        finally:
+            tracemalloc.stop()
+
+    for most in (1.3, 0.3):  # written, in parts of 16 MB, and found to be intact
+        assert peak(records.save_test_set, tmp_path, "digest", images, labels, classes) < most
+    assert peak(records.load_test_set, tmp_path, "digest", []) < 1.3
+    (path,) = (tmp_path / "data").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    with pytest.raises(Damaged, match="the checksum of 'images.npy' in it does not match"):
+        records.load_test_set(tmp_path, "digest", [])
+    records.save_test_set(tmp_path, "digest", images, labels, classes)
+    assert np.array_equal(records.load_test_set(tmp_path, "digest", [])[0], images)
+
+
 @pytest.mark.slow
 def test_large_images_are_trained_on_and_predicted(cli, flags, images, tmp_path, monkeypatch):
     """What training takes is said before."""
@@ -99,6 +127,44 @@ def test_memory_in_words(monkeypatch, free, more):
     monkeypatch.setattr(runs.costs, "free_memory", lambda device: free)
     text = describe_memory("student", models.create("student", 10, 0), 80, 64, Machine(torch.device("cpu")))
     assert text == f"Memory: about 0.4 GB to train the student with batches of 64{more}"
+
+
+def test_processes_share_the_memory_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(runs.costs, "free_memory", lambda device: 0.6e9)
+    text = describe_memory("student", models.create("student", 10, 0), 80, 64, Machine(torch.device("cpu")), 2)
+    assert text.endswith(", but only 0.3 GB are free for each of 2 processes: choose a smaller --batch-size")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        (  # version 2: the container's limit is on a group around this one; files in the page cache are given back
+            "0::/job/step\n",
+            {"job/memory.max": 1000, "job/memory.current": 700, "job/memory.stat": "anon 500\nactive_file 60\n"
+             "inactive_file 100", "job/step/memory.max": "max", "job/step/memory.current": 1},
+            [460],
+        ),
+        (  # version 1, whose group is not seen from inside the container
+            "4:cpu,memory:/docker/01ab\n2:cpuset:/\n0::/\n",
+            {"memory/memory.limit_in_bytes": 900, "memory/memory.usage_in_bytes": 300,
+             "memory/memory.stat": "total_active_file 10\ntotal_inactive_file 20"},
+            [630],
+        ),
+        ("0::/\n", {}, []),
+    ],
+)  # fmt: skip
+def test_what_a_container_has_left(tmp_path, groups, files, left):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    here = {key: (tmp_path / key, *names) for key, (_, *names) in runs.costs.CGROUP_FILES.items()}
+    assert [*runs.costs._left_in_groups(groups, here)] == left
+
+
+def test_free_memory_is_what_the_container_has_left(monkeypatch):
+    monkeypatch.setattr(runs.costs, "_left_in_groups", lambda groups: [3e6, 2e6])
+    if sys.platform == "linux":
+        assert free_memory(torch.device("cpu")) == 2e6
 
 
 def test_free_memory_is_known_on_linux():

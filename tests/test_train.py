@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 
 import data
 import models
+import runs.machine
 import runs.progress
 import train
 from data import Views
@@ -229,33 +231,35 @@ def test_an_interrupted_distilled_student_has_the_same_bits_and_losses(loaded, t
     assert without_timing(history(tmp_path / "parts")) == without_timing(history(tmp_path / "whole"))
 
 
-def test_a_resumed_run_has_as_many_threads_as_before(loaded, unfinished, stop_at, monkeypatch):
-    """The order of additions, and with it the last bits, depends on it. Afterwards the number is what it was."""
-    before = torch.get_num_threads()
-    assert load_checkpoint(unfinished / "state.pt")["threads"] == before
-    change_state(unfinished, {"threads": before + 1})
-    monkeypatch.setattr(runs.progress, "available_cores", lambda: before + 1)
-    try:
-        with pytest.raises(Interrupted):
-            train_run(loaded, unfinished, options=Options(stop=stop_at(1)))
-        assert torch.get_num_threads() == before
-        assert load_checkpoint(unfinished / "state.pt")["threads"] == before + 1
-        used, batch = [], Views.batch
-        monkeypatch.setattr(Views, "batch", lambda *rest: used.append(torch.get_num_threads()) or batch(*rest))
-        train_run(loaded, unfinished)
-        assert used == [before + 1] and torch.get_num_threads() == before
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_a_resumed_run_has_no_more_threads_than_cores(loaded, unfinished, monkeypatch, capsys):
-    change_state(unfinished, {"threads": 16})
-    monkeypatch.setattr(runs.progress, "available_cores", lambda: 1)
+@pytest.fixture
+def threads_used(monkeypatch):
+    """The numbers of threads at each batch of a training; afterwards the number is what it was."""
     before, used, batch = torch.get_num_threads(), [], Views.batch
     monkeypatch.setattr(Views, "batch", lambda *rest: used.append(torch.get_num_threads()) or batch(*rest))
+    yield used
+    torch.set_num_threads(before)
+
+
+def test_a_resumed_run_has_as_many_threads_as_before(loaded, unfinished, threads_used, stop_at, capsys):
+    """The order of additions, and with it the last bits, depends on it. Afterwards the number is what it was."""
+    state = load_checkpoint(unfinished / "state.pt")
+    torch.set_num_threads(state["threads"] + 1)
+    with pytest.raises(Interrupted):
+        train_run(loaded, unfinished, options=Options(stop=stop_at(1)))
+    assert torch.get_num_threads() == state["threads"] + 1
+    assert load_checkpoint(unfinished / "state.pt")["threads"] == state["threads"]
     train_run(loaded, unfinished)
-    assert used and set(used) == {1} and torch.get_num_threads() == before
-    told = f"{unfinished} was begun with 16 threads; with 1, one for each core that is available here, the last bits"
+    assert {*threads_used} == {state["threads"]} and torch.get_num_threads() == state["threads"] + 1
+    assert "last bits" not in capsys.readouterr().err
+
+
+def test_a_resumed_run_has_no_more_threads_than_this_process(loaded, unfinished, threads_used, capsys):
+    """However many cores there are: a process of a group has its share, and OMP_NUM_THREADS may ask for fewer."""
+    change_state(unfinished, {"threads": 16})
+    torch.set_num_threads(1)
+    train_run(loaded, unfinished)
+    assert {*threads_used} == {1} and torch.get_num_threads() == 1
+    told = f"{unfinished} was begun with 16 threads; with 1, as many as this process has, the last bits may differ."
     assert told in capsys.readouterr().err
 
 
@@ -581,6 +585,23 @@ def test_memory_that_a_step_frees_is_kept_for_the_next():
     keep_memory()
     new_pages(20)  # the first ones are new
     assert new_pages(5) < 1 << 26
+
+
+@pytest.mark.parametrize(
+    ("taken", "calls"),
+    [
+        (2**31 - 1, [(-3, 2**31 - 1), (-1, 2**31 - 1)]),
+        (1 << 25, [(-3, 2**31 - 1), (-3, 1 << 25), (-1, 2**31 - 1)]),  # an older glibc
+        (0, [(-3, 2**31 - 1), (-3, 1 << 25)]),
+    ],
+)
+def test_a_c_library_that_takes_a_smaller_threshold_or_none(monkeypatch, taken, calls):
+    made = []
+    library = Mock(mallopt=lambda name, value: made.append((name, value)) or int(name == -1 or value <= taken))
+    monkeypatch.setattr(runs.machine.sys, "platform", "linux")
+    monkeypatch.setattr(runs.machine.ctypes, "CDLL", lambda name: library)
+    keep_memory()
+    assert made == calls
 
 
 # What is shown -------------------------------------------------------------------------------------------------------
