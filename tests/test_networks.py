@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT
+from conftest import CLASSES, ROOT, leave_out
 
 import data
 import models
-import runs.speed
 import train
 from arguments import parse
 from data import Views
-from reports import figures
 from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Group
@@ -28,6 +26,8 @@ from runs.settings import Settings
 from runs.signals import Interrupted, Stop
 from runs.teachers import find_teachers
 from runs.trial import try_network
+
+pytestmark = pytest.mark.usefixtures("nothing_slow")
 
 NETS = """
 import torch
@@ -57,17 +57,6 @@ def loaded(classes):
     network[2].requires_grad_(False).weight.fill_(0.25)  # as weights that were trained before
     return network
 """
-
-
-def leave_out(patch):
-    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
-    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
-    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    leave_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT
+from conftest import CLASSES, ROOT, leave_out
 
 import data
 import distill
 import models
-import runs.speed
 from data import Views
 from distill import omitted_bias
-from reports import figures
 from reports.comparison import Comparison
 from runs.command import exit_status
 from runs.files import Failure
@@ -27,18 +25,9 @@ from runs.machine import Machine
 from runs.run import Run
 from runs.settings import OPTIONAL, Settings, differences, run_name
 
+pytestmark = pytest.mark.usefixtures("nothing_slow")
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
-
-def leave_out(patch):
-    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
-    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
-    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    leave_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")
