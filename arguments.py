@@ -24,7 +24,7 @@ examples:
   python main.py --train-teacher --seeds 2                  two teachers: teacher-s0 and teacher-s1
   python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    students of both together
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
-  python main.py --loss examples/dkd.py:dkd --seeds 3       does that loss beat plain distillation?
+  python main.py --loss examples/dkd.py:dkd --alpha 0.9 --seeds 3    does that loss beat plain distillation?
   python main.py --dataset folder --data-dir pets --train-teacher    images in pets/train/CLASS and pets/test/CLASS
   python main.py --predict photo.jpg holiday/ > classes.csv    what the distilled student sees, in images and folders
   python main.py --export --model outputs/kd-T4-a0.1-s0        that student for ONNX Runtime, in one file
@@ -220,8 +220,8 @@ def parse(argv):
     if arguments.train_teacher:
         for name, given in (
             ("--report", arguments.report), ("--teacher", arguments.teacher), ("--loss", arguments.loss),
-            ("--student", arguments.student), ("--train-fraction", arguments.train_fraction != 1),
-            ("--omit-class", arguments.omit_class),
+            ("--student", arguments.student), ("--omit-class", arguments.omit_class),
+            ("--train-fraction", arguments.train_fraction != top.get_default("train_fraction")),  # --demo has its own
         ):  # fmt: skip
             if given:
                 raise Usage(f"{name} is for students and cannot be combined with --train-teacher")

@@ -54,7 +54,8 @@ def omitted_bias(logits, classes, count):
     arXiv 1503.02531, section 3, raises the bias of a class that the transfer set lacks by what is best on the test set.
     This takes the training images instead, of all classes and without their labels: how often a class occurs is known.
     """
-    omitted = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    logits = logits.cpu()  # MPS has no float64
+    omitted = torch.zeros(logits.shape[1], dtype=torch.bool)
     omitted[classes] = True
     missing = logits[:, ~omitted].amax(1).double() - logits[:, omitted].amax(1).double()
     return missing.sort().values[count - 1 : count + 1].mean().item()

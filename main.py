@@ -25,7 +25,7 @@ from use.tasks import do_task
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global describe, evaluate, measure_speeds, start, train, try_hooks, write_report
+    global choose_machine, describe, evaluate, measure_speeds, start, train, try_hooks, write_report
     global data, distill, models, plan, records, torch
     import torch
 
@@ -36,7 +36,7 @@ def import_modules():
     from reports.report import report as write_report
     from runs import plan
     from runs.machine import describe
-    from runs.session import start, try_hooks
+    from runs.session import choose_machine, start, try_hooks
     from runs.speed import speeds as measure_speeds
     from train import evaluate, train
 
@@ -52,13 +52,16 @@ def main(arguments, stop):
         with group.first():
             hooks = find_hooks(arguments)
             paths = [] if arguments.train_teacher or demo else find_teachers(arguments)
+        hooks.check_alike(group)
         with group.lock(arguments.output_dir):
             import_modules()
             with group.first():
+                hooks.load()  # before any image is downloaded or decoded
+                machine = choose_machine(arguments, group)
                 teachers = [(path, models.load(path, hooks=hooks)) for path in paths]
-                if teachers:  # before any image is decoded
-                    try_hooks(arguments, hooks, len(teachers[0][1].classes), teachers[0][1].image_size)
-                session = start(arguments, stop, group, hooks, [network for _, network in teachers])
+                if teachers:  # without one the number of classes is not known yet
+                    try_hooks(arguments, hooks, len(teachers[0][1].classes), teachers[0][1].image_size, machine)
+                session = start(arguments, stop, group, hooks, machine, [network for _, network in teachers])
             if arguments.train_teacher or demo:
                 train_teachers(session)
             if not arguments.train_teacher:

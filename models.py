@@ -5,6 +5,7 @@ Pooling comes before batch norm and GELU, as in the speed-run networks for CIFAR
 bound by memory, and see a quarter of the data.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -173,10 +174,11 @@ def create(architecture, classes, seed, images=None):
 
 def build(function, role, classes, seed):
     """A new network that a function of the user's own returns for so many classes, on the CPU. What it draws from
-    PyTorch's generator is a function of ("teacher" or "student", seed); weights that it loads stay as they are."""
+    PyTorch's generator is a function of ("teacher" or "student", seed); weights that it loads stay as they are. It is a
+    copy of what the function returns, so that layers which several calls share are not trained by several runs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed("weights", role, seed))
-        return Own(function(classes), classes)
+        return Own(copy.deepcopy(function(classes)), classes)
 
 
 def costs(architecture, classes, image_size, network=None):
@@ -291,8 +293,8 @@ def load(path, network=None, hooks=None):
     if file.arguments != {"classes": len(file.classes)}:
         raise Damaged(f"{path} is damaged: its class names do not match its arguments.")
     network = network or (hooks or Hooks()).network_of(file.settings, path)
-    count = len(file.classes)
-    network = build(network, file.architecture, count, 0) if network else ARCHITECTURES[file.architecture](count)
+    count, seed = len(file.classes), file.settings.get("seed", 0)  # of what a network draws outside its state_dict
+    network = build(network, file.architecture, count, seed) if network else ARCHITECTURES[file.architecture](count)
     load_weights(network, file.state_dict, path)
     for name in ("architecture", "classes", "image_size", "mean", "std", "ranges", "settings", "accuracy"):
         setattr(network, name, getattr(file, name))

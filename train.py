@@ -78,7 +78,8 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     model = compile_network(network) if machine.compiled else network
     criterion = options.hooks.loss.loaded if settings.loss else distillation_loss
 
-    with Progress(run, network, optimizer, machine, options, len(indices), title or run.name, later, tally) as progress:
+    about = run, network, optimizer, machine, options, len(indices), title or run.name, later, tally
+    with options.hooks.explained(f"fails while {run.name} is trained"), Progress(*about) as progress:
         while progress.epoch < settings.epochs:
             soft_targets = None
             if teacher is not None:

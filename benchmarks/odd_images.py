@@ -271,6 +271,36 @@ def turned_deep(random):
     return ".png", content, _turned(_grey(values, WHITE16), orientation)
 
 
+def turned_tiff(random):
+    """TIFFs that are wider than high, or the other way round, turned as their orientation says."""
+    more, orientation = 2 * int(random.integers(1, 9)), int(random.integers(1, 9))
+    shape = (SIZE, SIZE + more) if random.random() < 0.5 else (SIZE + more, SIZE)
+    mode, tolerance = str(random.choice(["L", "P", "RGB", "RGBA", "CMYK", "I;16"])), 0.51
+    values = random.integers(0, 256, (*shape, 4)).astype(np.uint8)
+    if mode in ("L", "P"):
+        image, expected = Image.fromarray(values[..., 0].copy()), values[..., [0, 0, 0]]
+        if mode == "P":
+            colours = random.integers(0, 256, (256, 3)).astype(np.uint8)
+            image.putpalette(colours.tobytes())
+            expected = colours[values[..., 0]]
+    elif mode == "I;16":
+        deep = _samples(random, WHITE16, shape=shape)
+        image, expected = Image.fromarray(deep.astype(np.uint16)), _grey(deep, WHITE16)
+    elif mode == "RGB":
+        image, expected = Image.fromarray(values[..., :3].copy()), values[..., :3]
+    elif mode == "RGBA":
+        image, expected = Image.fromarray(values), _over_white(values[..., :3], values[..., 3] / 255)
+        tolerance = 2.01  # Pillow crops it multiplied with alpha
+    else:
+        image, ink, tolerance = Image.frombytes("CMYK", shape[::-1], values.tobytes()), 255 - values.astype(float), 1.01
+        expected = ink[..., :3] * ink[..., 3:] / 255
+    compression = random.choice([None, None, "tiff_lzw", "packbits"])
+    content = _saved(image, "TIFF", tiffinfo={0x0112: orientation}, compression=compression)
+    turned = _turned(expected, orientation)
+    top, left = (turned.shape[0] - SIZE) // 2, (turned.shape[1] - SIZE) // 2
+    return ".tif", content, turned[top : top + SIZE, left : left + SIZE], tolerance
+
+
 def palette_gif(random):
     """With a transparent index, and many frames, of which the first counts."""
     values, colours = _samples(random, 7), random.integers(0, 256, (8, 3))
@@ -385,6 +415,6 @@ def no_image(random):
 
 
 KINDS = (
-    grey_png, deep_png, palette_png, alpha_image, colour_image, single_colour, bilevel, jpeg, turned_deep, palette_gif,
-    many_frames, tiff_numbers, tiff_colours, tiff_refused, print_colours, portable, much_metadata, no_image,
+    grey_png, deep_png, palette_png, alpha_image, colour_image, single_colour, bilevel, jpeg, turned_deep, turned_tiff,
+    palette_gif, many_frames, tiff_numbers, tiff_colours, tiff_refused, print_colours, portable, much_metadata, no_image,
 )  # fmt: skip

@@ -10,10 +10,13 @@ Every student is trained with three seeds, each distilled one paired with a base
 - labels not looked at: alpha 1, soft targets alone;
 - 10% and 3% of the training images (section 5), for as many epochs as make a quarter of the optimizer's steps;
 - one class left out of the transfer set (section 3), with the bias correction;
-- DKD and logit standardisation (examples/), over plain distillation and over the baseline.
+- DKD and logit standardisation (examples/), over plain distillation and over the baseline, at the same temperature and
+  alpha. The authors of logit standardisation take T = 2 and weigh the KL to the cross-entropy 9 : 0.1, the KL
+  multiplied by T^2 as here, which is alpha = 0.989: so the row names its temperature.
 
 Every step is a command of main.py, which is printed. So all of it can be interrupted and repeated: what is finished is
-reused. Writes results/paper.json and results/paper.csv (--results names another folder), prints a Markdown table.
+reused; and more seeds of one experiment can be added later: --only "without bird" --seeds 5. Writes results/paper.json
+and results/paper.csv (--results names another folder), prints a Markdown table.
 """
 
 import argparse
@@ -33,8 +36,8 @@ from reports.statistics import paired_test
 from runs.files import make_folder, read_json, write, write_json
 
 COLUMNS = (
-    "experiment", "what", "epochs", "n", "teacher", "distilled", "distilled_std", "other", "other_std", "mean",
-    "low", "high", "p_value",
+    "experiment", "what", "epochs", "n", "teacher", "teacher_sha256", "distilled", "distilled_std", "other",
+    "other_std", "mean", "low", "high", "p_value",
 )  # fmt: skip
 
 
@@ -53,7 +56,8 @@ def experiments(epochs, temperature, alpha, omitted):
             "--epochs", fewer(epochs, fraction), *pair, "--train-fraction", fraction,
         ]  # fmt: skip
     found[f"without {omitted}"] = ["--epochs", epochs, *pair, "--omit-class", omitted]
-    for name, loss in (("DKD", "dkd.py:dkd"), ("logit standardisation", "logit_standardisation.py:standardised")):
+    standardised = f"logit standardisation at T = {temperature:g}"
+    for name, loss in (("DKD", "dkd.py:dkd"), (standardised, "logit_standardisation.py:standardised")):
         found[name] = ["--epochs", epochs, *pair, "--loss", ROOT / "examples" / loss]
     return found
 
@@ -63,7 +67,7 @@ def rows(name, comparison):
     kd, baseline = comparison["kd"][0], comparison["baseline"]
     about = {
         "experiment": name, "epochs": comparison["settings"]["epochs"], "n": len(kd["seeds"]),
-        "teacher": comparison["teacher"]["accuracy"],
+        "teacher": comparison["teacher"]["accuracy"], "teacher_sha256": digest(comparison),
     }  # fmt: skip
 
     def row(what, test, one, other):
@@ -89,6 +93,35 @@ def rows(name, comparison):
             test = paired_test([100 * (a - b) for a, b in zip(one, other, strict=True)])
             found.append(row(what, test, summary(one), summary(other)))
     return found
+
+
+def digest(comparison):
+    """The beginning of the SHA-256 of the teacher's weights; of several teachers those of all."""
+    return "+".join(each[:12] for each in comparison["settings"]["teacher"].split("+"))
+
+
+def read(path, settings):
+    """The experiments that are in paper.json already: {name: what is kept of it}. Ends with a sentence where they are
+    of other settings."""
+    if not path.is_file():
+        return {}
+    kept = read_json(path)
+    if "seeds" in kept["settings"]:
+        sys.exit(
+            f"error: {path} was written by an earlier version of this script, which did not record the teacher. "
+            "Move it away, or choose another --results."
+        )
+    if kept["settings"] != settings:
+        sys.exit(f"error: {path} is of other settings: {kept['settings']}. Move it away, or choose another --results.")
+    return kept["experiments"]
+
+
+def same_teacher(path, done, found):
+    """Ends with a sentence where the experiments `done` have another teacher than the rows `found`."""
+    for name, each in done.items():
+        then, now = each["rows"][0]["teacher_sha256"], found[0]["teacher_sha256"]
+        if then != now:
+            sys.exit(f"error: '{name}' in {path} is of another teacher, {then}, not {now}. Choose another --results.")
 
 
 def summary(values):
@@ -119,7 +152,7 @@ def markdown(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=8, help="of students that see all images [8]")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of each experiment, or as many as it has already [3]")
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--alpha", type=float, default=0.9)
     parser.add_argument("--omit", default="bird", metavar="CLASS", help="chosen before anything was trained [bird]")
@@ -136,31 +169,29 @@ def main():
     if unknown:
         parser.error(f"there is no experiment '{unknown.pop()}'. There are: {', '.join(todo)}")
     common = ["--dataset", arguments.dataset, "--data-dir", arguments.data_dir, "--output-dir", arguments.output_dir]
-    common += ["--seeds", arguments.seeds, *(["--teacher", *arguments.teacher] if arguments.teacher else [])]
+    common += ["--teacher", *arguments.teacher] if arguments.teacher else []
     make_folder(arguments.results)
     path = arguments.results / "paper.json"
-    names = ("epochs", "seeds", "temperature", "alpha", "omit", "dataset", "options")
-    settings = {name: getattr(arguments, name) for name in names}
-    before = read_json(path) if path.is_file() else {"settings": settings, "experiments": {}}
-    if before["settings"] != settings:
-        sys.exit(f"error: {path} is of other settings: {before['settings']}. Remove it, or choose another --results.")
-    done = before["experiments"]
+    names = ("epochs", "temperature", "alpha", "omit", "teacher", "dataset", "options")
+    settings = {name: getattr(arguments, name) for name in names} | {"output_dir": str(arguments.output_dir)}
+    done = read(path, settings)
     for name, options in todo.items():
         if arguments.only and name not in arguments.only:
             continue
-        words = [str(word) for word in (*common, *options, *arguments.options)]
+        seeds = max(arguments.seeds, *(row["n"] for row in done.get(name, {}).get("rows", ())), 1)
+        words = [str(word) for word in (*common, "--seeds", seeds, *options, *arguments.options)]
         command = f"python main.py {shlex.join(words)}".replace(f"{ROOT}{os.sep}", "")
         print(f"\n{name}: {command}", flush=True)
         status = subprocess.run([sys.executable, str(ROOT / "main.py"), *words]).returncode
         if status:
             sys.exit(status)
         comparison = read_json(arguments.output_dir / "comparison.json")
-        done[name] = {"command": command, "environment": comparison["environment"], "rows": rows(name, comparison)}
+        found = rows(name, comparison)
+        same_teacher(path, done, found)
+        done[name] = {"command": command, "environment": comparison["environment"], "rows": found}
         done = {name: done[name] for name in [*todo, *done] if name in done}
         found = [row for each in done.values() for row in each["rows"]]
-        write_json(
-            path, {"settings": settings, "experiments": done}
-        )  # after each, so that an interruption loses nothing
+        write_json(path, {"settings": settings, "experiments": done})  # after each: an interruption loses nothing
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()

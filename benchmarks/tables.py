@@ -87,19 +87,23 @@ def speed():
     )
 
 
+NUMBERS = ("distilled", "distilled_std", "other", "other_std", "mean", "low", "high")
+
+
 def paper():
     """The paper's own questions, and losses of others: each variant over what it is paired with."""
     with open(RESULTS / "paper.csv", newline="") as file:
         found = list(csv.DictReader(file))
     rows = []
     for row in found:
-        one, other = (f"{float(row[name]):.4f} ± {float(row[f'{name}_std']):.4f}" for name in ("distilled", "other"))
-        mean, low, high = (float(row[name]) for name in ("mean", "low", "high"))
-        difference = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        rows.append([row["experiment"], row["what"], row["epochs"], one, other, difference])
-    (seeds,) = {row["n"] for row in found}
-    head = ["students", "measured", "epochs", "distilled", "the other", "difference in points (95% interval)"]
-    return table(head, *rows) + f"\n\nMeans of {seeds} seeds; teacher {float(found[0]['teacher']):.4f}."
+        number = {name: float(value) if value else None for name, value in row.items() if name in NUMBERS}
+        one, other = (share({"mean": number[name], "std": number[f"{name}_std"]}) for name in ("distilled", "other"))
+        difference = f"{number['mean']:+.2f}"
+        if number["low"] is not None:  # of one seed, or of seeds that differ by nothing, there is no interval
+            difference += f" ({number['low']:+.2f} to {number['high']:+.2f})"
+        rows.append([row["experiment"], row["what"], row["epochs"], row["n"], one, other, difference])
+    head = ["students", "measured", "epochs", "n", "distilled", "the other", "difference in points (95% interval)"]
+    return table(head, *rows) + f"\n\nMeans of n seeds; teacher {float(found[0]['teacher']):.4f}."
 
 
 BLOCKS = {"printed": printed, "results": results, "paper": paper, "speed": speed}

@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 
 from reports import costs, fidelity, omitted
-from reports.text import COLUMNS, claim, environments, largest_class, method, points
+from reports.text import COLUMNS, claim, environments, largest_class, method, points, run_values
 from runs.settings import pair_name
 
 CAPTIONS = {
@@ -48,7 +48,6 @@ def page(comparison, figures):
         note=largest_class(comparison),
         environments=environments([run for run in comparison.runs if not run.settings.val_fraction]),
         notes=comparison.notes(),
-        where=costs.where(comparison),
         tables=_tables(comparison),
         figures=[(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode()) for path in drawn],
         settings=comparison.settings.as_dict(),
@@ -57,7 +56,7 @@ def page(comparison, figures):
 
 
 def _tables(comparison):
-    """[(title, column names, rows)]: the cells are text, numbers or None."""
+    """[(title, column names, rows, what they mean)]: the cells are text, numbers or None."""
     teacher, baseline = comparison.teacher, comparison.baseline
 
     def students(name, given):
@@ -72,27 +71,31 @@ def _tables(comparison):
     results.append(("Teacher", *accuracy, 1, None, *own))
     results += [students(f"KD, {pair_name(each)}", each) for each in comparison.kd]
     results.append(students("Baseline", baseline))
+    note = "Agreement: same class as the teacher. ECE: expected calibration error, 15 bins. NLL: negative "
+    note += "log-likelihood in nats. Means over n seeds."
     if comparison.is_balanced:  # it would be the accuracy again
         results = [(*row[:3], *row[4:]) for row in results]
-    tables = [("Accuracy", results[0], results[1:])]
+    else:
+        note = f"Balanced: the mean of the accuracies by class. {note}"
+    tables = [("Accuracy", results[0], results[1:], note)]
 
     columns, *near = fidelity.rows(comparison)
-    tables.append((columns[0], ("network", *columns[1:]), near))
+    tables.append((columns[0], ("network", *columns[1:]), near, fidelity.where(comparison)))
     if "omitted" in baseline:
         columns, *known = omitted.rows(comparison)
-        tables.append((columns[0], ("network", *columns[1:]), known))
+        tables.append((columns[0], ("network", *columns[1:]), known, omitted.where(comparison)))
 
     measured = [
         (name, f"{parameters:,}", f"{macs:,.1f}", *(None if value is None else f"{value:,.1f}" for value in rest))
         for name, parameters, macs, *rest in costs.rows(comparison)
     ]
     columns = ("network", "parameters", "million MACs", "MB", "ms for one image", "images a second")
-    tables.append(("What it costs", columns, measured))
+    tables.append(("What it costs", columns, measured, costs.where(comparison)))
 
     accuracies = [each["class_accuracies"] for each in (teacher, comparison.kd[0], baseline)]
     classes = zip(comparison.classes, *accuracies, strict=True)
     by_class = [(name, *map(_decimals, values)) for name, *values in classes]
-    tables.append(("Accuracy by class", ("class", "teacher", "with KD", "baseline"), by_class))
+    tables.append(("Accuracy by class", ("class", "teacher", "with KD", "baseline"), by_class, ""))
 
     if comparison.selection:
         columns = ("role", "temperature", "alpha", "validation accuracy", "std", "n")
@@ -100,16 +103,15 @@ def _tables(comparison):
             (e["role"], e["temperature"], e["alpha"], _decimals(e["mean"]), _decimals(e["std"]), len(e["seeds"]))
             for e in comparison.selection
         ]
-        tables.append(("Sweep, on the validation part", columns, sweep))
+        tables.append(("Sweep, on the validation part", columns, sweep, ""))
 
     runs = []
     for run in comparison.runs:
-        values = {**vars(run), **vars(run.settings), "run": run.folder.relative_to(comparison.output).as_posix()}
-        values["balanced_accuracy"] = comparison.balanced.get(run.folder)
+        values = run_values(comparison, run)
         values |= {name: _decimals(values[name]) for name in ("accuracy", "balanced_accuracy", "val_accuracy")}
         values |= {"seconds": f"{run.seconds:,.0f}", "learning_rate": f"{run.settings.learning_rate:.4g}"}
         runs.append([values[name] for name in COLUMNS])
-    tables.append(("Runs", [name.replace("_", " ") for name in COLUMNS], runs))
+    tables.append(("Runs", [name.replace("_", " ") for name in COLUMNS], runs, ""))
     return tables
 
 

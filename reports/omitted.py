@@ -57,5 +57,6 @@ def where(comparison):
     names = ", ".join(comparison.baseline["omitted"]["classes"])
     return (
         f"accuracy on test images of {names}; corrected: with a bias added to the logits, such that as many training\n"
-        "images are taken for these as there are; found without their labels, and without the test set"
+        "images are taken for these as there are; found without their labels, and without the test set;\n"
+        "all, corr.: accuracy on all test images with that bias"
     )

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import asdict
 
 import numpy as np
 
@@ -213,9 +214,18 @@ def _p(value):
 
 
 COLUMNS = (
-    "run", "role", "temperature", "alpha", "seed", "accuracy", "balanced_accuracy", "val_accuracy", "epochs",
-    "batch_size", "learning_rate", "weight_decay", "image_size", "val_fraction", "seconds",
+    "run", "role", "temperature", "alpha", "loss", "network", "train_fraction", "omit_class", "seed", "accuracy",
+    "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay", "image_size",
+    "val_fraction", "seconds",
 )  # fmt: skip
+
+
+def run_values(comparison, run):
+    """{name: value} of a FinishedRun, all COLUMNS among them."""
+    values = {**vars(run), **asdict(run.settings), "run": run.folder.relative_to(comparison.output).as_posix()}
+    values["omit_class"] = ", ".join(run.settings.omit_class)
+    values["balanced_accuracy"] = comparison.balanced.get(run.folder)  # None for a sweep's, which reads no test set
+    return values
 
 
 def table(comparison):
@@ -224,7 +234,5 @@ def table(comparison):
     rows = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     rows.writeheader()
     for run in comparison.runs:
-        name = run.folder.relative_to(comparison.output).as_posix()
-        balanced = comparison.balanced.get(run.folder)  # None for a sweep's runs, which do not read the test set
-        rows.writerow({**vars(run), **vars(run.settings), "run": name, "balanced_accuracy": balanced})
+        rows.writerow(run_values(comparison, run))
     return text.getvalue()

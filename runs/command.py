@@ -6,16 +6,10 @@ import sys
 import traceback
 
 from arguments import Usage, parse
-from runs.files import Failure, reason
+from runs.files import Failure, is_out_of_memory, reason
 from runs.group import Told
 from runs.signals import Interrupted, Stop
 
-# How it is said that there is not enough memory: by types of Python and PyTorch, by CUDA and its libraries, on MPS, on
-# a CPU, by the system.
-OUT_OF_MEMORY = (
-    "OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-    "Invalid buffer size", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
-)  # fmt: skip
 SMALLER = {  # what a command, by its task, can do with less
     None: "Try a smaller --batch-size or --image-size.",
     "predict": "Try --num-workers 1, or on a GPU --device cpu.",
@@ -77,7 +71,7 @@ def explain(error, arguments, stop):
     """An exception in words: what happened, where, and what to do."""
     if isinstance(error, Failure):
         text = str(error)
-    elif isinstance(error, MemoryError) or any(words in f"{type(error).__name__}: {error}" for words in OUT_OF_MEMORY):
+    elif is_out_of_memory(error):
         text = f"there is not enough memory. {SMALLER.get(arguments.task, 'Close other programs, and try again.')}"
     elif isinstance(error, OSError):
         text = f"{error.filename}: {reason(error)}." if error.filename else f"{reason(error)}."

@@ -53,24 +53,34 @@ def _answer(network, image_size, context=None):
 
 def training_memory(network, image_size, batch_size, precision="fp32"):
     """About how many bytes it takes to train a network on the CPU: those that autograd keeps of a forward pass for the
-    backward pass, measured for two images; as much again as the largest of them, for gradients; and weights, gradients
-    and momenta. A kernel's workspace and the images of the data set are not in it."""
+    backward pass, measured for two images and for four; as much again as the largest of them, for gradients; and
+    weights, gradients and momenta. A kernel's workspace and the images of the data set are not in it."""
+    two, four = (_kept(network, image_size, count, precision) for count in (2, 4))
+    one = (sum(four) - sum(two)) / 2  # what is the same for any number of images, such as weights in bfloat16, is left
+    largest = max((b - a for a, b in zip(two, four, strict=False)), default=0) / 2
+    rest = sum(two) - 2 * one
+    return round(batch_size * (one + largest) + rest + 3 * sum(each.nbytes for each in network.parameters()))
+
+
+def _kept(network, image_size, count, precision):
+    """The sizes in bytes of all storages that autograd keeps of a forward pass of `count` images, parameters aside."""
+    parameters = {each.untyped_storage().data_ptr() for each in network.parameters()}
     kept = {}
 
     def keep(tensor):
-        if tensor.ndim == 4 and len(tensor) == 2:  # features of the images, and not weights
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    training, images = network.training, torch.zeros(2, 3, image_size, image_size)
+    training, images = network.training, torch.zeros(count, 3, image_size, image_size)
     images = images.contiguous(memory_format=torch.channels_last)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         answer = network.train()(images)
     network.train(training)
     del answer  # not earlier: storage that is freed gives its address to the next
-    one = (sum(kept.values()) + max(kept.values())) / 2
-    return round(batch_size * one + 3 * sum(each.nbytes for each in network.parameters()))
+    return list(kept.values())
 
 
 def describe_memory(name, network, image_size, batch_size, machine, processes=1):

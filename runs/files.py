@@ -30,6 +30,20 @@ class Damaged(Failure):
     """A file that exists but does not hold what it should."""
 
 
+# How it is said that there is not enough memory: by types of Python and PyTorch, by CUDA and its libraries, on MPS, on
+# a CPU, by the system.
+OUT_OF_MEMORY = (
+    "OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "Invalid buffer size", "DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory",
+)  # fmt: skip
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that there is not enough memory."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
+
+
 def reason(error):
     """An OSError in words, without its number and path."""
     if error.errno == errno.ENOSPC:
@@ -181,9 +195,7 @@ def _verify(path, file):
     except Damaged:
         raise
     except Exception as error:  # BadZipFile, struct.error, EOFError, NotImplementedError, ...
-        if (
-            isinstance(error, OSError) and error.errno != errno.EINVAL
-        ):  # a wrong offset is EINVAL, others are the disk's
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a wrong offset is; others are the disk's
             raise
         raise Damaged(f"{path} is damaged: it is not a complete archive ({error or type(error).__name__}).") from None
     if bad is not None:

@@ -1,18 +1,21 @@
 """Functions of the user's own, named on the command line as FILE.py:FUNCTION.
 
-Files are found and hashed before PyTorch is imported; they are run after it, once, from the bytes that were hashed.
+Files are found and hashed before PyTorch is imported; they are run after it, once for each option that names them, from
+the bytes that were hashed.
 Only what the command line names is ever run: what a checkpoint names is compared, never imported.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import socket
 import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runs.files import Failure, read
+from runs.files import Failure, is_out_of_memory, read
 
 FRAMES, LINES = 3, 6  # of a traceback: the last frames in the user's file, and the first lines of what it says
 
@@ -44,7 +47,10 @@ class Hook:
         name = f"_hook_{self.sha256[:16]}"  # no package's name, and another one for every content
         spec = importlib.util.spec_from_file_location(name, self.path)
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-        with self.explained("cannot be imported"):
+        import torch  # only here, as a Hook is found before PyTorch is imported
+
+        with self.explained("cannot be imported"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a layer outside of all functions begins alike in every process
             exec(compile(self.content, str(self.path), "exec"), vars(module))
         function = getattr(module, self.function, None)
         if not callable(function):
@@ -63,6 +69,7 @@ class Hook:
 class _Explained:
     hook: Hook
     what: str
+    inside: bool = False  # whether only errors that pass through the file are explained, and not those of memory
 
     def __enter__(self):
         return self
@@ -70,6 +77,8 @@ class _Explained:
     def __exit__(self, kind, error, trace):
         if isinstance(error, (Exception, SystemExit)) and not isinstance(error, Failure):
             frames = [each for each in traceback.extract_tb(trace) if each.filename == str(self.hook.path)]
+            if self.inside and (not frames or is_out_of_memory(error)):
+                return
             lines = "".join(traceback.format_list(frames[-FRAMES:])).splitlines()
             lines += "".join(traceback.format_exception_only(error)).splitlines()[:LINES]
             raise Failure("\n".join([f"{self.hook} {self.what}:", *lines])) from error
@@ -83,26 +92,59 @@ class Hooks:
     student: Hook | None = None
     teacher: Hook | None = None
 
+    @property
+    def named(self):
+        """The hooks that there are."""
+        return [hook for hook in (self.loss, self.student, self.teacher) if hook]
+
+    def load(self):
+        """Runs their files; raises Failure where one cannot be imported or has no such function."""
+        for hook in self.named:
+            hook.loaded  # noqa: B018 (a cached property)
+
+    @contextlib.contextmanager
+    def explained(self, what):
+        """A context in which they are called among much else: an error that comes out of one of their files becomes a
+        Failure that names it and says `what` happened; all others stay what they are."""
+        with contextlib.ExitStack() as stack:
+            for hook in self.named:
+                stack.enter_context(_Explained(hook, what, inside=True))
+            yield
+
+    def check_alike(self, group):
+        """Raises Failure where a process of the `group` has read other files than the leading one."""
+        own = [hook.sha256 for hook in self.named]
+        for hook, here, there in zip(self.named, own, group.agree(lambda: own), strict=True):
+            if here != there:
+                raise Failure(
+                    f"{hook} differs between the processes: SHA-256 {here[:12]}… on {socket.gethostname()}, "
+                    f"{there[:12]}… where the first one runs. Give all machines the same file."
+                )
+
     def network_of(self, settings, path):
         """The function that builds the network in the model.pt at `path`, from `settings` that are recorded there; None
         for a network of this program. Raises Failure where the function is not among these, or was edited since."""
         name, file, sha256 = (settings.get(f"network{more}") for more in ("", "_file", "_sha256"))
         if not name:
             return None
-        option = "--teacher-network" if settings.get("role") == "teacher" else "--student"
+        is_teacher = settings.get("role") == "teacher"
         named = [hook for hook in (self.student, self.teacher) if hook and hook.function == name]
         for hook in named:
             if hook.sha256 == sha256:
                 return hook.loaded
         if named:
             then, now = f"SHA-256 {sha256[:12]}… then", f"{named[0].sha256[:12]}… now"
+            again = "the teacher again: --train-teacher --overwrite" if is_teacher else "again: --overwrite"
             raise Failure(
                 f"{path} cannot be read with {named[0]}: the network in {file} was edited since ({then}, {now}). Name "
-                "a copy of the file as it was, or train again: --overwrite, or another --output-dir."
+                f"a copy of the file as it was, or train {again}, or another --output-dir."
             )
+        option = f"--teacher-network FILE.py:{name}"
+        option = option if is_teacher else f"--student FILE.py:{name} (as a teacher: {option})"
+        one = "\nTeachers with two different networks of your own cannot be combined." if self.teacher else ""
         raise Failure(
             f"{path} holds a network of your own, {name} in {file}, which is never imported by itself. Name it: "
-            f"{option} FILE.py:{name} (as a teacher: --teacher-network FILE.py:{name})"
+            f"{option}{one}"
         )
 
 

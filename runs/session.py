@@ -32,22 +32,27 @@ class Session:
         return self.options.hooks
 
 
-def try_hooks(arguments, hooks, classes, image_size):
-    """Raises Failure where a function of the user's own cannot be trained with so many classes and images so large."""
-    for role in ("teacher", "student"):
-        if getattr(hooks, role):
-            trial.try_network(getattr(hooks, role), role, classes, image_size)
-    if hooks.loss:
-        trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0])
-
-
-def start(arguments, stop, group, hooks, teachers):
-    """Chooses the device and loads the data; prints what the command works with. `teachers` are networks, as far as
-    there are any yet."""
+def choose_machine(arguments, group):
+    """The Machine that `arguments` name, with this process of the `group` set up for it."""
     rank = group.local_rank if group.size > 1 else None
     machine = start_machine(arguments.device, arguments.precision, arguments.compile, rank)
     if group.size > 1:
         torch.set_num_threads(group.threads())
+    return machine
+
+
+def try_hooks(arguments, hooks, classes, image_size, machine):
+    """Raises Failure where a function of the user's own cannot be trained on `machine` with so many classes and images
+    so large."""
+    for role in ("teacher", "student"):
+        if getattr(hooks, role):
+            trial.try_network(getattr(hooks, role), role, classes, image_size, machine)
+    if hooks.loss:
+        trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0], machine)
+
+
+def start(arguments, stop, group, hooks, machine, teachers):
+    """Loads the data; prints what the command works with. `teachers` are networks, as far as there are any yet."""
     loaded = data.load(
         arguments.dataset,
         data_dir=arguments.data_dir,
@@ -70,7 +75,7 @@ def start(arguments, stop, group, hooks, teachers):
     if len(transfer_set) < len(loaded.train_labels):
         group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
     if not teachers:
-        try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size)
+        try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size, machine)
     own = own_networks(hooks, len(loaded.classes))
     costs = costs_of(own, teachers, len(loaded.classes), loaded.image_size)
     for name in ("teacher", "student"):

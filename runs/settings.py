@@ -1,5 +1,6 @@
 """What identifies a run, and what run.json says of it. Needs no PyTorch."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -81,6 +82,7 @@ class Settings:
 OPTIONAL = {"train_fraction": 1.0, "omit_class": []} | {
     f"{what}{more}": None for what in ("loss", "network") for more in ("", "_file", "_sha256")
 }
+LONGEST = 100  # bytes that the names of omitted classes take in a folder's name, of the 255 that file systems allow
 PLAIN = (1.0, (), None)  # `Settings.shared` of such a run
 
 
@@ -151,7 +153,11 @@ def run_name(role, temperature, alpha, seed, criterion=None, shared=PLAIN):
     if fraction != 1:
         parts.append(f"f{_short(fraction)}")
     if omitted:
-        parts += ["without", *map(_safe, omitted)]
+        names = "-".join(map(_safe, omitted))
+        if len(names.encode()) > LONGEST:
+            digest = hashlib.sha256("\0".join(omitted).encode()).hexdigest()[:8]
+            names = f"{len(omitted)}-class{'es' * (len(omitted) > 1)}-{digest}"
+        parts += ["without", names]
     return "-".join([*parts, f"s{seed}"])
 
 

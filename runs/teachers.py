@@ -28,7 +28,8 @@ def _find_teacher(arguments, named):
         own = arguments.teacher_network and (arguments.teacher_network.rpartition(":")[2],)
         folder = output / run_name("teacher", None, None, arguments.seed, shared=(1.0, (), own))
         if not folder.is_dir():
-            others = sorted(each for each in output.glob("teacher-*") if each.is_dir())
+            pattern = f"{folder.name.rpartition('-')[0]}-s*" if own else "teacher-*"  # with a network only its own
+            others = sorted(each for each in output.glob(pattern) if each.is_dir())
             if len(others) > 1:
                 raise Failure(
                     f"{output} holds several teachers. Name one with --teacher, or several as an ensemble: "
@@ -44,8 +45,9 @@ def _find_teacher(arguments, named):
         raise Failure(f"--teacher {named} is not a teacher's folder, but it holds teachers. Name them: {found}")
     own = re.fullmatch(r"teacher-(?:.*-)?s(\d+)", folder.name)  # the program's own name for it
     changed = {"output_dir": str(folder.parent), "seed": int(own[1])} if named and own else {}
+    what = f"teacher with the network {arguments.teacher_network}" if arguments.teacher_network else "teacher"
     raise Failure(
-        f"There is no teacher in {named or output} yet. Train one first:\n{teacher_command(arguments, **changed)}"
+        f"There is no {what} in {named or output} yet. Train one first:\n{teacher_command(arguments, **changed)}"
     )
 
 

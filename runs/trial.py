@@ -9,13 +9,13 @@ from runs.files import Failure
 IMAGES = 8  # in the batch that is tried
 
 
-def try_loss(hook, classes, temperature, alpha):
-    """Calls the loss in a Hook as training does, on drawn logits on the CPU; raises Failure, with what is wrong,
-    unless it returns a finite scalar with a finite gradient for the student's logits."""
+def try_loss(hook, classes, temperature, alpha, machine):
+    """Calls the loss in a Hook as training on `machine` does, on drawn logits in float32; raises Failure, with what is
+    wrong, unless it returns a finite scalar with a finite gradient for the student's logits."""
     draws = generator("trial")
-    student, teacher = (3 * torch.randn(IMAGES, classes, generator=draws) for _ in range(2))
+    student, teacher = (3 * torch.randn(IMAGES, classes, generator=draws).to(machine.device) for _ in range(2))
     student.requires_grad_()
-    labels = torch.arange(IMAGES) % classes
+    labels = torch.arange(IMAGES, device=machine.device) % classes
     with hook.explained(f"fails on a batch of {IMAGES} images and {classes} classes"):
         loss = hook.loaded(student, labels, teacher - teacher.amax(1, keepdim=True), temperature, alpha)
     if not isinstance(loss, torch.Tensor):
@@ -33,14 +33,21 @@ def try_loss(hook, classes, temperature, alpha):
         raise Failure(f"{hook} is not finite on a batch of drawn logits: {loss.item()}, or its gradient is not.")
 
 
-def try_network(hook, role, classes, image_size):
+def try_network(hook, role, classes, image_size, machine):
     """Builds the network of a Hook for a "teacher" or "student", and takes one step of training without the optimizer,
-    on drawn images on the CPU; raises Failure, with what is wrong, unless it can be trained, saved and loaded."""
+    on drawn images, on `machine` and in its precision; raises Failure, with what is wrong, unless it can be trained,
+    saved and loaded."""
     with hook.explained(f"fails for {classes} classes"):
         network, again = (models.build(hook.loaded, role, classes, 0) for _ in range(2))
     own = network.network
     if not isinstance(own, torch.nn.Module):
         raise Failure(f"{hook} returns {type(own).__name__}, but a network is a torch.nn.Module.")
+    for name, each in (*own.named_parameters(), *own.named_buffers()):
+        if torch.nn.parameter.is_lazy(each):
+            raise Failure(
+                f"{hook}: '{name}' has no size before the first image. Give the layer its sizes: a Linear, say, "
+                "instead of a LazyLinear."
+            )
     state = network.state_dict()
     odd = [name for name, each in state.items() if not isinstance(each, torch.Tensor)]
     odd += [name for name, each in state.items() if name not in odd and each.dtype in (torch.float16, torch.bfloat16)]
@@ -53,12 +60,13 @@ def try_network(hook, role, classes, image_size):
             f"{hook} begins with other weights each time: draw them from PyTorch's generator, as its own layers do."
         )
     images = torch.randn(IMAGES, 3, image_size, image_size, generator=generator("trial"))
-    images = images.to(memory_format=torch.channels_last)
+    images = images.to(**machine.place)
     with hook.explained(f"fails on a batch of {IMAGES} images of {image_size}x{image_size}"):
-        network.to(memory_format=torch.channels_last)
-        logits = network.train()(images)
+        network.to(**machine.place)
+        with machine.autocast():
+            logits = network.train()(images)
         with torch.no_grad():
-            single = network.eval()(images[:1])
+            single = network.eval()(images[:1])  # in float32, as it is evaluated
     for found, count in ((logits, IMAGES), (single, 1)):
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         if shape != (count, classes):
@@ -70,4 +78,11 @@ def try_network(hook, role, classes, image_size):
     if not logits.requires_grad:
         raise Failure(f"{hook} gives logits without a gradient.")
     with hook.explained("fails where its gradient is computed"):
-        torch.nn.functional.cross_entropy(logits.float(), torch.arange(IMAGES) % classes).backward()
+        labels = torch.arange(IMAGES, device=machine.device) % classes
+        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+    for name, each in own.state_dict().items():
+        if not each.isfinite().all():
+            raise Failure(
+                f"{hook}: '{name}' of its state_dict is not finite, which would be taken for a training that diverged. "
+                "Keep a constant such as a mask out of it: register_buffer(name, tensor, persistent=False)."
+            )

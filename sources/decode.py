@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from runs.files import Damaged, Failure, reason
 
-DECODER_VERSION = 3  # of `decode`: raise it with any change of what it returns
+DECODER_VERSION = 4  # of `decode`: raise it with any change of what it returns
 MAX_PIXELS = 100_000_000  # Pillow refuses images of more than twice as many
 MAX_TEXT = 16 << 20  # bytes of a PNG's colour profile or of one of its texts; Pillow refuses a whole image for more
 ROWS = 256  # of an image that are scaled at a time, so that no wide copy of all is held
@@ -105,7 +105,8 @@ def decode(path, image_size, ranges):
     NotDecoded."""
     formats, _ = image_formats()
     try:
-        with Image.open(path, formats=formats) as image:
+        # Opened here: of a path Pillow maps raw TIFFs into memory, and scrambles those that EXIF turns.
+        with open(path, "rb") as file, Image.open(file, formats=formats) as image:
             size, layout = image.size, _layout(image)
             if layout in PACKED and "transparency" in image.info:  # Pillow does not scale the transparent grey along
                 image.info["transparency"] *= PACKED[layout]
@@ -267,7 +268,7 @@ def _deep(image, layout, path):
 
 def _loaded_as(path, layout):
     """The image loaded once more, as if its samples had another of Pillow's layouts with as many bytes."""
-    with Image.open(path, formats=["PNG", "TIFF"]) as image:
+    with open(path, "rb") as file, Image.open(file, formats=["PNG", "TIFF"]) as image:
         image.tile = [
             type(tile)(*tile[:3], layout if isinstance(tile[3], str) else (layout, *tile[3][1:])) for tile in image.tile
         ]

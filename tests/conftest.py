@@ -64,6 +64,20 @@ def cli(capfd):
     return run
 
 
+def leave_out(patch):
+    """Leaves out what takes longer than all the rest of a small command: figures, and how fast the networks are."""
+    import runs.speed
+    from reports import figures
+
+    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
+    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
+
+
+@pytest.fixture
+def nothing_slow(monkeypatch):
+    leave_out(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def flags(images):
     """What makes a command small: 48 images of 16x16, 2 epochs of 3 steps; the same bits on any machine's CPU."""

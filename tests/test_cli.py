@@ -19,7 +19,7 @@ from PIL import Image
 
 import models
 import train
-from arguments import parse
+from arguments import Usage, parse
 from reports import figures
 from runs.files import Failure
 from runs.progress import Progress
@@ -400,6 +400,14 @@ def test_the_demo_is_a_preset_that_options_override():
     given = parse(["--demo", "--epochs", "3", "--alpha", "0.2"])
     assert (given.dataset, given.output_dir, given.image_size) == ("shapes", "outputs/demo", 16)
     assert (given.epochs, given.alpha, given.temperature) == (3, [0.2], [4.0])
+
+
+@pytest.mark.parametrize("words", ["--train-teacher", "--report", "--list", "--predict a.png", "--export", ""])
+def test_what_the_demo_sets_stands_in_no_ones_way(words):
+    given = parse(["--demo", *words.split()])
+    assert given.dataset == "shapes" and given.train_fraction == 0.5
+    with pytest.raises(Usage, match="--train-fraction"):
+        parse(["--demo", "--train-fraction", "0.3", words.split()[0] if words else "--list", *words.split()[1:]])
 
 
 def test_the_demo_trains_teacher_and_students(quick, tmp_path, monkeypatch):

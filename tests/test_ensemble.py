@@ -11,26 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, leave_out
 
 import distill
 import models
-import runs.speed
 from distill import Ensemble, compress
-from reports import figures
 from reports.comparison import Comparison
 from runs.command import exit_status
 
-
-def leave_out(patch):
-    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
-    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
-    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    leave_out(monkeypatch)
+pytestmark = pytest.mark.usefixtures("nothing_slow")
 
 
 @pytest.fixture(scope="module")

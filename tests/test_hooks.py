@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, leave_out
 from scipy.special import log_softmax, softmax
 
 import models
-import runs.speed
 from distill import distillation_loss
-from reports import figures
 from reports.text import claim, method
 from runs.command import exit_status
 from runs.hooks import Hook
+
+pytestmark = pytest.mark.usefixtures("nothing_slow")
 
 SAME = """
 import torch
@@ -33,17 +33,6 @@ def same(student_logits, labels, teacher_logits, temperature, alpha):
 def noisy(student_logits, labels, teacher_logits, temperature, alpha):
     return F.mse_loss(student_logits, teacher_logits + torch.randn_like(teacher_logits))
 """
-
-
-def leave_out(patch):
-    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
-    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
-    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    leave_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")

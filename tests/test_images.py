@@ -130,6 +130,31 @@ def test_a_single_image_is_scaled_as_told_or_refused(tmp_path):
         decode.read_image(float_path, 16)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiffs_are_turned_whatever_their_mode(tmp_path, orientation):
+    """Of a path Pillow maps those of these modes into memory, width and height being exchanged already."""
+    random = np.random.default_rng(0)
+    turned = {5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1), 8: np.rot90,
+              7: lambda x: np.rot90(x, 2).swapaxes(0, 1)}.get(orientation)  # fmt: skip
+    turned = turned or {1: np.array, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud}[orientation]
+    for mode, bands in (("L", 1), ("P", 1), ("RGBA", 4), ("CMYK", 4), ("I;16", 1)):
+        values = random.integers(0, 256, (16, 24, bands)).astype(np.uint8)
+        image, expected = Image.frombytes(mode, (24, 16), values.tobytes()) if mode != "I;16" else None, values
+        if mode == "I;16":
+            image = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+        if mode == "P":
+            image.putpalette([value for value in range(256) for _ in range(3)])
+        if bands == 4:
+            alpha = values[..., 3:].astype(float) / 255
+            expected = values[..., :3] * alpha + 255 * (1 - alpha) if mode == "RGBA" else 255 - values[..., :3]
+            expected = expected if mode == "RGBA" else expected * (1 - alpha)
+        image.save(tmp_path / "t.tif", tiffinfo={0x0112: orientation})
+        shown = turned(np.broadcast_to(expected, (16, 24, 3)))
+        shown = shown[:, 4:20] if shown.shape[1] > 16 else shown[4:20]
+        got = decode.read_image(tmp_path / "t.tif", 16, {"16-bit": (0, 65535)})
+        assert abs(got - shown.astype(float)).max() <= 2, mode  # premultiplied to be cropped
+
+
 def test_odd_images_become_the_right_pixels_or_are_named(tmp_path):
     right, named, wrong = soak.check_images(540, 3, tmp_path / "odd")
     assert not wrong

@@ -54,13 +54,22 @@ def test_costs_move_no_global_random_state():
 
 
 def test_memory_of_training_by_hand():
-    """The convolution keeps its input, GELU its own, which is the largest; then weights, gradients and momenta."""
+    """Convolution, GELU and the matrix keep their inputs, of which the last two are the largest; then weights,
+    gradients and momenta."""
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(8 * 20 * 20, 2))
     features = 4 * 20 * 20
     parameters = 8 * 3 * 9 + 8 + 2 * 8 * 20 * 20 + 2
-    assert training_memory(network, 20, 16) == 16 * features * (3 + 8 + 8) + 3 * 4 * parameters
+    assert training_memory(network, 20, 16) == 16 * features * (3 + 8 + 8 + 8) + 3 * 4 * parameters
     half = training_memory(models.create("student", 10, 0), 80, 64, "bf16")
     assert 0.5 < half / training_memory(models.create("student", 10, 0), 80, 64) < 0.65  # pooling keeps places, int64
+
+
+def test_memory_of_a_network_without_convolutions():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 70 * 70, 5), nn.Tanh(), nn.Linear(5, 2))
+    parameters = 3 * 70 * 70 * 5 + 5 + 5 * 2 + 2  # kept are the images, which are the largest, and what tanh gives
+    assert training_memory(network, 70, 16) == 4 * (16 * (2 * 3 * 70 * 70 + 5) + 3 * parameters)
+    rounded = training_memory(network, 70, 16, "bf16")  # the second matrix is kept once, rounded
+    assert rounded == 2 * (16 * (2 * 3 * 70 * 70 + 5) + 5 * 2) + 4 * 3 * parameters
 
 
 def test_an_inference_batch_is_fixed_and_of_large_images_smaller():

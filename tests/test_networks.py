@@ -8,22 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CLASSES, ROOT, leave_out
 
 import data
 import models
-import runs.speed
 import train
+from arguments import parse
 from data import Views
-from reports import figures
 from runs.command import exit_status
 from runs.files import Failure
+from runs.group import Group
 from runs.hooks import Hook, Hooks
 from runs.machine import Machine
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import Settings
 from runs.signals import Interrupted, Stop
+from runs.teachers import find_teachers
+from runs.trial import try_network
+
+pytestmark = pytest.mark.usefixtures("nothing_slow")
 
 NETS = """
 import torch
@@ -35,22 +39,24 @@ def tiny(classes):
     return nn.Sequential(*layers, nn.Linear(392, classes))
 
 
+shared = nn.Linear(768, 3)
+
+
+def common(classes):
+    return nn.Sequential(nn.Flatten(), shared)
+
+
+class Masked(nn.Sequential):
+    def __init__(self, classes):
+        super().__init__(nn.Flatten(), nn.Linear(768, classes))
+        self.register_buffer("mask", torch.rand(768), persistent=False)
+
+
 def loaded(classes):
     network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5), nn.ReLU(), nn.Linear(5, classes))
     network[2].requires_grad_(False).weight.fill_(0.25)  # as weights that were trained before
     return network
 """
-
-
-def leave_out(patch):
-    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
-    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
-    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    leave_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +118,25 @@ def test_both_students_begin_with_the_same_weights_drawn_under_their_seed(file):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_layers_that_several_calls_share_are_not_trained_by_several_runs(file):
+    one = models.build(hook(file, "common").loaded, "student", 3, 0)
+    before = models.digest(one.state_dict())
+    one(torch.randn(4, 3, 16, 16)).square().mean().backward()
+    one.network[1].weight.data -= 0.1 * one.network[1].weight.grad  # a step of training
+    again = models.build(hook(file, "common").loaded, "student", 3, 0)
+    assert models.digest(again.state_dict()) == before != models.digest(one.state_dict())
+
+
+def test_what_is_drawn_outside_the_state_dict_is_the_runs_when_it_is_loaded(file, tmp_path):
+    function = hook(file, "Masked").loaded
+    for seed in (0, 3):
+        network = models.build(function, "student", 3, seed)
+        about = {"classes": CLASSES, "image_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3, "accuracy": 0.5}
+        models.save(tmp_path / "model.pt", network, "student", settings={"role": "kd", "seed": seed}, **about)
+        kept = models.load(tmp_path / "model.pt", network=function)
+        assert "network.mask" not in network.state_dict() and torch.equal(kept.network.mask, network.network.mask)
+
+
 def test_weights_that_the_function_loads_are_kept_and_frozen_ones_stay(own, file):
     network = models.load(own / "teacher-loaded-s0" / "model.pt", network=hook(file, "loaded").loaded)
     assert (network.network[2].weight == 0.25).all() and not network.network[4].weight.eq(0).all()
@@ -150,6 +175,45 @@ def test_interrupted_between_dropouts_the_bits_are_the_same(small, file, tmp_pat
     tiny_run(small, tmp_path / "parts", file)
     one, other = (load_tiny(tmp_path / name, file) for name in ("whole", "parts"))
     assert models.digest(one.state_dict()) == models.digest(other.state_dict())
+
+
+def test_an_error_in_a_step_names_the_file(small, tmp_path):
+    path = tmp_path / "late.py"
+    path.write_text(
+        "from torch import nn\n\nsteps = []\n\n\nclass tiny(nn.Sequential):\n    def __init__(self, classes):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(768, classes))\n\n    def forward(self, x):\n"
+        "        steps.append(x)\n        assert len(steps) < 3, 'the third step'\n        return super().forward(x)\n"
+    )
+    with pytest.raises(Failure) as told:
+        tiny_run(small, tmp_path / "run", path)
+    assert f"--student {path}:tiny fails while run is trained:" in str(told.value)
+    assert str(told.value).endswith("AssertionError: the third step") and "line 12, in forward" in str(told.value)
+
+
+def test_errors_of_others_and_of_memory_stay_what_they_are(file, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def fail(error):\n    raise error")
+    hooks = Hooks(loss=hook(path, "fail", "--loss"), student=hook(file, "tiny"))
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(type(error)), hooks.explained("fails"):
+            hooks.loss.loaded(error)
+    with pytest.raises(ZeroDivisionError), hooks.explained("fails"):
+        1 / 0  # noqa: B018
+    with pytest.raises(Failure, match=r"--loss .*own.py:fail fails:"), hooks.explained("fails"):
+        hooks.loss.loaded(ValueError("odd"))
+
+
+def test_it_is_tried_in_the_precision_of_the_training(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        HEAD + "class f(nn.Sequential):\n    def __init__(self, n): super().__init__(nn.Flatten(), nn.Linear(768, n))\n"
+        "    def forward(self, x): return super().forward(x).numpy(force=True)\n"  # which knows no bfloat16
+    )
+    found = hook(path, "f")
+    with pytest.raises(Failure, match="Got unsupported ScalarType BFloat16"):
+        try_network(found, "student", 3, 16, Machine(torch.device("cpu"), "bf16"))
+    with pytest.raises(Failure, match="gives ndarray for 8 images"):
+        try_network(found, "student", 3, 16, Machine(torch.device("cpu")))
 
 
 def test_it_is_trained_by_plain_sgd(small, file, tmp_path, monkeypatch):
@@ -202,6 +266,43 @@ def test_an_edited_file_is_another_run(cli, flags, own, file, tmp_path):
         assert all(each in got.err for each in digests)
 
 
+def test_a_teacher_of_that_network_is_asked_for_where_only_others_are(own, finished):
+    words = ["--output-dir", str(finished), "--teacher-network", "nets.py:loaded"]
+    with pytest.raises(Failure) as told:
+        find_teachers(parse(words))
+    assert "There is no teacher with the network nets.py:loaded" in str(told.value)
+    assert "main.py --train-teacher" in str(told.value) and "--teacher-network nets.py:loaded" in str(told.value)
+    words[1] = str(own)
+    assert find_teachers(parse([*words, "--seed", "7"])) == [own / "teacher-loaded-s0" / "model.pt"]
+
+
+def test_what_is_said_of_networks_that_are_not_named(file, tmp_path):
+    found = hook(file, "tiny")
+    settings = {"network": "tiny", "network_file": "nets.py", "network_sha256": "0" * 64}
+    for role, hooks, told in (
+        ("teacher", Hooks(), "Name it: --teacher-network FILE.py:tiny"),
+        ("kd", Hooks(), "Name it: --student FILE.py:tiny (as a teacher: --teacher-network FILE.py:tiny)"),
+        ("teacher", Hooks(teacher=hook(file, "loaded")), "two different networks of your own cannot be combined."),
+        ("teacher", Hooks(teacher=found), "train the teacher again: --train-teacher --overwrite, or another"),
+        ("kd", Hooks(student=found), "train again: --overwrite, or another --output-dir."),
+    ):
+        with pytest.raises(Failure) as error:
+            hooks.network_of(settings | {"role": role}, "model.pt")
+        assert told in str(error.value) and str(error.value).endswith(told if "another" not in told else "output-dir.")
+
+
+def test_processes_with_other_files_are_refused(file):
+    hooks = Hooks(student=hook(file, "tiny"))
+
+    class Others:
+        def agree(self, find):
+            return ["0" * 64]
+
+    with pytest.raises(Failure, match=r"nets.py:tiny differs between the processes: .* 000000000000… where"):
+        hooks.check_alike(Others())
+    hooks.check_alike(Group())
+
+
 def test_a_student_of_the_users_own_teaches(cli, flags, own, file, tmp_path):
     words = (*flags, "--output-dir", tmp_path, "--teacher", own / "kd-tiny-T4-a0.1-s0", own / "teacher-s0")
     got = cli(*words)
@@ -235,6 +336,9 @@ ODD = {
     "def f(n): return linear(n).half()": "'1.weight' of its state_dict is not a tensor of float32",
     "def f(n):\n    a = linear(n)\n    a[1].bias.data += numpy.random.rand()\n    return a": "other weights each time",
     "def f(n):\n    a = linear(n)\n    a[1].bias.data += float('nan')\n    return a": "logits that are not finite",
+    "def f(n): return nn.Sequential(nn.Flatten(), nn.LazyLinear(n))": "'1.weight' has no size before the first image",
+    "def f(n):\n    a = linear(n)\n    a.register_buffer('mask', nn.Parameter(a[1].bias - float('inf')).data)\n"
+    "    return a": "'mask' of its state_dict is not finite",
     "class f(nn.Module):\n    def __init__(self, n):\n        super().__init__()\n        self.a = linear(n)\n"
     "    def forward(self, x):\n        return self.a(x), 1": "gives tuple for 8 images",
 }
@@ -248,6 +352,15 @@ def test_a_network_that_cannot_be_trained_is_refused_before_images_are_read(cli,
     got = cli(*flags, *words)
     assert got.status == 1 and told in got.err and f"--student {path}:f" in got.err and "nowhere" not in got.err, got
     assert len(got.err.splitlines()) < 12 and "site-packages" not in got.err and not got.out
+
+
+@pytest.mark.parametrize("more", [("--train-teacher",), ("--demo", "--train-teacher"), ("--demo",)])
+def test_a_file_is_run_before_images_are_read(cli, tmp_path, more):
+    path = tmp_path / "odd.py"
+    path.write_text("import nothing_of_this_name")
+    words = ("--output-dir", tmp_path / "out", "--dataset", "folder", "--data-dir", "nowhere")
+    got = cli(*words, *more, "--teacher-network", f"{path}:f")
+    assert got.status == 1 and "No module named 'nothing_of_this_name'" in got.err and "nowhere" not in got.err, got
 
 
 def test_a_teacher_that_cannot_be_trained_is_refused_before_anything_is_written(cli, flags, tmp_path):

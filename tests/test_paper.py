@@ -1,22 +1,23 @@
 """A part of the training images, and classes that students never see: through the command line and by hand."""
 
+import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT
+from conftest import CLASSES, ROOT, leave_out
 
 import data
 import distill
 import models
-import runs.speed
 from data import Views
 from distill import omitted_bias
-from reports import figures
 from reports.comparison import Comparison
 from runs.command import exit_status
 from runs.files import Failure
@@ -24,18 +25,9 @@ from runs.machine import Machine
 from runs.run import Run
 from runs.settings import OPTIONAL, Settings, differences, run_name
 
+pytestmark = pytest.mark.usefixtures("nothing_slow")
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
-
-def leave_out(patch):
-    """Leaves out what takes longer than all the rest of a command here: figures, and how fast the networks are."""
-    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
-    patch.setattr(runs.speed, "SPEED_SECONDS", 0)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    leave_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +116,19 @@ def test_the_bias_by_hand():
     assert omitted_bias(logits, [0, 2], 3) == 1.0  # the likelier of two counts: both lack -7, -5, 0, 2 and 8
 
 
+def test_the_bias_needs_no_float64_of_the_device():
+    """MPS has none: here a type of tensor that leaves the CPU only when it is told to."""
+
+    class Elsewhere(torch.Tensor):
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    assert omitted_bias(torch.tensor([[5.0, 0, 4], [0, 5, 3]]).as_subclass(Elsewhere), [2], 1) == 1.5
+
+
 def test_the_report_adds_each_runs_bias(without_red, capsys):
     output, _ = without_red
     comparison = Comparison(
@@ -153,6 +158,28 @@ def test_the_bias_of_a_run_is_found_on_the_training_images(without_red, images):
         logits = network(network.normalize(loaded.train_images))
     bias = json.loads((output / "kd-T4-a0.1-f0.5-without-red-s1" / "run.json").read_text())["omitted_bias"]
     assert ((logits + torch.tensor([0, 0, bias])).argmax(1) == 2).sum() == 16
+
+
+def test_the_tables_of_runs_say_what_is_special_of_them(without_red):
+    output, _ = without_red
+    rows = {row["run"]: row for row in csv.DictReader((output / "comparison.csv").open())}
+    row, teacher = rows["kd-T4-a0.1-f0.5-without-red-s1"], rows["teacher-s0"]
+    assert (row["loss"], row["network"], row["train_fraction"], row["omit_class"]) == ("", "", "0.5", "red")
+    assert (teacher["train_fraction"], teacher["omit_class"]) == ("1.0", "")
+    text = (output / "report.html").read_text(encoding="utf-8")
+    assert "<td>0.5</td><td>red</td>" in text
+
+
+def test_every_table_of_the_page_has_its_own_note(without_red):
+    tables = (without_red[0] / "report.html").read_text(encoding="utf-8").split("<h2>")[1:]
+    notes = {part.split("</h2>")[0]: "".join(re.findall('<p class="note">(.*?)</p>', part, re.S)) for part in tables}
+    for title, begins in (
+        ("Accuracy", "Agreement: same class"), ("Fidelity to the teacher", "KL: from teacher to student in nats"),
+        ("Not shown to students", "accuracy on test images of red; corrected: "), ("What it costs", "MB: of model.pt"),
+        ("Accuracy by class", ""), ("Runs", ""),
+    ):  # fmt: skip
+        assert notes[title].startswith(begins) and bool(notes[title]) == bool(begins), title
+    assert "all, corr.: accuracy on all test images" in notes["Not shown to students"]
 
 
 # Runs and comparisons ------------------------------------------------------------------------------------------------
@@ -186,6 +213,15 @@ def test_what_is_as_ever_is_recorded_as_ever(tmp_path):
 def test_names_are_safe_for_files():
     assert run_name("kd", 4.0, 0.9, 0, shared=(0.03, (), None)) == "kd-T4-a0.9-f0.03-s0"
     assert run_name("baseline", None, None, 2, None, (1.0, ("a/b", "$5 $10"), None)) == "baseline-without-a_b-_5_10-s2"
+
+
+def test_many_omitted_classes_make_a_short_name():
+    many = tuple(f"class {number}" for number in range(25))
+    names = [run_name("kd", 4.0, 0.9, 0, shared=(1.0, omitted, None)) for omitted in (many, many[1:], many[:3])]
+    assert re.fullmatch("kd-T4-a0.9-without-25-classes-[0-9a-f]{8}-s0", names[0])
+    assert "-without-24-classes-" in names[1] and names[1].split("-")[-2] != names[0].split("-")[-2]
+    assert names[2] == "kd-T4-a0.9-without-class_0-class_1-class_2-s0"
+    assert len(run_name("baseline", None, None, 0, shared=(1.0, ("猫" * 90,), None)).encode()) < 60
 
 
 def test_a_sweep_on_a_part_is_judged_on_a_part_of_that_part(cli, flags, finished, tmp_path, monkeypatch):
@@ -249,3 +285,59 @@ def test_the_papers_experiments_become_one_table(flags, finished, tmp_path, monk
     assert row["distilled"] == pytest.approx(np.mean(kept["kd"][0]["omitted"]["corrected_accuracies"]))
     assert table.count("| without red |") == 4 and "| 10% of the images | test accuracy" in table
     assert len((tmp_path / "paper.csv").read_text().splitlines()) == 1 + 5
+    teacher = json.loads((output / "teacher-s0" / "run.json").read_text())["weights_sha256"]
+    assert {row["teacher_sha256"] for each in found.values() for row in each["rows"]} == {teacher[:12]}
+
+
+def experiment(teacher, n):
+    row = {"n": n, "teacher_sha256": teacher, "teacher": 0.9, "experiment": "all", "what": "test accuracy", "epochs": 8}
+    return {"rows": [row]}
+
+
+def test_the_papers_experiments_are_of_one_teacher_and_folder(tmp_path):
+    import paper
+
+    path, settings, done = tmp_path / "paper.json", {"output_dir": "outputs"}, {"all": experiment("a" * 12, 3)}
+    assert paper.read(path, settings) == {}
+    path.write_text(json.dumps({"settings": settings, "experiments": done}))
+    assert paper.read(path, settings) == done
+    with pytest.raises(SystemExit, match="is of other settings: {'output_dir': 'outputs'}"):
+        paper.read(path, {"output_dir": "outputs/two"})
+    path.write_text(json.dumps({"settings": settings | {"seeds": 3}, "experiments": done}))
+    with pytest.raises(SystemExit, match="by an earlier version of this script"):
+        paper.read(path, settings)
+    paper.same_teacher(path, done, experiment("a" * 12, 5)["rows"])
+    with pytest.raises(SystemExit, match=f"'all' in .* is of another teacher, {'a' * 12}, not {'b' * 12}"):
+        paper.same_teacher(path, done, experiment("b" * 12, 3)["rows"])
+
+
+def test_seeds_of_one_experiment_are_added_and_never_lost(tmp_path, monkeypatch, capsys):
+    import paper
+
+    asked = []
+    monkeypatch.setattr(paper.subprocess, "run", lambda words: asked.append(words) or Mock(returncode=0))
+    monkeypatch.setattr(paper, "rows", lambda name, comparison: experiment("a" * 12, int(asked[-1][9]))["rows"])
+    monkeypatch.setattr(paper, "markdown", lambda found: "")
+    (tmp_path / "comparison.json").write_text('{"environment": {}}')
+    words = ["paper.py", "--results", str(tmp_path), "--output-dir", str(tmp_path)]
+    last = "logit standardisation at T = 4"
+    for more in (["--only", last, "DKD"], ["--only", last, "--seeds", "5"], ["--only", "DKD", last]):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        paper.main()
+    assert [(each[9], each[-1].rpartition(":")[2]) for each in asked] == [
+        ("3", "dkd"), ("3", "standardised"), ("5", "standardised"), ("3", "dkd"), ("5", "standardised"),
+    ]  # fmt: skip
+
+
+def test_the_table_has_each_rows_seeds_and_bears_rows_without_an_interval(tmp_path, monkeypatch):
+    import tables
+
+    (tmp_path / "paper.csv").write_text(  # as the first version wrote it, without teacher_sha256
+        "experiment,what,epochs,n,teacher,distilled,distilled_std,other,other_std,mean,low,high,p_value\n"
+        "all,accuracy,8,3,0.9267,0.91,0.002,0.9,0.003,1.0,0.5,1.5,0.01\n"
+        "DKD,accuracy,8,1,0.9267,0.91,,0.9,,1.0,,,\n"
+    )
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    text = tables.paper()
+    assert "| all | accuracy | 8 | 3 | 0.9100 ± 0.0020 | 0.9000 ± 0.0030 | +1.00 (+0.50 to +1.50) |" in text
+    assert "| DKD | accuracy | 8 | 1 | 0.9100 | 0.9000 | +1.00 |" in text and text.endswith("teacher 0.9267.")
