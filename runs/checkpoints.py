@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from runs.files import Damaged, verified_archive, write
+from runs.files import Damaged, is_out_of_memory, verified_archive, write
 from runs.settings import Share
 
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 256
@@ -62,6 +62,8 @@ def load_plain(path):
             f"{path} is refused: it holds more than plain values and tensors, and loading it could run code."
         ) from None
     except Exception as error:  # the checksums matched, so this archive is not one of PyTorch's
+        if is_out_of_memory(error):
+            raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Damaged(f"{path} is damaged: {first}.") from None
 

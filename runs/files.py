@@ -192,7 +192,7 @@ def _verify(path, file):
             if any(entry.external_attr & 0x10 for entry in archive.infolist()):
                 raise Damaged(f"{path} is damaged: its archive lists a folder, which this program never writes.")
             bad = archive.testzip()
-    except Damaged:
+    except (Damaged, MemoryError):
         raise
     except Exception as error:  # BadZipFile, struct.error, EOFError, NotImplementedError, ...
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a wrong offset is; others are the disk's
@@ -237,5 +237,7 @@ def load_array(path, sha256):
         raise Damaged(f"{path} is damaged: its SHA-256 is not the one in run.json.")
     try:
         return np.load(io.BytesIO(content), allow_pickle=False)
+    except MemoryError:
+        raise
     except Exception as error:
         raise Damaged(f"{path} is damaged: {error}.") from None

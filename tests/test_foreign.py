@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,6 +114,14 @@ def test_a_file_that_is_cut_short_is_damaged_and_not_foreign(copy):
         path.write_bytes(content)
         with pytest.raises(Damaged, match="is damaged: it is not a complete archive"):
             models.load(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_shortage_of_memory_is_no_damage(tmp_path, monkeypatch, error):
+    torch.save({"a": 1}, tmp_path / "model.pt")
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        models.load(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
