@@ -10,7 +10,7 @@ import numpy as np
 
 from runs.files import Damaged, Failure, reason, remove, write
 from sources import Facts, kept
-from sources.decode import plain
+from sources.decode import ALPHA, plain
 from sources.listing import Found, find_images, has_class_folders, is_class_folder, is_image
 
 HELD_OUT = ("test", "val", "valid", "validation")  # the first that exists holds the test images
@@ -75,7 +75,7 @@ def _readable(name):
 
 
 def _relative(path, directory):
-    return _readable(path[len(os.path.join(directory, "")) :]).replace(os.sep, "/")
+    return _readable(kept.relative(path, directory)).replace(os.sep, "/")
 
 
 def _places(directory, test_fraction, say):
@@ -165,11 +165,12 @@ def _split(directory, listing, fraction, workers, contents):
 def _say_ranges(record, say):
     """One line for each kind of samples of more than 8 bits."""
     for kind, (black, white) in record.ranges.items():
-        found = [(low, high) for each, low, high in record.samples.values() if each == kind]
+        found = [(low, high) for each in record.samples.values() for other, low, high in each if other == kind]
         low, high = min(low for low, _ in found), max(high for _, high in found)
+        names = ("transparent", "opaque") if kind == ALPHA else ("black", "white")
         say(
             f"Images with {kind} samples: {len(found):,}, from {plain(low)} to {plain(high)}. "
-            f"In all of them {plain(black)} becomes black and {plain(white)} white"
+            f"In all of them {plain(black)} becomes {names[0]} and {plain(white)} {names[1]}"
         )
 
 

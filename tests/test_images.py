@@ -228,7 +228,7 @@ def test_a_class_without_an_image_that_can_be_read(folder):
 def test_pillow_heif_is_used_where_it_is_installed(folder, monkeypatch):
     """In its place a module that gives .heic to Pillow's PNG reader."""
     extensions = dict(Image.registered_extensions())
-    opener = SimpleNamespace(register_heif_opener=lambda: Image.register_extension("PNG", ".heic"))
+    opener = SimpleNamespace(__version__="1", register_heif_opener=lambda: Image.register_extension("PNG", ".heic"))
     monkeypatch.setitem(sys.modules, "pillow_heif", opener)
     decode.image_formats.cache_clear()
     try:
@@ -262,7 +262,7 @@ def test_all_damage_is_listed_and_the_rest_is_kept(folder, monkeypatch):
     decoded = []
     monkeypatch.setattr(kept, "decode", lambda path, *rest: decoded.append(path) or decode.decode(path, *rest))
     skipped = folder.load(skip_damaged=True)
-    assert set(decoded) == {str(path) for path in (*places, bad)}  # only what may have been repaired
+    assert not decoded  # what was damaged is still the same file
     assert skipped.facts.record["skipped"] == {"training": {"green": 24}, "test": {"red": 1}}
     assert skipped.facts.record["skipped_files"][-1] == "train/green/zero23.png"
     assert "25 of 49 images (training: green 24; test: red 1)" in folder.said[-1]
