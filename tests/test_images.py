@@ -212,7 +212,8 @@ def test_links_are_followed_and_loops_are_not(folder, tmp_path):
     (red / "one.png").symlink_to(other / "train" / "blue" / "00.png")
     loaded = folder.load()
     assert loaded.train_labels.tolist().count(2) == 5 + 4 + 1
-    assert "20 images taken; passed over: 2 by links to folders that are read already" in folder.said[0]
+    again = "1 folder(s) met again through a link, 1 link(s) to a folder around this one, 1 without a suffix"
+    assert f"20 images taken; passed over: {again}" in folder.said[0]
     (red / "dead.png").symlink_to("nowhere")
     with pytest.raises(Damaged, match=r"dead\.png cannot be read: No such file or directory"):
         folder.load()
@@ -445,7 +446,10 @@ def test_fractions_that_cannot_be(alone):
         shutil.copy(alone.top / "red" / "00.png", path) if number else None
     with pytest.raises(Failure, match="class red has one image only"):
         alone.load(test_fraction=0.3)
-    (alone.top / "test").mkdir()
+    (alone.top / "test" / "red").mkdir(parents=True)
+    with pytest.raises(Failure, match="test seems to hold test images of the classes beside it. Move these into"):
+        alone.load(test_fraction=0.3)
+    (alone.top / "train").mkdir()
     with pytest.raises(Failure, match="holds test images already: leave --test-fraction out"):
         alone.load(test_fraction=0.3)
 
