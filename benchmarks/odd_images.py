@@ -416,5 +416,6 @@ def no_image(random):
 
 KINDS = (
     grey_png, deep_png, palette_png, alpha_image, colour_image, single_colour, bilevel, jpeg, turned_deep, turned_tiff,
-    palette_gif, many_frames, tiff_numbers, tiff_colours, tiff_refused, print_colours, portable, much_metadata, no_image,
+    palette_gif, many_frames, tiff_numbers, tiff_colours, tiff_refused, print_colours, portable, much_metadata,
+    no_image,
 )  # fmt: skip

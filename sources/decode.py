@@ -15,11 +15,15 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from runs.files import Damaged, Failure, reason
 
 DECODER_VERSION = 4  # of `decode`: raise it with any change of what it returns
+NO_FAULT = {  # of a file that cannot be read: it is whole, and to leave it out would be wrong
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
 MAX_PIXELS = 100_000_000  # Pillow refuses images of more than twice as many
 MAX_TEXT = 16 << 20  # bytes of a PNG's colour profile or of one of its texts; Pillow refuses a whole image for more
 ROWS = 256  # of an image that are scaled at a time, so that no wide copy of all is held
@@ -28,7 +32,8 @@ ROWS = 256  # of an image that are scaled at a time, so that no wide copy of all
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 # Where no data set decides; other kinds have none.
-DOCUMENTED = {"16-bit": (0, 65535), "floating-point": (0, 1)}
+ALPHA = "16-bit alpha"
+DOCUMENTED = {"16-bit": (0, 65535), "floating-point": (0, 1), ALPHA: (0, 65535)}
 
 ORIENTATION = 0x0112  # in EXIF; how an image is turned by each
 TURNS = dict(enumerate((
@@ -47,23 +52,22 @@ BEGINNINGS = {
 
 
 class NotDecoded(Damaged):
-    """An image file that cannot be decoded; `why` is its text without the path."""
+    """An image file that cannot be decoded; `why` is its text without the path, `lasting` whether the content of the
+    file is at fault, so that it stays so."""
 
-    def __init__(self, path, why):
+    def __init__(self, path, why, lasting=True):
         super().__init__(f"{path} {why}")
-        self.why = why
+        self.why, self.lasting = why, lasting
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """`pixels` are uint8 (S, S, 3), or None where the range of its `kind` is not known yet; `size` is the file's own,
-    (width, height); `kind` is that of samples which need a range, with their extremes `low` and `high`, else None."""
+    """`pixels` are uint8 (S, S, 3), or None where the range of one of its kinds of `samples` is not known yet; `size`
+    is the file's own, (width, height); `samples` are those that need a range, as (kind, least, greatest)."""
 
     pixels: np.ndarray | None
     size: tuple[int, int]
-    kind: str | None = None
-    low: float = 0
-    high: float = 0
+    samples: tuple[tuple[str, float, float], ...] = ()
 
 
 @functools.cache
@@ -80,6 +84,12 @@ def image_formats():
     return formats, frozenset(suffix for suffix, kind in suffixes.items() if kind in formats)
 
 
+def reader():
+    """The versions of what reads image files: another one may read what this one cannot."""
+    heif = sys.modules.get("pillow_heif") if image_formats() else None
+    return f"Pillow {PIL.__version__}" + (f", pillow-heif {heif.__version__}" if heif else "")
+
+
 def read_image(path, image_size, ranges=None):
     """One image of any size and mode -> uint8 array (image_size, image_size, 3).
 
@@ -91,18 +101,26 @@ def read_image(path, image_size, ranges=None):
     ranges = DOCUMENTED | (ranges or {})
     decoded = decode(path, image_size, ranges)
     if decoded.pixels is None:
-        raise no_range(path, decoded.kind)
+        raise no_range(path, decoded)
     return decoded.pixels
 
 
-def no_range(path, kind):
-    """The NotDecoded of an image whose samples are of a `kind` that has no range."""
+def no_range(path, decoded):
+    """The NotDecoded of an image whose samples have no range; `decoded` is its Decoded."""
+    kind = decoded.samples[0][0]
     return NotDecoded(path, f"cannot be decoded as an image: its samples are {kind}, and no range is known for them.")
 
 
+def no_memory(path):
+    """The Failure of an image that there is not enough memory for, which says nothing about the file."""
+    return Failure(
+        f"there is not enough memory to decode {path}. Fewer --num-workers need less; or make that image smaller."
+    )
+
+
 def decode(path, image_size, ranges):
-    """The Decoded of a file, without pixels where the range of its kind of samples is not in `ranges`; raises
-    NotDecoded."""
+    """The Decoded of a file, without pixels where the range of a kind of its samples is not in `ranges`. Raises
+    NotDecoded, or Failure where not the file is at fault."""
     formats, _ = image_formats()
     try:
         # Opened here: of a path Pillow maps raw TIFFs into memory, and scrambles those that EXIF turns.
@@ -113,13 +131,12 @@ def decode(path, image_size, ranges):
             image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decodes to an eighth of the size and up
             image.load()
             orientation = _orientation(image)
-            deep, found = _deep(image, layout, path), ()
+            deep, samples = _deep(image, layout, path), ()
             if deep:
-                if deep.declared is None:
-                    found = (deep.kind, *deep.extremes())
-                    if deep.kind not in ranges:
-                        return Decoded(None, size, *found)
-                image = deep.as_8_bits(*(deep.declared or ranges[deep.kind]))
+                samples = deep.samples()
+                if any(kind not in ranges for kind, _, _ in samples):
+                    return Decoded(None, size, samples)
+                image = deep.as_8_bits(ranges)
             if orientation in TURNS:
                 image = image.transpose(TURNS[orientation])
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -127,14 +144,18 @@ def decode(path, image_size, ranges):
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
             if image.mode == "RGBA":
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return Decoded(np.array(image), size, *found)
+            return Decoded(np.array(image), size, samples)
     except UnidentifiedImageError:
         raise NotDecoded(path, f"cannot be decoded: {_unknown(path)}.") from None
+    except MemoryError:
+        raise no_memory(path) from None
     except Exception as error:  # Pillow's plugins raise nearly every kind of exception on a damaged file
         if getattr(error, "errno", None):
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # no fault of this file
+            if error.errno in NO_FAULT:
                 raise Failure(f"cannot read {path}: {reason(error)}.") from None
-            raise NotDecoded(path, f"cannot be read: {reason(error)}.") from None
+            raise NotDecoded(path, f"cannot be read: {reason(error)}.", lasting=False) from None
+        if "out of memory" in str(error):  # Pillow's decoders, without a number
+            raise no_memory(path) from None
         why = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise NotDecoded(path, f"cannot be decoded as an image: {why}.") from error
 
@@ -165,8 +186,9 @@ def _orientation(image):
 
 @dataclass
 class _Deep:
-    """Samples of more than 8 bits: `bands` are arrays (H, W), `alpha` one or None, of a Pillow `mode` L, RGB or CMYK;
-    `declared` is the (black, white) that the file itself declares, or None."""
+    """Samples of more than 8 bits: `bands` are arrays (H, W) of a Pillow `mode` L, RGB or CMYK, `alpha` one of samples
+    or, where some colour is transparent, of booleans, or None; `declared` is the (black, white) that the file itself
+    declares, or None."""
 
     kind: str
     bands: list[np.ndarray]
@@ -182,21 +204,29 @@ class _Deep:
             raise ValueError("it holds samples that are not finite")
         return low, high
 
-    def as_8_bits(self, black, white):
-        """A Pillow image of 8 bits, `black` being 0 and `white` 255; raises ValueError where samples lie outside."""
-        low, high = self.extremes()
-        if low < black or high > white:
-            raise ValueError(
-                f"its samples ({self.kind}) lie from {plain(low)} to {plain(high)}, outside of the range from "
-                f"{plain(black)} to {plain(white)}"
-            )
+    def samples(self):
+        """Those that need a range, as (kind, least, greatest)."""
+        found = [(self.kind, *self.extremes())] if self.declared is None else []
+        if self.alpha is not None and self.alpha.dtype != bool:
+            found.append((ALPHA, self.alpha.min().item(), self.alpha.max().item()))
+        return tuple(found)
+
+    def as_8_bits(self, ranges):
+        """A Pillow image of 8 bits, scaled by `ranges`; raises ValueError where samples lie outside."""
+        for kind, low, high in self.samples():
+            black, white = ranges[kind]
+            if low < black or high > white:
+                raise ValueError(
+                    f"its samples ({kind}) lie from {plain(low)} to {plain(high)}, outside of the range from "
+                    f"{plain(black)} to {plain(white)}"
+                )
+        black, white = self.declared or ranges[self.kind]
         bands = [_scaled(band, black, white) for band in self.bands]
         if self.inverted:
             bands = [255 - band for band in bands]
         mode = self.mode
         if self.alpha is not None:
-            opaque = white if self.alpha.max() <= white else 65535  # some writers scale the colours alone
-            bands.append(_scaled(self.alpha, 0, opaque))
+            bands.append(_scaled(self.alpha, *(ranges[ALPHA] if self.alpha.dtype != bool else (0, 1))))
             mode += "A"
         return Image.merge(mode, [Image.fromarray(band) for band in bands])
 
@@ -248,7 +278,7 @@ def _deep(image, layout, path):
                 declared = (0, 2**bits - 1)
         elif image.format in ("JPEG2000", "PPM"):  # these declare it, and Pillow has scaled to 16 bits
             declared = (0, 65535)
-        alpha = None if transparent is None else np.where(values == transparent, 0, 65535)
+        alpha = None if transparent is None else values != transparent
         return _Deep(kind, [values], "L", alpha, declared, inverted)
     if not WIDE.match(layout):
         return None
@@ -262,7 +292,7 @@ def _deep(image, layout, path):
     bands = [values[..., number] for number in range(values.shape[2])]
     alpha = bands.pop() if image.mode == "RGBA" else None
     if transparent is not None:
-        alpha = np.where((values == transparent).all(2), 0, 65535)
+        alpha = (values != transparent).any(2)
     return _Deep("16-bit", bands, image.mode[:4].removesuffix("A"), alpha)
 
 
@@ -282,18 +312,22 @@ def _loaded_as(path, layout):
 def decide(samples):
     """{kind: (black, white)} of a data set whose images hold the `samples`, triples (kind, low, high).
 
-    Floating-point samples: from 0 to 1, or to 255, where all lie there. Whole numbers without a sign of up to 16 bits:
-    to the largest number of the fewest usual bits (8, 10, 12, 14, 16) that hold all. Any others: from the least to the
-    greatest of the data set.
+    Floating-point samples: from 0 to 1, where all lie there, or to 255, where the greatest is above half of that. Whole
+    numbers without a sign of up to 16 bits: to the largest number of the fewest usual bits (8, 10, 12, 14, 16) that
+    hold all. Any others: from the least to the greatest of the data set. Alpha has the range of the colours, as some
+    writers scale them together, or else all 16 bits.
     """
     found = {}
     for kind, low, high in samples:
         least, most = found.get(kind, (low, high))
         found[kind] = (min(least, low), max(most, high))
-    whites = {kind: [2**bits - 1 for bits in (8, 10, 12, 14, 16)] for kind in found} | {"floating-point": [1, 255]}
     ranges = {}
-    for kind, (low, high) in sorted(found.items()):
-        white = next((white for white in whites[kind] if low >= 0 and high <= white), None)
+    for kind, (low, high) in sorted(found.items()):  # "16-bit" before its alpha
+        if kind == "floating-point":
+            whites = [1, 255] if high > 127.5 else [1]
+        else:
+            whites = [ranges["16-bit"][1], 65535] if kind == ALPHA else [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
+        white = next((white for white in whites if low >= 0 and high <= white), None)
         ranges[kind] = (low, high) if white is None else (0, white)
     return ranges
 

@@ -4,14 +4,15 @@ import hashlib
 import itertools
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from runs.files import Damaged, Failure, reason, remove, write
 from sources import Facts, kept, one_line
-from sources.decode import plain
-from sources.listing import Found, find_images, has_class_folders, is_class_folder, is_image
+from sources.decode import ALPHA, plain
+from sources.listing import Found, class_folders, find_images, inside, is_class_folder, is_image, is_walked
 
 HELD_OUT = ("test", "val", "valid", "validation")  # the first that exists holds the test images
 NAMED = 20  # damaged images named on the screen
@@ -31,29 +32,42 @@ def load(
     """
     directory, cache = Path(directory), cache and Path(cache)
     places = _places(directory, test_fraction, say)
-    splits = [_listing(place, say) for place in places]
+    splits = [_listing(place, say, cache and cache.parent) for place in places]
     names = list(splits[0])
     if names != list(splits[-1]):
         odd = ", ".join(sorted(splits[0].keys() ^ splits[1].keys()))
         raise Failure(f"the classes in {places[0]} and {places[1]} differ: {odd} is in one only.")
     place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:12]
+    paths = _paths(splits)
+    keys = dict(zip(paths, kept.file_keys(directory, paths), strict=True))
+    file = cache and cache / f"images-{place}-{image_size}.npy"
+
+    def decode(splits):
+        paths = _paths(splits)
+        return kept.load(paths, [keys[path] for path in paths], image_size, workers, file)
+
     if test_fraction:
-        splits = _split(directory, splits[0], test_fraction, workers, cache and cache / f"contents-{place}.json")
-    paths = [path for listing in splits for found in listing.values() for path in found]
+        found = kept.content_hashes(paths, [*keys.values()], workers, cache and cache / f"contents-{place}.json")
+        split = partial(_split, splits[0], dict(zip(paths, found, strict=True)), test_fraction)
+        known = kept.known_damaged(file)
+        splits = split({path for path in paths if keys[path] in known})
+    decoded = decode(splits)
+    if test_fraction and skip_damaged:  # what is left out is no part of the fraction
+        whole = split({path for path in paths if keys[path] in decoded.damaged})
+        if whole != splits:
+            splits, decoded = whole, decode(whole)
+    paths = _paths(splits)
     counts = [[len(found) for found in listing.values()] for listing in splits]
     labels = np.repeat(np.tile(np.arange(len(names)), 2), [*counts[0], *counts[1]])
     is_test = np.arange(len(paths)) >= sum(counts[0])
-
-    keys = kept.file_keys(directory, paths)
-    decoded = kept.load(paths, keys, image_size, workers, cache and cache / f"images-{place}-{image_size}.npy")
     ranges = decoded.record.ranges
     _say_ranges(decoded.record, say)
     record = {"test_fraction": test_fraction} if test_fraction else {"test_folder": places[1].name}
     identity = {"test_fraction": test_fraction} if test_fraction else {}
     if ranges:
         record["ranges"] = ranges
-    whole = np.array([key not in decoded.damaged for key in keys])
-    bad = {paths[number]: decoded.damaged[keys[number]] for number in np.flatnonzero(~whole)}
+    whole = np.array([keys[path] not in decoded.damaged for path in paths])
+    bad = {path: decoded.damaged[keys[path]] for path in itertools.compress(paths, ~whole)}
     listed = _list_damaged(bad, cache)
     if bad:
         if not skip_damaged:
@@ -75,50 +89,77 @@ def _readable(name):
 
 
 def _relative(path, directory):
-    return _readable(path[len(os.path.join(directory, "")) :]).replace(os.sep, "/")
+    return _readable(kept.relative(path, directory)).replace(os.sep, "/")
+
+
+def _paths(splits):
+    return [path for listing in splits for found in listing.values() for path in found]
 
 
 def _places(directory, test_fraction, say):
     """The folders of classes: of the training and of the test images, or, with `test_fraction`, the only one."""
-    train = directory / "train"
-    held_out = [directory / name for name in HELD_OUT if (directory / name).is_dir()]
-    if test_fraction:
+    train, there = directory / "train", [directory / name for name in HELD_OUT if (directory / name).is_dir()]
+    held_out = [place for place in there if class_folders(place)]  # others hold images without labels, or are classes
+    layout = (
+        "An image folder has one sub-folder per class in train and in test:\n"
+        f"{directory}/train/CLASS/IMAGE and {directory}/test/CLASS/IMAGE\n"
+    )
+    if test_fraction and train.is_dir():
         if held_out:
             raise Failure(f"{held_out[0]} holds test images already: leave --test-fraction out, or remove that folder.")
-        place = train if train.is_dir() else directory
-        if not place.is_dir():
+        for place in there:
+            say(f"{place} has no class folders: its images are not used")
+        return [train]
+    if test_fraction:
+        if not directory.is_dir():
             raise Failure(
-                f"{place} does not exist. --test-fraction needs one folder of classes: {directory}/CLASS/IMAGE"
+                f"{directory} does not exist. --test-fraction needs one folder of classes: {directory}/CLASS/IMAGE"
             )
-        return [place]
+        names = class_folders(directory)
+        if names and {*names} <= {*HELD_OUT}:
+            raise Failure(f"{train} does not exist, only {', '.join(names)} beside it. {layout}".rstrip())
+        for place in held_out:
+            if {*names} & {*class_folders(place)}:
+                raise Failure(
+                    f"{place} seems to hold test images of the classes beside it. Move these into {train} and leave "
+                    f"--test-fraction out, or move {place} elsewhere."
+                )
+        return [directory]
     if not train.is_dir() or not held_out:
-        what = f"{train} does not exist"
-        if train.is_dir():
-            what = f"{directory / 'test'} does not exist, nor {', '.join(HELD_OUT[1:-1])} or {HELD_OUT[-1]} beside it"
-        raise Failure(
-            f"{what}. An image folder has one sub-folder per class in train and in test:\n"
-            f"{directory}/train/CLASS/IMAGE and {directory}/test/CLASS/IMAGE\n"
-            "Of one folder of classes --test-fraction 0.2 takes a fifth of each class for the test."
-        )
-    test = next(filter(has_class_folders, held_out), held_out[0])
+        if not train.is_dir():
+            what, of = f"{train} does not exist", "Of one folder of classes"
+        elif there:
+            what, of = f"{there[0]} has no class folders, so that nothing says what its images show", f"Of {train}"
+        else:
+            others = f"{', '.join(HELD_OUT[1:-1])} or {HELD_OUT[-1]} beside it"
+            what, of = f"{directory / 'test'} does not exist, nor {others}", f"Of {train}"
+        raise Failure(f"{what}. {layout}{of} --test-fraction 0.2 takes a fifth of each class for the test.")
+    test = held_out[0]
     if test.name != "test":
-        why = "has no class folders" if held_out[0].name == "test" else "does not exist"
+        why = "has no class folders" if there[0].name == "test" else "does not exist"
         say(f"{directory / 'test'} {why}: the images of {test} are the test set")
-    for other in held_out:
+    for other in there:
         if other not in (test, directory / "test"):
             say(f"{other} is not used: the test set is {test}")
     return [train, test]
 
 
-def _listing(top, say):
-    """{class name: [image paths]} of the folder `top`, sorted."""
-    seen, real = {os.path.realpath(top)}, os.path.realpath(top)
+def _listing(top, say, output):
+    """{class name: [image paths]} of the folder `top`, sorted. A folder that holds the folder `output` is no class."""
+    real, output, passed = os.path.realpath(top), output and os.path.realpath(output), Counter()
+    seen, names = {real: os.fspath(top)}, []
     try:
         with os.scandir(top) as entries:
-            inside = sorted(entries, key=lambda entry: entry.name)
-        names = [entry.name for entry in inside if is_class_folder(entry)]
+            there = sorted(entries, key=lambda entry: entry.name)
+        for entry in there:
+            if is_class_folder(entry):
+                if output and inside(output, os.path.realpath(entry.path)):
+                    passed[f"folder {entry.name}, where this program writes"] += 1
+                else:
+                    names.append(entry.name)
+            elif is_image(entry):
+                passed["beside the class folders"] += 1
         listing = {name: find_images(os.path.join(top, name), real, seen) for name in names}
-        beside = Counter("beside the class folders" for entry in inside if is_image(entry))
     except OSError as error:
         raise Failure(f"cannot read {error.filename or top}: {reason(error)}.") from error
     if len(names) < 2:
@@ -126,9 +167,10 @@ def _listing(top, say):
         raise Failure(f"{top} has {count}, but at least two classes are needed.")
     for name, found in listing.items():
         if not found.paths:
+            _refuse_second_name(top / name, real, seen)
             only = f" that can be read, only {found.passed_over()}" if found.passed else ""
             raise Failure(f"{top / name} holds no image{only}. Put images there, or remove the folder.")
-    every = Found([path for found in listing.values() for path in found.paths], beside)
+    every = Found([path for found in listing.values() for path in found.paths], passed)
     for found in listing.values():
         every.passed.update(found.passed)
     words = every.passed_over()
@@ -136,27 +178,63 @@ def _listing(top, say):
     return {name: found.paths for name, found in listing.items()}
 
 
-def _split(directory, listing, fraction, workers, contents):
-    """The listing as two, training and test images: of each class `fraction` are test images, those whose files have
-    the lowest SHA-256. So names and order decide nothing, and copies of a file stay together."""
-    paths = [path for found in listing.values() for path in found]
-    hashes = kept.content_hashes(paths, kept.file_keys(directory, paths), workers, contents)
-    hashes = dict(zip(paths, hashes, strict=True))
-    train, test = {}, {}
-    for name, found in listing.items():
-        different = sorted({hashes[path] for path in found})
-        if len(different) < 2:
-            raise Failure(f"class {name} has one image only (copies aside): --test-fraction needs two or more of each.")
-        wanted, taken, chosen = max(1, round(fraction * len(found))), 0, set()
-        copies = Counter(hashes[path] for path in found)
-        for each in different[:-1]:  # at least one is left for training
-            if taken >= wanted:
-                break
+def _refuse_second_name(folder, top, seen):
+    """Raises Failure where the class `folder` is a link to images that another class has; `seen` as in find_images."""
+    target = os.path.realpath(folder)
+    owner = os.path.relpath(target, top).split(os.sep)[0] if is_walked(target, top) else seen.get(target)
+    if folder.is_symlink() and owner:
+        name = os.path.basename(owner)
+        raise Failure(f"{folder} links to {target}, whose images are those of the class {name}. Remove that link.")
+
+
+def _split(listing, hashes, fraction, bad):
+    """The listing as two, training and test images. Of each class's different images `fraction` are test images, those
+    whose files have the lowest SHA-256, but none with so many copies that more than `fraction` of the files would be.
+
+    So names and order decide nothing, and copies of a file, under whatever classes, stay on one side. `hashes` are the
+    SHA-256 by path, "" of a file that cannot be read; such files, and those in `bad`, are left in the training part and
+    count for nothing. Raises Failure where a class has too few images.
+    """
+    copies = {
+        name: Counter(hashes[path] for path in found if hashes[path] and path not in bad)
+        for name, found in listing.items()
+    }
+    homes = {}  # the classes of each different file
+    for name, counts in copies.items():
+        if len(counts) < 2:
+            how_many = "one image only" if counts else "no image"
+            raise Failure(
+                f"class {name} has {how_many} that can be read (copies aside): --test-fraction needs two or more of "
+                "each."
+            )
+        for each in counts:
+            homes.setdefault(each, []).append(name)
+    most = {name: len(counts) - 1 for name, counts in copies.items()}  # at least one is left for training
+    wanted = {name: min(most[name], max(1, round(fraction * len(counts)))) for name, counts in copies.items()}
+    files = {name: max(1, round(fraction * counts.total())) for name, counts in copies.items()}
+    taken, chosen = Counter(), set()  # how many different ones of each class
+    for each in sorted(homes):
+        if all(taken[name] < wanted[name] and copies[name][each] <= files[name] for name in homes[each]):
             chosen.add(each)
-            taken += copies[each]
-        train[name] = [path for path in found if hashes[path] not in chosen]
-        test[name] = [path for path in found if hashes[path] in chosen]
-    return [train, test]
+            for name in homes[each]:
+                taken[name] += 1
+                files[name] -= copies[name][each]
+    for name in copies:
+        if not taken[name]:  # all have many copies, or their other classes have test images enough: the fewest, then
+            free = [each for each in copies[name] if all(taken[home] < most[home] for home in homes[each])]
+            if not free:
+                raise Failure(
+                    f"class {name} has no image for the test that another class, which has it too, could spare from "
+                    "its training. Remove images that stand under two classes."
+                )
+            each = min(free, key=lambda each: (sum(copies[home][each] for home in homes[each]), each))
+            chosen.add(each)
+            taken.update(homes[each])
+    return [
+        {name: [path for path in found if (path not in bad and hashes[path] in chosen) == is_test]
+         for name, found in listing.items()}
+        for is_test in (False, True)
+    ]  # fmt: skip
 
 
 # In words -------------------------------------------------------------------------------------------------------------
@@ -165,11 +243,12 @@ def _split(directory, listing, fraction, workers, contents):
 def _say_ranges(record, say):
     """One line for each kind of samples of more than 8 bits."""
     for kind, (black, white) in record.ranges.items():
-        found = [(low, high) for each, low, high in record.samples.values() if each == kind]
+        found = [(low, high) for each in record.samples.values() for other, low, high in each if other == kind]
         low, high = min(low for low, _ in found), max(high for _, high in found)
+        names = ("transparent", "opaque") if kind == ALPHA else ("black", "white")
         say(
             f"Images with {kind} samples: {len(found):,}, from {plain(low)} to {plain(high)}. "
-            f"In all of them {plain(black)} becomes black and {plain(white)} white"
+            f"In all of them {plain(black)} becomes {names[0]} and {plain(white)} {names[1]}"
         )
 
 

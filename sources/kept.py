@@ -5,8 +5,10 @@ size and time are unchanged is not decoded again.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
+import itertools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,23 +18,28 @@ import numpy as np
 from tqdm import tqdm
 
 from runs.files import Damaged, Failure, make_folder, read_json, reason, remove, replacing, write_json
-from sources.decode import DECODER_VERSION, NotDecoded, decide, decode
+from runs.files import decode as convert
+from sources.decode import DECODER_VERSION, NO_FAULT, NotDecoded, decide, decode, reader
 
 CHUNK = 512  # images decoded before they are written
 
 
 @dataclass
 class Record:
-    """What is known of the images kept, all but `samples` and `ranges` in their order: the `keys` of their files (see
-    `file_keys`) and `sizes` in pixels, "640x480". `samples` are (kind, low, high) of those whose kind needs a range, by
-    key; `ranges` are (black, white) by kind; `sha256` is that of the images."""
+    """What is known of the images kept. In their order the `keys` of their files (see `file_keys`) and `sizes` in
+    pixels, "640x480". By key the `samples` that need a range, lists of (kind, low, high), and of files that hold no
+    image why, `damaged`, as found by `reader`. `waiting` are the keys of images that are still to be scaled, where the
+    decoding was interrupted; `ranges` are (black, white) by kind; `sha256` is that of the images."""
 
     decoder: int = 0  # DECODER_VERSION at that time
+    reader: str = ""
     sha256: str = ""
     keys: list[str] = field(default_factory=list)
     sizes: list[str] = field(default_factory=list)
-    samples: dict[str, tuple[str, float, float]] = field(default_factory=dict)
+    samples: dict[str, list[tuple[str, float, float]]] = field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    waiting: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -45,41 +52,56 @@ class Kept:
     damaged: dict[str, str]
 
 
+def relative(path, directory):
+    """The path of a file below `directory` as seen from there, however that is written: "." or "a/../b"."""
+    folder, name = os.path.split(path)
+    below = _folder_below(folder, directory)
+    return name if below == os.curdir else os.path.join(below, name)
+
+
+_folder_below = functools.lru_cache(1024)(os.path.relpath)  # which takes long, and many files are in a folder
+
+
 def file_keys(directory, paths):
     """A text for each of `paths` that changes with its name in `directory`, its size and its time."""
-    beginning, keys = len(os.path.join(directory, "")), []
+    keys = []
     for path in paths:
         try:
             status = os.stat(path)
             state = f"{status.st_size}\0{status.st_mtime_ns}"
         except OSError:  # said when it is read
             state = ""
-        keys.append(hashlib.sha256(os.fsencode(f"{path[beginning:]}\0{state}")).hexdigest()[:32])
+        keys.append(hashlib.sha256(os.fsencode(f"{relative(path, directory)}\0{state}")).hexdigest()[:32])
     return keys
 
 
 def load(paths, keys, image_size, workers, file=None):
     """The Kept of the image files `paths` with their `keys`, decoded by `workers` threads where they are not in `file`,
-    which then holds those of these paths alone; without `file` they are held in memory."""
+    which then holds those of these paths alone; without `file` they are held in memory. Where the decoding is stopped,
+    `file` holds what was decoded until then, and what it held before."""
     old = _read(file, image_size) if file else None
     if old:
-        there = set(old.record.keys)
+        there = {*old.record.keys, *old.record.damaged}
         new = [(key, path) for key, path in zip(keys, paths, strict=True) if key not in there]
-        same = len(new) + len(old.record.keys) == len(keys) and _are_in_order(keys, old.record.keys)
-        if same and (damaged := _all_damaged(new, image_size)) is not None:
-            return Kept(old.images, old.record, damaged)
+        same = not old.record.waiting and _are_in_order(keys, old.record.keys)
+        if same and (found := _all_damaged(new, image_size)) is not None:
+            return _unchanged(file, keys, old, found)
     old = old or Kept(np.empty((0, image_size, image_size, 3), np.uint8), Record(), {})
     if file is None:
         output = io.BytesIO()
-        record, damaged = _write(output, paths, keys, image_size, workers, old)
+        record, damaged, stopped = _write(output, paths, keys, image_size, workers, old)
+        if stopped:
+            raise stopped
         output.seek(0)
         return Kept(np.load(output), record, damaged)
     make_folder(file.parent)
     with replacing(file) as temporary, open(temporary, "wb+") as output:
-        record, damaged = _write(output, paths, keys, image_size, workers, old)
+        record, damaged, stopped = _write(output, paths, keys, image_size, workers, old)
         old = None  # Windows replaces no file that is mapped
         remove(file.with_suffix(".json"))  # which would call the new images damaged, if this process ended in between
     write_json(file.with_suffix(".json"), asdict(record))
+    if stopped:
+        raise stopped
     return Kept(np.load(file, mmap_mode="c"), record, damaged)
 
 
@@ -90,25 +112,55 @@ def _are_in_order(keys, wanted):
 
 
 def _all_damaged(files, image_size):
-    """{key: why} where none of `files`, pairs (key, path), can be decoded; None at the first one that can."""
+    """{key: NotDecoded} where none of `files`, pairs (key, path), can be decoded; None at the first one that can."""
     damaged = {}
     for key, path in files:
         try:
             decode(path, image_size, {})
             return None
         except NotDecoded as error:
-            damaged[key] = error.why
+            damaged[key] = error
     return damaged
+
+
+def _unchanged(file, keys, old, found):
+    """The Kept `old` in `file` with its damaged files of these `keys`, and those `found` now, {key: NotDecoded}."""
+    damaged = {key: found[key].why if key in found else old.record.damaged[key] for key in keys
+               if key in found or key in old.record.damaged}  # fmt: skip
+    lasting = {key: why for key, why in damaged.items() if key not in found or found[key].lasting}
+    if lasting != old.record.damaged:
+        old.record.damaged = lasting
+        write_json(file.with_suffix(".json"), asdict(old.record))
+    return Kept(old.images, old.record, damaged)
+
+
+def known_damaged(file):
+    """{key: why} of the damaged files that the record beside `file` names."""
+    try:
+        record = file and _record(file)
+    except Damaged:  # said when the images are loaded
+        record = None
+    return record.damaged if record else {}
+
+
+def _record(file):
+    """The Record beside `file`, or None where there is none of this decoder; raises Damaged."""
+    path = file.with_suffix(".json")
+    content = read_json(path) if path.is_file() else None
+    if content is None or content.get("decoder", DECODER_VERSION) != DECODER_VERSION:
+        return None
+    record = convert(content, Record, path)
+    if record.reader != reader():
+        record.reader, record.damaged = reader(), {}
+    return record
 
 
 def _read(file, image_size):
     """The Kept in `file`, or None where there is none of this decoder; where it cannot be used, that is said."""
     record = file.with_suffix(".json")
-    if not (file.is_file() and record.is_file()):
-        return None
     try:
-        kept = read_json(record, Record)
-        if kept.decoder != DECODER_VERSION:
+        kept = _record(file) if file.is_file() else None
+        if kept is None:
             return None
         try:
             images = np.load(file, mmap_mode="c")
@@ -142,60 +194,92 @@ def _header(output, image_size, count=0):
 
 
 def _write(output, paths, keys, image_size, workers, old):
-    """Writes the images of `paths` to a file as .npy, what `old` holds of them not decoded again; returns the Record
-    and {key: why} of the damaged ones."""
+    """Writes the images of `paths` to a file as .npy, what `old` holds of them not decoded again. Returns the Record,
+    {key: why} of the damaged ones, and what stopped it, an exception, or None. Then the Record is that of the images
+    decoded until then, and of those in `old`; the exception is raised here where these are all."""
     rows = {key: row for row, key in enumerate(old.record.keys)}
-    record, damaged, late = (
-        Record(DECODER_VERSION),
-        {},
-        {},
-    )  # late: (path, kind, is it old) of rows that wait for a range
+    record = Record(DECODER_VERSION, reader())
+    record.damaged = {key: old.record.damaged[key] for key in keys if key in old.record.damaged}
+    damaged, written, stopped = dict(record.damaged), {}, None  # written: {key: its size}
+    waiting, before = set(), set(old.record.waiting)  # keys of images that wait for a range
     blank = np.zeros((image_size, image_size, 3), np.uint8)
+    begin, files = _header(output, image_size), list(zip(keys, paths, strict=True))
 
     def attempt(file):
         key, path = file
         try:
-            return key, path, None if key in rows else decode(path, image_size, {})
+            return None if key in rows or key in record.damaged else decode(path, image_size, {})
         except NotDecoded as error:
             error.__traceback__ = error.__cause__ = None  # which hold what was read of the file
-            return key, path, error
+            return error
 
-    begin, files = _header(output, image_size), list(zip(keys, paths, strict=True))
-    with _progress(len(files), workers, "decoding images") as run:
-        for key, path, found in run(attempt, files):
-            if isinstance(found, NotDecoded):
-                damaged[key] = found.why
-                continue
-            if found is None:
-                row, samples = rows[key], old.record.samples.get(key)
-                pixels, size = old.images[row], old.record.sizes[row]
-            else:
-                samples = found.kind and (found.kind, found.low, found.high)
-                pixels, size = found.pixels, "x".join(map(str, found.size))
-            if samples:
-                record.samples[key] = samples
-                late[len(record.keys)] = path, samples[0], found is None
-            output.write(blank if pixels is None else np.ascontiguousarray(pixels))
-            record.keys.append(key)
-            record.sizes.append(size)
-    record.ranges = decide(record.samples.values())
-    changed = {kind for kind, span in record.ranges.items() if old.record.ranges.get(kind) != span}
-    again = {row: path for row, (path, kind, is_old) in late.items() if kind in changed or not is_old}
-    _write_late(output, again, record.ranges, image_size, workers, begin)
-    _header(output, image_size, len(record.keys))
+    def write(key, pixels, size, samples, waits):
+        output.write(blank if pixels is None else np.ascontiguousarray(pixels))
+        if samples:
+            record.samples[key] = list(samples)
+        if waits:
+            waiting.add(key)
+        written[key] = size  # last: what is not here was not written whole
+
+    def write_old(key):
+        row = rows[key]
+        write(key, old.images[row], old.record.sizes[row], old.record.samples.get(key), key in before)
+
+    try:
+        with _progress(len(files), workers, "decoding images") as run:
+            for (key, _), found in zip(files, run(attempt, files), strict=True):
+                if isinstance(found, NotDecoded):
+                    damaged[key] = found.why
+                    if found.lasting:
+                        record.damaged[key] = found.why
+                elif found:
+                    write(key, found.pixels, "x".join(map(str, found.size)), found.samples, bool(found.samples))
+                elif key in rows:
+                    write_old(key)
+    except OSError:  # the new file cannot be written
+        raise
+    except BaseException as error:
+        if written.keys() <= rows.keys():
+            raise
+        stopped = error
+        output.seek(begin + len(written) * blank.size)
+        for key in keys:
+            if key in rows and key not in written:
+                write_old(key)
+    record.keys, record.sizes, record.ranges = list(written), list(written.values()), old.record.ranges
+    record.samples = {key: samples for key, samples in record.samples.items() if key in written}
+    waiting &= written.keys()
+    if not stopped:
+        record.ranges = decide(itertools.chain.from_iterable(record.samples.values()))
+        changed = {kind for kind, span in record.ranges.items() if old.record.ranges.get(kind) != span}
+        waiting |= {key for key, samples in record.samples.items() if changed & {kind for kind, _, _ in samples}}
+        places = dict(files)
+        late = {key: (begin + row * blank.size, places[key]) for row, key in enumerate(written) if key in waiting}
+        try:
+            for key in _write_late(output, late, record.ranges, image_size, workers):
+                waiting.remove(key)
+        except OSError:
+            raise
+        except BaseException as error:
+            stopped = error
+    record.waiting = sorted(waiting)
+    output.seek(begin + len(written) * blank.size)
+    output.truncate()
+    _header(output, image_size, len(written))
     record.sha256 = _sha256_of_rest(output)
-    return record, damaged
+    return record, damaged, stopped
 
 
-def _write_late(output, paths, ranges, image_size, workers, begin):
-    """Writes the images of `paths`, {row: path}, over their rows, scaled by `ranges`."""
-    files = list(paths.items())
-    with _progress(len(files), workers, "scaling images") as run:
-        for row, found in run(lambda file: (file[0], decode(file[1], image_size, ranges)), files):
+def _write_late(output, images, ranges, image_size, workers):
+    """Writes `images`, {key: (their place in the file, path)}, scaled by `ranges`; yields the key of each."""
+    with _progress(len(images), workers, "scaling images") as run:
+        decoded = run(lambda item: decode(item[1], image_size, ranges), list(images.values()))
+        for (key, (place, path)), found in zip(images.items(), decoded, strict=True):
             if found.pixels is None:
-                raise Failure(f"{paths[row]} was changed while it was read. Run the command again.")
-            output.seek(begin + row * found.pixels.size)
+                raise Failure(f"{path} was changed while it was read. Run the command again.")
+            output.seek(place)
             output.write(found.pixels)
+            yield key
 
 
 @contextlib.contextmanager
@@ -241,8 +325,10 @@ def content_hashes(paths, keys, workers, file):
         try:
             with open(path, "rb") as content:
                 return hashlib.file_digest(content, "sha256").hexdigest()
-        except OSError:  # said when it is decoded
-            return ""
+        except OSError as error:
+            if error.errno in NO_FAULT:
+                raise Failure(f"cannot read {path}: {reason(error)}.") from None
+            return ""  # said when it is decoded
 
     with _progress(len(paths), workers, "reading images") as run:
         found = list(run(digest, list(zip(keys, paths, strict=True))))

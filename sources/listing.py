@@ -23,6 +23,8 @@ ADVICE = {
     ("avi", "mkv", "mov", "mp4", "mpeg", "mpg", "webm"): "videos: export single frames",
     ("7z", "gz", "rar", "tar", "tgz", "zip"): "archives: unpack them",
 }
+AGAIN = "folder(s) met again through a link"
+AROUND = "link(s) to a folder around this one"
 LONGEST = 8  # kinds of files that a line names
 
 
@@ -49,13 +51,13 @@ def _advice(kind):
 
 def is_class_folder(entry):
     """Whether an entry of os.scandir may be the folder of a class."""
-    return _is(entry.is_dir) and not entry.name.startswith(".") and entry.name.lower() not in SYSTEM_FOLDERS
+    return _is(entry.is_dir) and not _is_hidden(entry.name)
 
 
-def has_class_folders(top):
-    """Whether a folder holds folders of classes."""
+def class_folders(top):
+    """The names of the class folders in a folder, sorted. Raises OSError where it cannot be read."""
     with os.scandir(top) as entries:
-        return any(map(is_class_folder, entries))
+        return sorted(entry.name for entry in entries if is_class_folder(entry))
 
 
 def is_image(entry):
@@ -67,19 +69,23 @@ def find_images(folder, top=None, seen=None):
     """The images in `folder` and below it: a Found, sorted within each folder. Raises OSError where a folder cannot be
     read.
 
-    Links are followed. A folder is read once, whatever links lead there: `seen` holds the real paths of those read so
-    far, `top` the real path of the folder [this one] whose inside needs no link to be read.
+    Links are followed. A folder is read once, whatever links lead there: `seen` are the real paths of those read so
+    far, {path: the `folder` it was read for}; `top` is the real path of the folder [this one] whose inside needs no
+    link to be read.
     """
     suffixes, found = image_formats()[1], Found()
     real = os.path.realpath(folder)
     left = [(os.fspath(folder), real, top is not None and os.path.islink(folder))]
-    top, seen = top or real, set() if seen is None else seen
+    top, seen = top or real, {} if seen is None else seen
     while left:
         path, real, is_link = left.pop()
-        if real in seen or (is_link and (_inside(real, top) or _inside(top, real))):
-            found.passed["by links to folders that are read already"] += 1
+        if is_link and inside(top, real):
+            found.passed[AROUND] += 1
             continue
-        seen.add(real)
+        if real in seen or (is_link and is_walked(real, top)):
+            found.passed[AGAIN] += 1
+            continue
+        seen[real] = os.fspath(folder)
         folders = []
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
@@ -87,7 +93,7 @@ def find_images(folder, top=None, seen=None):
                 if _is(entry.is_dir):
                     if name.lower() in SYSTEM_FOLDERS:
                         found.passed[f"folder {name} of the system"] += 1
-                    elif name.startswith("."):
+                    elif _is_hidden(name):
                         found.passed["hidden"] += 1
                     else:
                         linked = entry.is_symlink()
@@ -120,5 +126,15 @@ def _is(check):
         return False
 
 
-def _inside(path, folder):
+def _is_hidden(folder_name):
+    return folder_name.startswith(".") or folder_name.lower() in SYSTEM_FOLDERS
+
+
+def inside(path, folder):
+    """Whether a real path is another one or below it."""
     return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def is_walked(path, top):
+    """Whether all that is read below `top` without any link holds `path`, both being real paths."""
+    return inside(path, top) and not any(map(_is_hidden, os.path.relpath(path, top).split(os.sep)))

@@ -87,7 +87,7 @@ def _decode(part, image_size, ranges, pool, kinds):
     def read(item):
         try:
             decoded = decode(item[0], image_size, ranges)
-            return decoded if decoded.pixels is not None else no_range(item[0], decoded.kind)
+            return decoded if decoded.pixels is not None else no_range(item[0], decoded)
         except Failure as error:
             return error
 
@@ -98,7 +98,7 @@ def _decode(part, image_size, ranges, pool, kinds):
                 tqdm.write(str(image), file=sys.stderr)
             else:
                 images[position] = image.pixels
-                kinds.update([image.kind] if image.kind else [])
+                kinds.update(kind for kind, _, _ in image.samples)
     except BaseException:
         pool.shutdown(cancel_futures=True)
         raise
