@@ -47,7 +47,8 @@ def pflop(macs, epochs):
 
 
 def record(folder):
-    """The Points of a record: its teacher (or the mean of several), its distilled students and its baselines."""
+    """The Points of a record: its teacher (or the mean of several), the distilled students of the temperature and alpha
+    that it was made for, and the baselines."""
     found = json.loads((folder / "comparison.json").read_text())
     teacher, macs, epochs = found["teacher"], found["student"]["macs"], found["settings"]["epochs"]
     members = teacher["members"]
@@ -55,7 +56,7 @@ def record(folder):
     (teacher_epochs,) = lengths  # all alike
     cost = pflop(teacher["macs"] / len(members), teacher_epochs)
     points = [Point(f"teacher, {teacher_epochs} epochs", "teacher", cost, sum(members) / len(members), len(members))]
-    for role, entries in (("kd", found["kd"]), ("baseline", [found["baseline"]])):
+    for role, entries in (("kd", found["kd"][:1]), ("baseline", [found["baseline"]])):
         for entry in entries:
             pair = f" {pair_name(entry)}," if role == "kd" else ""
             interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
@@ -85,7 +86,7 @@ def draw(points):
     colors = {role: style["color"] for role, style in STYLES.items()} | {"speed run": "#009E73"}
     named = set()
     for point in points:
-        side = -1 if point.role == "kd" else 1
+        side = -1 if point.role in ("kd", "speed run") else 1
         place = point.pflop * {"kd": 0.97, "baseline": 1.03}.get(
             point.role, 1
         )  # side by side, though they cost the same
@@ -103,7 +104,7 @@ def draw(points):
         )  # fmt: skip
     axes.set(xscale="log", xlabel="PFLOP of training (logarithmic)", ylabel="test accuracy")
     low, high = min(point.pflop for point in points), max(point.pflop for point in points)
-    axes.set_xlim(low / 8, high * 6)
+    axes.set_xlim(low / 12, high * 6)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left", fontsize=8)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import CIFAR10_DIR, ROOT, needs_cifar10
@@ -16,21 +17,30 @@ RECORD = ROOT / "results" / "cifar10"
 
 def test_the_record_holds_what_its_plan_names():
     comparison = json.loads((RECORD / "comparison.json").read_text())
-    (kd,) = comparison["kd"]
-    assert (kd["temperature"], kd["alpha"], kd["seeds"]) == (4.0, 0.9, [0, 1, 2])
-    assert comparison["baseline"]["seeds"] == [0, 1, 2] and comparison["settings"]["epochs"] == 8
+    pairs = {(kd["temperature"], kd["alpha"]): kd["seeds"] for kd in comparison["kd"]}
+    assert pairs == {(4.0, 0.9): [0, 1, 2], (4.0, 1.0): [0, 1, 2]}
+    assert comparison["baseline"]["seeds"] == [0, 1, 2] and comparison["settings"]["epochs"] == 5
     lengths = {path.parent.name: len(path.read_text().splitlines()) - 1 for path in RECORD.glob("*/history.csv")}
-    assert lengths.pop("teacher-s0") == 7 and len(lengths) == 6 and set(lengths.values()) == {8}
+    assert lengths.pop("teacher-s0") == 12 and len(lengths) == 9 and set(lengths.values()) == {5}
+
+
+def test_the_gain_is_that_of_a_paired_t_test_by_hand():
+    comparison = json.loads((RECORD / "comparison.json").read_text())
+    gains = 100 * (np.array(comparison["kd"][0]["accuracies"]) - comparison["baseline"]["accuracies"])
+    half = 4.302653 * gains.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom, 97.5%
+    assert comparison["kd"][0]["improvement"]["ci95"] == pytest.approx([gains.mean() - half, gains.mean() + half])
+    assert gains.mean() - half > 0
 
 
 def test_compute_is_counted_as_the_record_says():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import compute
 
-    points = {point.role: point for point in compute.record(RECORD)}
-    assert points["teacher"].pflop == pytest.approx(134_838_816 * 6 * 50_000 * 7 / 1e15)
-    assert points["kd"].pflop == points["baseline"].pflop == pytest.approx(26_025_248 * 6 * 50_000 * 8 / 1e15)
-    assert points["kd"].half == pytest.approx(4.3027 * 0.00162 / 3**0.5, rel=0.01)  # Student's t of 2 degrees
+    points = {point.what: point for point in compute.record(RECORD)}
+    teacher, kd = points["teacher, 12 epochs"], points["student with KD, T=4, alpha=0.9, 5 epochs"]
+    assert teacher.pflop == pytest.approx(134_838_816 * 6 * 50_000 * 12 / 1e15)
+    assert kd.pflop == points["student, baseline, 5 epochs"].pflop == pytest.approx(26_025_248 * 6 * 250_000 / 1e15)
+    assert kd.half == pytest.approx(4.302653 * np.std([0.9053, 0.8997, 0.9009], ddof=1) / 3**0.5)
 
 
 @pytest.mark.slow
