@@ -194,7 +194,7 @@ def _verify(path, file):
             bad = archive.testzip()
     except (Damaged, MemoryError):
         raise
-    except Exception as error:  # BadZipFile, struct.error, EOFError, NotImplementedError, ...
+    except Exception as error:  # zipfile raises many kinds for a broken archive, struct.error among them
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a wrong offset is; others are the disk's
             raise
         raise Damaged(f"{path} is damaged: it is not a complete archive ({error or type(error).__name__}).") from None

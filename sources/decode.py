@@ -177,7 +177,7 @@ def _orientation(image):
     """The orientation that a loaded image's EXIF names, or None; also where that is damaged, as viewers take it."""
     try:
         return image.getexif().get(ORIENTATION)
-    except Exception:  # SyntaxError, struct.error, ...
+    except Exception:  # Pillow raises many kinds, SyntaxError and struct.error among them
         return None
 
 

@@ -166,7 +166,7 @@ def _read(file, image_size):
             images = np.load(file, mmap_mode="c")
         except OSError as error:
             raise Failure(f"cannot read {file}: {reason(error)}.") from None
-        except Exception:  # ValueError, EOFError, BadZipFile, TokenError, ...
+        except Exception:  # NumPy raises many kinds for a broken header, TokenError among them
             raise Damaged(f"{file} is damaged: it does not hold an array.") from None
         shape = (len(kept.keys), image_size, image_size, 3)
         if images.shape != shape or images.dtype != np.uint8 or _sha256(images) != kept.sha256:
