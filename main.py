@@ -92,7 +92,8 @@ def train_students(session, teachers):
     arguments, loaded, machine = session.arguments, session.data, session.machine
     with session.group.first():
         networks = digests_of(session, teachers)
-    teacher, views = "+".join(networks), data.Views(loaded.train_images, loaded.mean, loaded.std)
+    teacher, padding = "+".join(networks), plan.padding(arguments)
+    views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=padding)
     folder = Path(arguments.output_dir) / "targets"
     targets = distill.Ensemble(
         [

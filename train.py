@@ -66,7 +66,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     parts = split(data.train_labels.cpu()[transfer_set], settings.val_fraction)
     indices, validation = (transfer_set[part].to(machine.device) for part in parts)
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
-    views = Views(data.train_images, data.mean, data.std, f"{stream}views")
+    views = Views(data.train_images, data.mean, data.std, f"{stream}views", settings.padding)
     network = new_network(settings, data, transfer_set, options.hooks)
     network = network.to(**machine.place).train()
     if settings.network:

@@ -216,7 +216,7 @@ def _p(value):
 COLUMNS = (
     "run", "role", "temperature", "alpha", "loss", "network", "train_fraction", "omit_class", "seed", "accuracy",
     "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay", "image_size",
-    "val_fraction", "seconds",
+    "padding", "val_fraction", "seconds",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from runs.files import Failure, read_json
 from runs.hooks import settings_of
 from runs.run import Run
-from runs.settings import RunRecord, Settings, default_learning_rate
+from runs.settings import RunRecord, Settings, default_learning_rate, default_padding
 
 
 def _settings(arguments, data, role, seed, images, network, **rest):
@@ -21,9 +21,16 @@ def _settings(arguments, data, role, seed, images, network, **rest):
         weight_decay=arguments.weight_decay,
         seed=seed,
         image_size=arguments.image_size,
+        padding=padding(arguments),
         **settings_of("network", network),
         **rest,
     )
+
+
+def padding(arguments):
+    """By how many pixels the views of a command's runs are moved at most."""
+    given = arguments.padding
+    return default_padding(arguments.epochs, arguments.image_size) if given is None else given
 
 
 def seeds(arguments):

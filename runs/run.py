@@ -5,7 +5,7 @@ from pathlib import Path
 import models
 from runs.files import Damaged, Failure, read_json, remove
 from runs.hooks import Hooks
-from runs.settings import OPTIONAL, RunRecord, differences
+from runs.settings import RunRecord, complete, differences
 
 FILES = ("model.pt", "state.pt", "run.json", "history.csv", "test_logits.npy", "model.onnx")  # model.pt first
 
@@ -62,7 +62,7 @@ class Run:
 
     def refuse_other_settings(self, found):
         """Raises Failure where the settings `found` in the folder are not the run's."""
-        phrases = differences(OPTIONAL | found, OPTIONAL | self.settings.as_dict())
+        phrases = differences(complete(found), complete(self.settings.as_dict()))
         if phrases:
             raise Failure(
                 f"{self.folder} holds a run with other settings: {', '.join(phrases)}.\n"

@@ -22,6 +22,7 @@ class Settings:
     """What identifies a run: two runs with equal settings end with equal weights (on one machine). `data` and `teacher`
     are SHA-256 digests, those of several teachers sorted and joined by "+".
 
+    A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it.
     Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and
     `network` are the names of functions of the user's own, in files of these names and digests. What is in OPTIONAL is
     recorded only where it differs from that default, as older runs have none of it."""
@@ -34,6 +35,7 @@ class Settings:
     weight_decay: float
     seed: NotNegative
     image_size: Positive
+    padding: NotNegative | None = None
     val_fraction: Share = 0.0
     temperature: float | None = None
     alpha: Share | None = None
@@ -48,6 +50,10 @@ class Settings:
     network: str | None = None
     network_file: str | None = None
     network_sha256: str | None = None
+
+    def __post_init__(self):
+        if self.padding is None:
+            object.__setattr__(self, "padding", self.image_size // 8)
 
     @property
     def architecture(self):
@@ -82,6 +88,7 @@ class Settings:
 OPTIONAL = {"train_fraction": 1.0, "omit_class": []} | {
     f"{what}{more}": None for what in ("loss", "network") for more in ("", "_file", "_sha256")
 }
+SHORT = 8  # epochs of a short training (default_padding)
 LONGEST = 100  # bytes that the names of omitted classes take in a folder's name, of the 255 that file systems allow
 PLAIN = (1.0, (), None)  # `Settings.shared` of such a run
 
@@ -144,6 +151,12 @@ def default_learning_rate(batch_size, network=None):
     return 0.2 * (batch_size / 128) ** 0.5
 
 
+def default_padding(epochs, image_size):
+    """By how many pixels views are moved at most: a sixteenth of the image size in trainings of up to SHORT epochs, an
+    eighth in longer ones, in which the same images come back often (results/README.md)."""
+    return image_size // (16 if epochs <= SHORT else 8)
+
+
 def run_name(role, temperature, alpha, seed, criterion=None, shared=PLAIN):
     """The name of a run's folder; numbers without a trailing .0. `criterion` and `shared` are those of Settings."""
     fraction, omitted, network = shared
@@ -174,6 +187,11 @@ def pair_name(entry):
     "T=4, alpha=0.1" or "dkd, T=4, alpha=0.1"."""
     loss = f"{entry['loss']}, " if entry.get("loss") else ""
     return f"{loss}T={entry['temperature']:g}, alpha={entry['alpha']:g}"
+
+
+def complete(settings):
+    """The dict of a run's settings with what it does not record, as older runs and most others do not record all."""
+    return OPTIONAL | {"padding": settings.get("image_size", 0) // 8} | settings
 
 
 def differences(found: Mapping, wanted: Mapping):

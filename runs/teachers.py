@@ -62,7 +62,7 @@ def _unfinished(arguments, folder):
         changed |= {
             name: getattr(settings, name) for name in ("epochs", "image_size", "batch_size", "weight_decay", "seed")
         }
-        changed["lr"] = settings.learning_rate
+        changed |= {"lr": settings.learning_rate, "padding": settings.padding}
         typed = ("dataset", "data_dir", "device", "precision", "compile", "teacher_network", *FOLDER_OPTIONS)
         changed |= {name: record.recorded[name] for name in typed if name in record.recorded}
     except Damaged:

@@ -239,7 +239,10 @@ def test_options_reach_what_they_are_about(cli, flags, tmp_path, monkeypatch):
     assert cli(*flags, *words, "--train-teacher").status == 0
     ((run, options),) = runs
     assert workers == [1] and options.save_every == 7 and run.settings.weight_decay == 0.001
-    assert run.settings.learning_rate == pytest.approx(0.2 * (16 / 128) ** 0.5)
+    assert run.settings.learning_rate == pytest.approx(0.2 * (16 / 128) ** 0.5) and run.settings.padding == 1
+    assert cli(*flags, *words, "--train-teacher", "--padding", 0).status == 0 and runs[-1][0].settings.padding == 0
+    refused = cli(*flags, *words, "--train-teacher", "--padding", 16)
+    assert refused.status == 2 and "--padding must be less than --image-size, 16" in refused.err
 
 
 # Overwriting, and sweeps ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What results/ claims is so."""
 
+import csv
 import json
 import sys
 
@@ -41,6 +42,40 @@ def test_compute_is_counted_as_the_record_says():
     assert teacher.pflop == pytest.approx(134_838_816 * 6 * 50_000 * 12 / 1e15)
     assert kd.pflop == points["student, baseline, 5 epochs"].pflop == pytest.approx(26_025_248 * 6 * 250_000 / 1e15)
     assert kd.half == pytest.approx(4.302653 * np.std([0.9053, 0.8997, 0.9009], ddof=1) / 3**0.5)
+
+
+def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import recipes
+
+    small, table, output = data.load("folder", data_dir=images, image_size=16), tmp_path / "rows.csv", tmp_path / "out"
+    monkeypatch.setattr(data, "load", lambda *_, **__: small)
+    words = ["--device", "cpu", "--output-dir", str(output), "--table", str(table)]
+
+    def run(role, *changes):
+        monkeypatch.setattr(sys, "argv", ["recipes.py", role, "1", *changes, *words])
+        recipes.main()
+
+    def weights(role, *changes):
+        run(role, *changes)
+        folder = output / f"{role} 1 {' '.join(changes) or 'as it is'}".replace("/", "_")
+        return models.digest(models.load(folder / "model.pt").state_dict())
+
+    given = ("seed=1", "batch=16", "rate=0.1", "conv=0.1", "bias=3", "padding=3", "cutout=8", "smoothing=0.2",
+             "decay=0.1", "batchnorm=0.4", "init=he", "activation=silu")  # fmt: skip
+    found = [weights("baseline", *changes) for changes in ((), *((change,) for change in given))]
+    assert len(set(found)) == len(found)
+    assert weights("baseline", "padding=1", "conv=0.3", "batch=128") == found[0]  # the recipe as it is
+    teacher = output / "teacher 1 as it is"
+    weights("teacher")
+    pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=1",))
+    distilled = [weights("kd", f"teacher={teacher}", *more) for more in pairs]
+    assert len({*distilled, found[0]}) == 5
+    run("teacher", "widths=32,48,64")
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 20
+    assert len({row["network"] for row in rows}) == 3
+    assert rows[0]["pflop"] == f"{models.costs('student', 3, 16).macs * 6 * 42 / 1e15:.4f}"
 
 
 @pytest.mark.slow

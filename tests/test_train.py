@@ -31,7 +31,7 @@ from runs.machine import Machine, keep_memory, make_deterministic
 from runs.plan import check
 from runs.progress import Options
 from runs.run import Run
-from runs.settings import Settings, default_learning_rate, run_name
+from runs.settings import Settings, default_learning_rate, default_padding, run_name
 from runs.signals import Interrupted, Stop
 from runs.state import HistoryRow
 
@@ -139,6 +139,30 @@ def test_the_schedule_by_hand():
 def test_the_default_learning_rate_follows_the_batch_size():
     rates = [default_learning_rate(size) for size in (32, 128, 512, 2048)]
     np.testing.assert_allclose(rates, [0.1, 0.2, 0.4, 0.8])
+
+
+def test_views_of_short_trainings_move_by_half_as_much():
+    found = [default_padding(epochs, size) for epochs in (1, 8, 9, 200) for size in (16, 32, 100)]
+    assert found == [1, 2, 6, 1, 2, 6, 2, 4, 12, 2, 4, 12]
+
+
+def test_a_training_takes_the_views_of_its_padding(loaded, tmp_path):
+    digests = set()
+    for padding in (0, 2, None):  # None: an eighth, 2 of these images, as runs have that record nothing of it
+        train_run(loaded, tmp_path / str(padding), settings(loaded, padding=padding, epochs=1))
+        digests.add(weights(tmp_path / str(padding)))
+    assert len(digests) == 2
+
+
+def test_runs_of_another_padding_are_refused(loaded, tmp_path):
+    run = Run(tmp_path / "run", settings(loaded, padding=1, epochs=1))
+    train_run(loaded, run.folder, run.settings)
+    Run(run.folder, run.settings).check(CPU)
+    older = {name: value for name, value in run.settings.as_dict().items() if name != "padding"}
+    for refused in (run.settings.as_dict() | {"padding": 2}, older):
+        with pytest.raises(Failure, match="other settings: padding 2 instead of 1"):
+            run.refuse_other_settings(refused)
+    Run(tmp_path, settings(loaded)).refuse_other_settings(settings(loaded).as_dict() | older | {"epochs": 2})
 
 
 def test_run_names_are_those_of_the_readme():
