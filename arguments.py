@@ -7,7 +7,6 @@ import re
 DEMO = {
     "dataset": "shapes",
     "image_size": 16,
-    "padding": 2,
     "epochs": 12,
     "batch_size": 64,
     "train_fraction": 0.5,  # the teacher has seen what its students have not: section 5 of the paper
@@ -26,7 +25,7 @@ examples:
   python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    students of both together
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
   python main.py --loss examples/dkd.py:dkd --alpha 0.9 --seeds 3    does that loss beat plain distillation?
-  python main.py --dataset folder --data-dir pets --train-teacher    images in pets/train/CLASS and pets/test/CLASS
+  python main.py --dataset folder --data-dir pets --output-dir outputs/pets --train-teacher    your own images
   python main.py --predict photo.jpg holiday/ > classes.csv    what the distilled student sees, in images and folders
   python main.py --export --model outputs/kd-T4-a0.1-s0        that student for ONNX Runtime, in one file
 """
@@ -145,7 +144,7 @@ def parser():
     option("--demo", "both steps on small drawn shapes, offline; other options override its settings", **SWITCH)
 
     option = group("distillation")
-    option("--temperature", "softens teacher and student; several values are a sweep", [4.0],
+    option("--temperature", "softens teacher and student; several values are a sweep; with --predict 1", [4.0],
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
@@ -176,8 +175,9 @@ def parser():
     option("--weight-decay", "of the last layer's matrix, as convolutions are normalized instead; of all weights in "
            "networks of your own", 5e-4,
            type=number(0, 1), metavar="RATE")
-    option("--padding", "views are moved by up to N pixels, up or down and to a side [a sixteenth of the image size in "
-           "trainings of up to 8 epochs, an eighth in longer ones]", type=integer(0, 255), metavar="N")
+    option("--padding", "random crops: each training image is moved by up to N pixels in both directions, its edges "
+           "reflected [a sixteenth of the image size in trainings of up to 8 epochs, an eighth in longer ones]",
+           type=integer(0, 255), metavar="N")
     option("--seed", "of initial weights and order of images", 0, type=integer(0, 2**31 - 1), metavar="N")
 
     option = group("images")
@@ -267,6 +267,6 @@ def command(values):
     """The words of the command that trains a teacher with these arguments, a dict; defaults are left out."""
     words = ["python", "main.py", "--train-teacher"]
     for name, value in values.items():
-        if name == "epochs" or value not in (parser().get_default(name), False):
+        if name == "epochs" or (value is not False and value != parser().get_default(name)):
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return words

@@ -113,17 +113,20 @@ def from_arrays(classes, train_images, train_labels, test_images, test_labels, f
 class Views:
     """The augmented views of a training set: cropped after reflection padding, flipped and normalized.
 
-    An image's view in an epoch is a function of `stream`, the epoch and the image's index alone: it is the same for
-    every student, seed, order and subset, so the teacher need be asked about it only once (Beyer et al., arXiv
+    An image's view in an epoch is a function of `stream`, `padding`, the epoch and the image's index alone: it is the
+    same for every seed, order and subset, so the teacher need be asked about it only once (Beyer et al., arXiv
     2106.05237: the teacher must see the very view that the student sees).
     """
 
     def __init__(self, images, mean, std, stream="views", padding=None):
-        """`images` are uint8 (N, S, S, 3); `padding` is how many pixels a crop moves at most [an eighth of S]."""
+        """`images` are uint8 (N, S, S, 3); `padding` is how many pixels a crop moves at most [an eighth of S].
+        Raises ValueError unless it is less than S."""
         self.images, self.mean, self.std, self.stream = images, mean, std, stream
         self.count, self.size = images.shape[:2]
         self.device = images.device
         self.padding = self.size // 8 if padding is None else padding
+        if not 0 <= self.padding < self.size:
+            raise ValueError(f"views of {self.size} pixels cannot be moved by {padding}")
         edge = torch.arange(-self.padding, self.size + self.padding, device=self.device).abs()
         reflected = (self.size - 1) - ((self.size - 1) - edge).abs()
         self.windows = reflected.unfold(0, self.size, 1)  # (2 * padding + 1, S): source pixels of a crop, by its offset

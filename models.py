@@ -1,6 +1,6 @@
 """The two networks, what each costs, and how a saved one is loaded.
 
-Both begin with a whitening of small patches and continue with one block, convolution - (pooling) - batch norm - GELU.
+Both begin with a whitening of small patches and go on in blocks, convolution - (pooling) - batch norm - GELU.
 Pooling comes before batch norm and GELU, as in the speed-run networks for CIFAR-10 (arXiv 2404.00498): those two are
 bound by memory, and see a quarter of the data.
 """

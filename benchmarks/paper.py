@@ -111,6 +111,7 @@ def read(path, settings):
             f"error: {path} was written by an earlier version of this script, which did not record the teacher. "
             "Move it away, or choose another --results."
         )
+    kept["settings"] = {"padding": 4} | kept["settings"]  # as it was before it was recorded
     if kept["settings"] != settings:
         sys.exit(f"error: {path} is of other settings: {kept['settings']}. Move it away, or choose another --results.")
     return kept["experiments"]
@@ -156,6 +157,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--alpha", type=float, default=0.9)
     parser.add_argument("--omit", default="bird", metavar="CLASS", help="chosen before anything was trained [bird]")
+    parser.add_argument("--padding", type=int, default=4, help="as for main.py, in all experiments alike [4]")
     parser.add_argument("--teacher", nargs="+", default=[], help="as for main.py [the output folder's]")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data-dir", default="data")
@@ -169,10 +171,11 @@ def main():
     if unknown:
         parser.error(f"there is no experiment '{unknown.pop()}'. There are: {', '.join(todo)}")
     common = ["--dataset", arguments.dataset, "--data-dir", arguments.data_dir, "--output-dir", arguments.output_dir]
+    common += ["--padding", arguments.padding]
     common += ["--teacher", *arguments.teacher] if arguments.teacher else []
     make_folder(arguments.results)
     path = arguments.results / "paper.json"
-    names = ("epochs", "temperature", "alpha", "omit", "teacher", "dataset", "options")
+    names = ("epochs", "temperature", "alpha", "omit", "padding", "teacher", "dataset", "options")
     settings = {name: getattr(arguments, name) for name in names} | {"output_dir": str(arguments.output_dir)}
     done = read(path, settings)
     for name, options in todo.items():

@@ -1,15 +1,18 @@
 """What a change of the recipe buys: one training on 45,000 of CIFAR-10's training images, judged on the other 5,000.
 
     python benchmarks/recipes.py baseline 4                        the recipe as it is, 4 epochs
-    python benchmarks/recipes.py baseline 4 padding=4 seed=1       with one thing changed
-    python benchmarks/recipes.py kd 4 temperature=2 alpha=0.5 teacher=outputs/teacher-s0
+    python benchmarks/recipes.py baseline 4 padding=4 seed=1       with the padding and the seed changed
+    python benchmarks/recipes.py teacher 12                        a teacher that has not seen the 5,000 images
+    python benchmarks/recipes.py kd 4 temperature=2 "teacher=outputs/recipes/teacher 12 as it is"
 
 Adds a row to results/recipes.csv; a training that was interrupted is resumed by the same command. The test set is never
-read. One seed and 5,000 images cannot show differences below about 0.6 points. The names that can be changed:
+read. The standard error of a difference between two rows is about 0.6 points. A teacher that main.py trained has seen
+the 5,000 images: its students are to be compared with each other only. The names that can be changed:
 """
 
 import argparse
 import csv
+import io
 import math
 import sys
 from contextlib import ExitStack
@@ -19,7 +22,6 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +29,8 @@ import data
 import distill
 import models
 import train
-from runs.files import Failure
+from runs.files import Failure, write
+from runs.lock import lock
 from runs.machine import start_machine
 from runs.progress import Options
 from runs.run import Run
@@ -41,18 +44,17 @@ CHANGES = {
     "conv": "the convolutions' share of the learning rate",
     "bias": "the biases' share of it",
     "padding": "by how many pixels views are moved at most",
-    "cutout": "side of a grey square in every view [none]",
     "smoothing": "of the labels [0]",
     "decay": "weight decay of the head [0.0005]",
     "batchnorm": "momentum of batch norm [0.1]",
-    "activation": "gelu or silu [gelu]",
     "init": "dirac or he [dirac]",
     "widths": "of the network's layers, joined by commas",
     "teacher": "of a distilled student: model.pt or its folder",
     "temperature": "[4]",
     "alpha": "[0.9]",
-    "mirrored": "1: soft targets are averaged over a view and its mirror image [0]",
+    "mirrored": "yes or no: soft targets are averaged over a view and its mirror image [no]",
 }
+OF_DISTILLATION = {"teacher", "temperature", "alpha", "mirrored"}
 
 
 class Mirrored(nn.Module):
@@ -66,18 +68,12 @@ class Mirrored(nn.Module):
         return (self.teacher(images) + self.teacher(images.flip(3))) / 2
 
 
-def with_cutout(batch, side):
-    """data.Views.batch, its views with a square of `side` pixels set to the mean colour; its centre is anywhere."""
-
-    def cut(views, epoch, indices):
-        images = batch(views, epoch, indices)
-        draws = models.generator(views.stream, "cutout", epoch)
-        centres = torch.randint(0, views.size, (2, views.count, 1), generator=draws)[:, indices]
-        rows, columns = (torch.arange(views.size) - centres + side // 2).unbind()
-        inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
-        return images.masked_fill(inside[:, None], 0.0)
-
-    return cut
+def word(changes, name, default, other):
+    """Whether the change `name` says `other`; raises Failure where it says neither that nor `default`."""
+    said = changes.pop(name, default)
+    if said not in (default, other):
+        raise Failure(f"{name}={said}: it can be {default} or {other}.")
+    return said == other
 
 
 def patches(role, changes):
@@ -87,17 +83,13 @@ def patches(role, changes):
     for name, constant in (("conv", "CONVOLUTIONS"), ("bias", "BIASES")):
         if name in changes:
             found.append(patch.object(train, constant, (float(changes.pop(name)), getattr(train, constant)[1])))
-    if "cutout" in changes:
-        found.append(patch.object(data.Views, "batch", with_cutout(data.Views.batch, int(changes.pop("cutout")))))
     if "smoothing" in changes:
         entropy, smoothing = F.cross_entropy, float(changes.pop("smoothing"))
         found.append(patch.object(F, "cross_entropy", lambda *about: entropy(*about, label_smoothing=smoothing)))
     if "batchnorm" in changes:
         layer, momentum = nn.BatchNorm2d, float(changes.pop("batchnorm"))
         found.append(patch.object(nn, "BatchNorm2d", lambda width: layer(width, momentum=momentum)))
-    if changes.pop("activation", "gelu") == "silu":
-        found += [patch.object(nn, "GELU", nn.SiLU), patch.object(F, "gelu", F.silu)]
-    if changes.pop("init", "dirac") == "he":
+    if word(changes, "init", "dirac", "he"):
         found.append(patch.object(nn.init, "dirac_", lambda weights: weights))
     if "widths" in changes:
         widths = tuple(map(int, changes.pop("widths").split(",")))
@@ -110,7 +102,7 @@ def soft_targets(changes, loaded, padding, machine, folder):
     path = Path(changes.pop("teacher"))
     teacher = models.load(path / "model.pt" if path.is_dir() else path).to(**machine.place)
     digest = models.digest(teacher.state_dict())
-    if changes.pop("mirrored", "0") == "1":
+    if word(changes, "mirrored", "no", "yes"):
         teacher, digest = Mirrored(teacher).eval(), f"{digest} mirrored"
     views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=padding)
     return distill.Ensemble([distill.SoftTargets(teacher, digest, loaded.digest, views, folder, machine)]), digest
@@ -128,11 +120,15 @@ def main():
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/recipes"))
     parser.add_argument("--table", type=Path, default=ROOT / "results" / "recipes.csv", help="[results/recipes.csv]")
     arguments = parser.parse_args()
-    changes = dict(change.partition("=")[::2] for change in arguments.changes)
-    if unknown := sorted(changes.keys() - CHANGES.keys()):
-        parser.error(f"{unknown[0]} is not a name that can be changed: {', '.join(CHANGES)}")
-    if (arguments.role == "kd") != ("teacher" in changes):
-        parser.error("a distilled student needs teacher=PATH, the others have none")
+    pairs = [change.partition("=")[::2] for change in arguments.changes]
+    changes = dict(pairs)
+    known = CHANGES.keys() if arguments.role == "kd" else CHANGES.keys() - OF_DISTILLATION
+    if unknown := sorted(changes.keys() - known):
+        parser.error(f"{unknown[0]} cannot be changed in a {arguments.role}: {', '.join(sorted(known))}")
+    if len(changes) < len(pairs):
+        parser.error("a name is given twice")
+    if arguments.role == "kd" and "teacher" not in changes:
+        parser.error("a distilled student needs teacher=PATH")
     what = " ".join(arguments.changes) or "as it is"
 
     machine = start_machine(arguments.device, "auto")
@@ -144,7 +140,10 @@ def main():
         "weight_decay": float(changes.pop("decay", 5e-4)), "seed": int(changes.pop("seed", 0)), "val_fraction": 0.1,
     }  # fmt: skip
     given["padding"] = int(changes.pop("padding", default_padding(arguments.epochs, loaded.image_size)))
+    if not 0 <= given["padding"] < loaded.image_size:
+        parser.error(f"padding must be less than the image size, {loaded.image_size}")
     with ExitStack() as stack:
+        stack.enter_context(lock(arguments.output_dir))
         for change in patches(arguments.role, changes):
             stack.enter_context(change)
         targets = None
@@ -163,12 +162,14 @@ def main():
     size = f"{costs.macs / 1e6:.1f}M MACs, {costs.parameters / 1e6:.2f}M params"
     row = (
         arguments.role, f"{costs.macs * 6 * images * settings.epochs / 1e15:.4f}", settings.epochs, batch, what,
-        f"recipe {settings.recipe}, seed {settings.seed}", size, f"{accuracy:.4f}",
+        f"recipe {settings.recipe}, seed {settings.seed}, padding {settings.padding}", size, f"{accuracy:.4f}",
         f"{float(last['train_accuracy']):.4f}", 1,
     )  # fmt: skip
-    new = not arguments.table.exists()
-    with open(arguments.table, "a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS] * new + [row])
+    lines = list(csv.reader(arguments.table.read_text().splitlines())) if arguments.table.exists() else [FIELDS]
+    if list(map(str, row)) not in lines:  # when a finished training is repeated
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([*lines, row])
+        write(arguments.table, text.getvalue())
     print(", ".join(map(str, row)))
 
 

@@ -30,7 +30,9 @@ def share(entry):
 
 
 def gain(improvement):
-    """A gain in points with its interval and p."""
+    """A gain in points, with its interval and p where there are several seeds."""
+    if improvement["ci95"] is None:
+        return f"{improvement['mean']:+.2f}"
     low, high = improvement["ci95"]
     return f"{improvement['mean']:+.2f} ({low:+.2f} to {high:+.2f}), p = {improvement['p_value']:.2g}"
 

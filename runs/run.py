@@ -62,12 +62,15 @@ class Run:
 
     def refuse_other_settings(self, found):
         """Raises Failure where the settings `found` in the folder are not the run's."""
-        phrases = differences(complete(found), complete(self.settings.as_dict()))
+        found, wanted = complete(found), complete(self.settings.as_dict())
+        phrases = differences(found, wanted)
         if phrases:
+            apart = differences(found | {"padding": wanted["padding"]}, wanted)
+            keep = "" if apart else f"--padding {found['padding']} to use or resume it as it is, "
             raise Failure(
                 f"{self.folder} holds a run with other settings: {', '.join(phrases)}.\n"
-                "Add --overwrite to train all runs of this command again, remove that folder to train only this one "
-                "again, or choose another --output-dir."
+                f"Add {keep}--overwrite to train all runs of this command again, remove that folder to train only this "
+                "one again, or choose another --output-dir."
             )
 
     def refuse_other_machine(self, found, machine):

@@ -190,8 +190,10 @@ def pair_name(entry):
 
 
 def complete(settings):
-    """The dict of a run's settings with what it does not record, as older runs and most others do not record all."""
-    return OPTIONAL | {"padding": settings.get("image_size", 0) // 8} | settings
+    """A run's settings, a dict, with what they leave out: `padding` in older runs, and what is in OPTIONAL where it is
+    the default."""
+    size = settings.get("image_size")
+    return OPTIONAL | {"padding": size // 8 if isinstance(size, int) else None} | settings
 
 
 def differences(found: Mapping, wanted: Mapping):

@@ -392,6 +392,8 @@ def test_the_command_named_for_an_unfinished_teacher_resumes_it(cli, flags, tmp_
     assert {"--data-dir", "--device", "--precision"} <= set(words) and "--compile" not in words
     got = cli(*words[2:])
     assert got.status == 0 and "teacher-s3: test accuracy" in got.out and not got.err, got  # both epochs were trained
+    zeros = teacher_command(parse([]), padding=0, weight_decay=0.0)
+    assert zeros.endswith("--epochs 200 --padding 0 --weight-decay 0.0")
     words = teacher_command(parse([]), compile=True, precision="bf16").split()
     assert parse(words[2:]).compile is True and parse(words[2:]).precision == "bf16"
 

@@ -609,6 +609,12 @@ def test_views_are_crops_and_flips_of_the_reflected_image(counted):
     assert len(offsets) > 20 and {flip for *_, flip in offsets} == {1, -1}
 
 
+@pytest.mark.parametrize("padding", [16, -1])
+def test_views_cannot_move_by_a_whole_image(counted, padding):
+    with pytest.raises(ValueError, match="views of 16 pixels cannot be moved by"):
+        data.Views(counted, *PLAIN, padding=padding)
+
+
 @pytest.mark.parametrize(
     ("size", "padding"), [(16, None), (17, None), (21, 5), (33, None), (63, None), (64, None), (16, 0), (19, 18)]
 )

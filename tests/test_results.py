@@ -12,6 +12,7 @@ from conftest import CIFAR10_DIR, ROOT, needs_cifar10
 import data
 import models
 import train
+from runs.files import Failure
 
 RECORD = ROOT / "results" / "cifar10"
 
@@ -44,7 +45,7 @@ def test_compute_is_counted_as_the_record_says():
     assert kd.half == pytest.approx(4.302653 * np.std([0.9053, 0.8997, 0.9009], ddof=1) / 3**0.5)
 
 
-def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, monkeypatch):
+def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, monkeypatch, capsys):
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import recipes
 
@@ -61,19 +62,28 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
         folder = output / f"{role} 1 {' '.join(changes) or 'as it is'}".replace("/", "_")
         return models.digest(models.load(folder / "model.pt").state_dict())
 
-    given = ("seed=1", "batch=16", "rate=0.1", "conv=0.1", "bias=3", "padding=3", "cutout=8", "smoothing=0.2",
-             "decay=0.1", "batchnorm=0.4", "init=he", "activation=silu")  # fmt: skip
+    given = ("seed=1", "batch=16", "rate=0.1", "conv=0.1", "bias=3", "padding=3", "smoothing=0.2",
+             "decay=0.1", "batchnorm=0.4", "init=he")  # fmt: skip
     found = [weights("baseline", *changes) for changes in ((), *((change,) for change in given))]
     assert len(set(found)) == len(found)
     assert weights("baseline", "padding=1", "conv=0.3", "batch=128") == found[0]  # the recipe as it is
     teacher = output / "teacher 1 as it is"
     weights("teacher")
-    pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=1",))
+    pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=yes",))
     distilled = [weights("kd", f"teacher={teacher}", *more) for more in pairs]
     assert len({*distilled, found[0]}) == 5
     run("teacher", "widths=32,48,64")
+    run("teacher", "widths=32,48,64")  # again: no second row
+    for wrong, said in (
+        ("alpha=0.5", "cannot be changed"), ("padding=16", "less than"), ("seed=1 seed=2", "twice"), ("x", "cannot")
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            run("baseline", *wrong.split())
+        assert said in capsys.readouterr().err
+    with pytest.raises(Failure, match="init=x: it can be dirac or he"):
+        run("baseline", "init=x")
     rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 20
+    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 18
     assert len({row["network"] for row in rows}) == 3
     assert rows[0]["pflop"] == f"{models.costs('student', 3, 16).macs * 6 * 42 / 1e15:.4f}"
 

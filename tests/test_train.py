@@ -160,8 +160,12 @@ def test_runs_of_another_padding_are_refused(loaded, tmp_path):
     Run(run.folder, run.settings).check(CPU)
     older = {name: value for name, value in run.settings.as_dict().items() if name != "padding"}
     for refused in (run.settings.as_dict() | {"padding": 2}, older):
-        with pytest.raises(Failure, match="other settings: padding 2 instead of 1"):
+        with pytest.raises(Failure, match=r"settings: padding 2 instead of 1\.\nAdd --padding 2 to use or resume"):
             run.refuse_other_settings(refused)
+    with pytest.raises(Failure, match=r"padding 2 instead of 1, epochs 2 instead of 1\.\nAdd --overwrite to train"):
+        run.refuse_other_settings(older | {"epochs": 2})
+    with pytest.raises(Failure, match="image size None instead of 16"):
+        run.refuse_other_settings(older | {"image_size": None})
     Run(tmp_path, settings(loaded)).refuse_other_settings(settings(loaded).as_dict() | older | {"epochs": 2})
 
 

@@ -1,14 +1,15 @@
 """--export: a network as one ONNX file that needs neither this program nor PyTorch, but only these lines:
 
     import json, numpy, onnxruntime
-    from PIL import Image
+    from PIL import Image, ImageOps
     session = onnxruntime.InferenceSession("model.onnx")
     classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-    image = Image.open("image.png").convert("RGB").resize(session.get_inputs()[0].shape[1:3])
+    image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+    image = ImageOps.fit(image, session.get_inputs()[0].shape[1:3])
     probabilities = session.run(None, {"images": numpy.asarray(image)[None]})[0][0]
     print(classes[probabilities.argmax()], probabilities.max())
 
-They resize as a stretch where the program crops (sources.decode.read_image), which is the same for square images.
+They turn, resize and crop an image nearly as sources.decode.read_image does, which also lays transparency over white.
 """
 
 import importlib.util
