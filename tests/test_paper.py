@@ -297,12 +297,16 @@ def experiment(teacher, n):
 def test_the_papers_experiments_are_of_one_teacher_and_folder(tmp_path):
     import paper
 
-    path, settings, done = tmp_path / "paper.json", {"output_dir": "outputs"}, {"all": experiment("a" * 12, 3)}
+    path, done = tmp_path / "paper.json", {"all": experiment("a" * 12, 3)}
+    settings = {"output_dir": "outputs", "padding": 4}
     assert paper.read(path, settings) == {}
     path.write_text(json.dumps({"settings": settings, "experiments": done}))
     assert paper.read(path, settings) == done
-    with pytest.raises(SystemExit, match="is of other settings: {'output_dir': 'outputs'}"):
-        paper.read(path, {"output_dir": "outputs/two"})
+    for other in ({"output_dir": "outputs/two"}, {"padding": 2}):
+        with pytest.raises(SystemExit, match="is of other settings: {'padding': 4, 'output_dir': 'outputs'}"):
+            paper.read(path, settings | other)
+    path.write_text(json.dumps({"settings": {"output_dir": "outputs"}, "experiments": done}))  # before it was recorded
+    assert paper.read(path, settings) == done
     path.write_text(json.dumps({"settings": settings | {"seeds": 3}, "experiments": done}))
     with pytest.raises(SystemExit, match="by an earlier version of this script"):
         paper.read(path, settings)
@@ -315,8 +319,12 @@ def test_seeds_of_one_experiment_are_added_and_never_lost(tmp_path, monkeypatch,
     import paper
 
     asked = []
+
+    def seeds(words):
+        return int(words[words.index("--seeds") + 1])
+
     monkeypatch.setattr(paper.subprocess, "run", lambda words: asked.append(words) or Mock(returncode=0))
-    monkeypatch.setattr(paper, "rows", lambda name, comparison: experiment("a" * 12, int(asked[-1][9]))["rows"])
+    monkeypatch.setattr(paper, "rows", lambda name, comparison: experiment("a" * 12, seeds(asked[-1]))["rows"])
     monkeypatch.setattr(paper, "markdown", lambda found: "")
     (tmp_path / "comparison.json").write_text('{"environment": {}}')
     words = ["paper.py", "--results", str(tmp_path), "--output-dir", str(tmp_path)]
@@ -324,9 +332,10 @@ def test_seeds_of_one_experiment_are_added_and_never_lost(tmp_path, monkeypatch,
     for more in (["--only", last, "DKD"], ["--only", last, "--seeds", "5"], ["--only", "DKD", last]):
         monkeypatch.setattr(sys, "argv", [*words, *more])
         paper.main()
-    assert [(each[9], each[-1].rpartition(":")[2]) for each in asked] == [
-        ("3", "dkd"), ("3", "standardised"), ("5", "standardised"), ("3", "dkd"), ("5", "standardised"),
+    assert [(seeds(each), each[-1].rpartition(":")[2]) for each in asked] == [
+        (3, "dkd"), (3, "standardised"), (5, "standardised"), (3, "dkd"), (5, "standardised"),
     ]  # fmt: skip
+    assert all(each[each.index("--padding") + 1] == "4" for each in asked)
 
 
 def test_the_table_has_each_rows_seeds_and_bears_rows_without_an_interval(tmp_path, monkeypatch):
