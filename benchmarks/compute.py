@@ -101,6 +101,7 @@ def draw(points):
             f"{point.what.removeprefix('student with KD, ').removeprefix('student, baseline, ')}: {point.accuracy:.4f}",
             (place, point.accuracy), (7 * side, 0), textcoords="offset points", fontsize=7, va="center",
             ha="left" if side > 0 else "right",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )  # fmt: skip
     axes.set(xscale="log", xlabel="PFLOP of training (logarithmic)", ylabel="test accuracy")
     low, high = min(point.pflop for point in points), max(point.pflop for point in points)

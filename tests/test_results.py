@@ -19,17 +19,18 @@ RECORD = ROOT / "results" / "cifar10"
 
 def test_the_record_holds_what_its_plan_names():
     comparison = json.loads((RECORD / "comparison.json").read_text())
+    seeds = [0, 1, 2, 3, 4]
     pairs = {(kd["temperature"], kd["alpha"]): kd["seeds"] for kd in comparison["kd"]}
-    assert pairs == {(4.0, 0.9): [0, 1, 2], (4.0, 1.0): [0, 1, 2]}
-    assert comparison["baseline"]["seeds"] == [0, 1, 2] and comparison["settings"]["epochs"] == 5
+    assert pairs == {(4.0, 0.9): seeds, (4.0, 0.1): seeds} and comparison["baseline"]["seeds"] == seeds
+    assert comparison["settings"]["epochs"] == 10
     lengths = {path.parent.name: len(path.read_text().splitlines()) - 1 for path in RECORD.glob("*/history.csv")}
-    assert lengths.pop("teacher-s0") == 12 and len(lengths) == 9 and set(lengths.values()) == {5}
+    assert lengths.pop("teacher-s0") == 24 and len(lengths) == 15 and set(lengths.values()) == {10}
 
 
 def test_the_gain_is_that_of_a_paired_t_test_by_hand():
     comparison = json.loads((RECORD / "comparison.json").read_text())
     gains = 100 * (np.array(comparison["kd"][0]["accuracies"]) - comparison["baseline"]["accuracies"])
-    half = 4.302653 * gains.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom, 97.5%
+    half = 2.776445 * gains.std(ddof=1) / 5**0.5  # Student's t of 4 degrees of freedom, 97.5%
     assert comparison["kd"][0]["improvement"]["ci95"] == pytest.approx([gains.mean() - half, gains.mean() + half])
     assert gains.mean() - half > 0
 
@@ -39,10 +40,19 @@ def test_compute_is_counted_as_the_record_says():
     import compute
 
     points = {point.what: point for point in compute.record(RECORD)}
-    teacher, kd = points["teacher, 12 epochs"], points["student with KD, T=4, alpha=0.9, 5 epochs"]
-    assert teacher.pflop == pytest.approx(134_838_816 * 6 * 50_000 * 12 / 1e15)
-    assert kd.pflop == points["student, baseline, 5 epochs"].pflop == pytest.approx(26_025_248 * 6 * 250_000 / 1e15)
-    assert kd.half == pytest.approx(4.302653 * np.std([0.9053, 0.8997, 0.9009], ddof=1) / 3**0.5)
+    teacher, kd = points["teacher, 24 epochs"], points["student with KD, T=4, alpha=0.9, 10 epochs"]
+    assert teacher.pflop == pytest.approx(134_838_816 * 6 * 50_000 * 24 / 1e15)
+    assert kd.pflop == points["student, baseline, 10 epochs"].pflop == pytest.approx(26_025_248 * 6 * 500_000 / 1e15)
+    assert kd.half == pytest.approx(2.776445 * np.std([0.9117, 0.9137, 0.9129, 0.9098, 0.9109], ddof=1) / 5**0.5)
+
+
+def test_the_kept_student_was_taught_by_the_kept_teacher():
+    comparison = json.loads((RECORD / "comparison.json").read_text())
+    teacher = models.load(RECORD / "teacher-s0" / "model.pt")
+    student = models.load(RECORD / "kd-T4-a0.9-s0" / "model.pt")
+    assert teacher.accuracy == comparison["teacher"]["accuracy"]
+    assert student.settings["teacher"] == models.digest(teacher.state_dict())
+    assert teacher.settings["data"] == student.settings["data"]
 
 
 def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, monkeypatch, capsys):
