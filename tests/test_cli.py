@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -20,6 +21,7 @@ from PIL import Image
 import models
 import train
 from arguments import Usage, parse
+from data import Views
 from reports import figures
 from runs.files import Failure
 from runs.progress import Progress
@@ -243,6 +245,16 @@ def test_options_reach_what_they_are_about(cli, flags, tmp_path, monkeypatch):
     assert cli(*flags, *words, "--train-teacher", "--padding", 0).status == 0 and runs[-1][0].settings.padding == 0
     refused = cli(*flags, *words, "--train-teacher", "--padding", 16)
     assert refused.status == 2 and "--padding must be less than --image-size, 16" in refused.err
+
+
+@pytest.mark.parametrize(("more", "padding"), [((), 1), (("--padding", 0), 0)])
+def test_the_teacher_is_asked_about_views_that_move_as_the_students_do(cli, flags, copy, monkeypatch, more, padding):
+    asked, batch = [], Views.batch
+    monkeypatch.setattr(Views, "batch", lambda self, *rest: asked.append(self.padding) or batch(self, *rest))
+    shutil.rmtree(copy / "targets")
+    assert cli(*flags, "--output-dir", copy, "--overwrite", *more).status == 0
+    steps = 2 * 2 * (48 // 16)  # epochs of two students
+    assert set(asked) == {padding} and len(asked) > steps  # more: those of the teacher
 
 
 # Overwriting, and sweeps ---------------------------------------------------------------------------------------------
