@@ -28,7 +28,7 @@ RESULTS = ROOT / "results"
 IMAGES = 50_000  # of an epoch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Point:
     """Test accuracy, the mean of `n` runs, and the half-width of its 95% interval where there are several."""
 
@@ -115,7 +115,7 @@ def draw(points):
 
 def main():
     records = [record(path.parent) for path in sorted(RESULTS.glob("*/comparison.json"))]
-    points = [point for points in (*records, other_trainings()) for point in points]
+    points = list(dict.fromkeys(point for points in (*records, other_trainings()) for point in points))  # a teacher once
     print("| what | n | PFLOP | test accuracy |\n| --- | --- | --- | --- |")
     for point in sorted(points, key=lambda point: point.pflop):
         half = f" ± {point.half:.4f}" if point.half else ""
