@@ -9,7 +9,7 @@ DEMO = {
     "image_size": 16,
     "epochs": 12,
     "batch_size": 64,
-    "train_fraction": 0.5,  # the teacher has seen what its students have not: section 5 of the paper
+    "train_fraction": 0.5,  # the teacher has seen what its students have not: section 6 of the paper
     "temperature": [4.0],
     "alpha": [0.9],
     "output_dir": "outputs/demo",
@@ -38,7 +38,7 @@ TASKS = {
         ("model", "temperature", "device", "num_workers", "student", "teacher_network"),
         "which only uses a finished model",
     ),
-    "export": (("model", "student", "teacher_network"), "which only converts a finished model"),
+    "export": (("model", "temperature", "student", "teacher_network"), "which only converts a finished model"),
 }
 
 FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # what --dataset folder alone takes; part of the data's digest
@@ -144,7 +144,8 @@ def parser():
     option("--demo", "both steps on small drawn shapes, offline; other options override its settings", **SWITCH)
 
     option = group("distillation")
-    option("--temperature", "softens teacher and student; several values are a sweep; with --predict 1", [4.0],
+    option("--temperature", "softens teacher and student; several values are a sweep; --predict and --export divide "
+           "the logits by it, 1 if not given", [4.0],
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
@@ -215,7 +216,7 @@ def parse(argv):
     top = parser()
     if "--demo" in argv:
         top.set_defaults(**DEMO)
-    if any(word.partition("=")[0] == "--predict" for word in argv):
+    if any(word.partition("=")[0] in ("--predict", "--export") for word in argv):
         top.set_defaults(temperature=[1.0])  # as the model was trained to answer
     arguments = top.parse_args(argv)
     arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))

@@ -26,7 +26,7 @@ def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha
     """alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * CE(student, labels).
 
     `student_logits` and `teacher_logits` are (B, classes), `labels` (B,). The KL is summed over classes and averaged
-    over the batch; the factor T^2 keeps its gradients at one size for all temperatures (arXiv 1503.02531, section 2.1).
+    over the batch; the factor T^2 keeps its gradients at one size for all temperatures (arXiv 1503.02531, section 2).
     Computed in float32 whatever the logits' type; no gradient flows to the teacher. At `alpha` 0 this is the
     cross-entropy alone, and `teacher_logits` may be None; at 1 the labels are not used. Returns a scalar.
     """

@@ -5,7 +5,8 @@
 It reads results/*/comparison.json, their teachers' history.csv and results/other_trainings.csv.
 
 Compute is counted alike for all: multiply-adds x 2 operations x 3 (forward, and backward twice) x images x epochs, in
-PFLOP. A distilled student's is that of its own training: its teacher's soft targets are computed once for all students.
+PFLOP. A distilled student's is that of its own training, without its teacher's, and without the soft targets, which are
+computed once for all students.
 """
 
 import csv
@@ -87,9 +88,8 @@ def draw(points):
     named = set()
     for point in points:
         side = -1 if point.role in ("kd", "speed run") else 1
-        place = point.pflop * {"kd": 0.97, "baseline": 1.03}.get(
-            point.role, 1
-        )  # side by side, though they cost the same
+        beside = {"kd": 0.97, "baseline": 1.03}.get(point.role, 1)  # both can be seen, though they cost the same
+        place = point.pflop * beside
         label = labels[point.role] + (", test images also mirrored and moved" if point.augmented else "")
         axes.errorbar(
             place, point.accuracy, point.half, fmt=markers[point.role], color=colors[point.role], capsize=4,
@@ -103,7 +103,11 @@ def draw(points):
             ha="left" if side > 0 else "right",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )  # fmt: skip
-    axes.set(xscale="log", xlabel="PFLOP of training (logarithmic)", ylabel="test accuracy")
+    axes.set(
+        xscale="log",
+        xlabel="PFLOP of training, of students with KD without the teacher's and the soft targets' (logarithmic)",
+        ylabel="test accuracy",
+    )
     low, high = min(point.pflop for point in points), max(point.pflop for point in points)
     axes.set_xlim(low / 12, high * 6)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -115,7 +119,8 @@ def draw(points):
 
 def main():
     records = [record(path.parent) for path in sorted(RESULTS.glob("*/comparison.json"))]
-    points = list(dict.fromkeys(point for points in (*records, other_trainings()) for point in points))  # a teacher once
+    every = [point for points in (*records, other_trainings()) for point in points]
+    points = list(dict.fromkeys(every))  # the teacher of several records once
     print("| what | n | PFLOP | test accuracy |\n| --- | --- | --- | --- |")
     for point in sorted(points, key=lambda point: point.pflop):
         half = f" ± {point.half:.4f}" if point.half else ""

@@ -8,7 +8,7 @@ Every student is trained with three seeds, each distilled one paired with a base
 
 - all: soft targets and labels (section 2);
 - labels not looked at: alpha 1, soft targets alone;
-- 10% and 3% of the training images (section 5), for as many epochs as make a quarter of the optimizer's steps;
+- 10% and 3% of the training images (section 6), for as many epochs as make a quarter of the optimizer's steps;
 - one class left out of the transfer set (section 3), with the bias correction;
 - DKD and logit standardisation (examples/), over plain distillation and over the baseline, at the same temperature and
   alpha. The authors of logit standardisation take T = 2 and weigh the KL to the cross-entropy 9 : 0.1, the KL

@@ -6,17 +6,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from reports.calibration import calibration
 from reports.fidelity import fidelity
 from reports.omitted import omitted_classes
 from reports.records import all_finished_runs, comparable, finished_runs, load_speed, load_test_set
 from reports.statistics import (
     balanced_accuracy,
-    calibration_error,
     class_accuracies,
     mcnemar_test,
-    negative_log_likelihood,
     paired_test,
-    softmax,
     spread,
 )
 from runs.files import Damaged, Failure, decode, read_json
@@ -79,7 +77,8 @@ class Comparison:
             "accuracy": float((self.teacher_logits.argmax(1) == self.labels).mean()),
             "members": [float((each.argmax(1) == self.labels).mean()) for each in self.member_logits],
             **costs,
-            **self._measures(self.teacher_logits),
+            **self._by_class(self.teacher_logits),
+            **calibration(self.teacher_logits, self.labels),
         }
         self.student = dict(vars(self.first.costs["student"]))
         self._add_speed()
@@ -87,7 +86,7 @@ class Comparison:
         for run in self.runs:
             if run.settings.role == "teacher":
                 logits = self.member_logits[self.settings.teacher.split("+").index(run.weights_sha256)]
-                self.balanced[run.folder] = self._measures(logits)["balanced_accuracy"]
+                self.balanced[run.folder] = self._by_class(logits)["balanced_accuracy"]
 
     @property
     def is_balanced(self):
@@ -138,12 +137,10 @@ class Comparison:
         asked = {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
         return asked | {"criterion": criterion, "shared": shared}
 
-    def _measures(self, logits):
+    def _by_class(self, logits):
         by_class = class_accuracies(logits, self.labels, len(self.classes))
         return {
             "balanced_accuracy": balanced_accuracy(by_class),
-            "calibration_error": calibration_error(softmax(logits), self.labels),
-            "negative_log_likelihood": negative_log_likelihood(logits, self.labels),
             "class_accuracies": by_class,
         }
 
@@ -154,7 +151,8 @@ class Comparison:
         teacher_logits = self.teacher_logits
         logits = [run.logits(teacher_logits.shape) for run in runs]
         accuracies = [run.accuracy for run in runs]
-        measures = [self._measures(each) for each in logits]
+        measures = [self._by_class(each) for each in logits]
+        calibrated = [calibration(each, self.labels) for each in logits]
         self.balanced |= {run.folder: each["balanced_accuracy"] for run, each in zip(runs, measures, strict=True)}
         by_class = np.array([m["class_accuracies"] for m in measures], dtype=float)
         return {
@@ -165,8 +163,7 @@ class Comparison:
             "balanced_accuracy": [m["balanced_accuracy"] for m in measures],
             "agreement_with_teacher": [float((each.argmax(1) == teacher_logits.argmax(1)).mean()) for each in logits],
             **fidelity(teacher_logits, logits, temperature),
-            "calibration_error": [m["calibration_error"] for m in measures],
-            "negative_log_likelihood": [m["negative_log_likelihood"] for m in measures],
+            **{name: [each[name] for each in calibrated] for name in calibrated[0]},
             "class_accuracies": [None if math.isnan(v) else v for v in by_class.mean(0).tolist()],
             "seconds": [run.seconds for run in runs],
             **omitted_classes(runs, logits, self.labels, self.classes),

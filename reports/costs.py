@@ -42,10 +42,10 @@ def trade(comparison):
     parts = [_times(teacher["parameters"] / comparison.student["parameters"], "smaller", "larger", "as large")]
     if comparison.student["cost"]:
         fast = [each["cost"]["fp32"]["images_per_second"] for each in (comparison.student, teacher)]
-        parts.append(_times(fast[0] / fast[1], "faster", "slower", "as fast"))
+        parts.append(_times(fast[0] / fast[1], "faster", "slower", "as fast") + " (float32, in batches)")
     as_accurate = f"{_points(lost)} less accurate" if lost > 0 else f"{_points(-lost)} more accurate"
     as_accurate = as_accurate if round(abs(lost), 2) else "as accurate"
-    words = f"Beside {who} the student is {', '.join(parts)} and {as_accurate}"
+    words = f"Compared with {who} the student is {', '.join(parts)} and {as_accurate}"
     return f"{words}; {_recovered(entry, teacher['accuracy'], baseline['mean'])}."
 
 
@@ -66,7 +66,7 @@ def _recovered(entry, teacher, baseline):
     seeds, p = len(entry["seeds"]), improvement["p_value"]
     if seeds == 1:
         return f"{done} (one pair of students)"
-    shown = p is not None and p < SIGNIFICANCE
+    shown = p is None or p < SIGNIFICANCE
     return f"{done} (mean of {seeds} seeds{'' if shown or not round(abs(gain), 2) else ', not significant'})"
 
 

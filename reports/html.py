@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from reports import costs, fidelity, omitted
+from reports import calibration, costs, fidelity, omitted
 from reports.text import COLUMNS, claim, environments, largest_class, method, points, run_values
 from runs.settings import pair_name
 
@@ -81,6 +81,9 @@ def _tables(comparison):
 
     columns, *near = fidelity.rows(comparison)
     tables.append((columns[0], ("network", *columns[1:]), near, fidelity.where(comparison)))
+    if scaled := calibration.rows(comparison):
+        columns, *fitted = scaled
+        tables.append((columns[0], ("network", *columns[1:]), fitted, calibration.where(comparison)))
     if "omitted" in baseline:
         columns, *known = omitted.rows(comparison)
         tables.append((columns[0], ("network", *columns[1:]), known, omitted.where(comparison)))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from reports import costs, fidelity, omitted
+from reports import calibration, costs, fidelity, omitted
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
 from runs.settings import pair_name
 
@@ -108,6 +108,8 @@ def details(comparison):
     if note := largest_class(comparison):
         text += f"{note}\n"
     text += "\n" + "".join(_row(*row) for row in fidelity.rows(comparison)) + f"({fidelity.where(comparison)})\n\n"
+    if scaled := calibration.rows(comparison):
+        text += "".join(_row(*row) for row in scaled) + f"({calibration.where(comparison)})\n\n"
     text += _by_class(comparison)
     if "omitted" in baseline:
         text += "\n" + "".join(_row(*row) for row in omitted.rows(comparison)) + f"({omitted.where(comparison)})\n"
@@ -132,6 +134,11 @@ def details(comparison):
                 interval = f"95% confidence interval {low} to {high}, {_p(over['p_value'])}"
             words = f"{pair_name(entry)} over {plain}{pair_name(each)}: {mean} points, {interval}"
             text += f"{words} (n = {len(over['seeds'])} seeds).\n"
+    tests = len(comparison.kd) + sum(bool(each["first_over_this"]) for each in comparison.kd[1:])
+    if tests > 1 and len(entry["seeds"]) > 1:
+        bound = SIGNIFICANCE / tests  # Bonferroni
+        text += f"({tests} differences are tested; each interval and p is for one alone. "
+        text += f"To show that any is real takes p < {bound:.2g}.)\n"
     for who, sweep in (("these students", False), ("the students of the sweep", True)):
         differing = environments([run for run in comparison.runs if bool(run.settings.val_fraction) == sweep])
         if len(differing) > 1:
@@ -199,13 +206,14 @@ def claim(improvement, seeds, images, name="KD"):
     )
     if p < SIGNIFICANCE:
         verb = "improves" if mean > 0 else "worsens"
-        return f"{gain}\nDistillation {verb} this student, with this teacher and recipe.\n{covers}"
+        return f"{gain}\nDistillation {verb} this student's accuracy, with this teacher and recipe.\n{covers}"
     needed = seeds_needed(spread(improvement["by_seed"]))
-    if needed is not None and needed <= seeds:
-        more = f"a gain of {SMALL_GAIN} points would have been shown with {POWER:.0%} power"
-    else:
+    if needed is None or needed > seeds:
         about = f"about {needed:,}" if needed else "more than half a million"
-        more = f"{about} would show a gain of {SMALL_GAIN} points ({POWER:.0%} power, this spread)"
+        more = f"{about} would show a gain of {SMALL_GAIN} points ({POWER:.0%} power, if the spread is as seen)"
+    else:
+        place = "above" if interval[1] < SMALL_GAIN else "within"
+        more = f"a gain of {SMALL_GAIN} points lies {place} the interval"
     return f"{gain}\nNo difference can be shown with {seeds} seeds; {more}.\n{covers}"
 
 

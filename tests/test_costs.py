@@ -25,7 +25,7 @@ def test_every_comparison_says_what_it_costs(cli, copy, flags):
     for words in ((*flags, "--output-dir", copy), ("--report", "--output-dir", copy)):
         result = cli(*words)
         assert result.status == 0
-        assert "Beside the teacher the student is 10.5 times smaller" in result.out
+        assert "Compared with the teacher the student is 10.5 times smaller" in result.out
         assert (copy / "comparison.json").read_text() == before
 
 
@@ -66,38 +66,44 @@ def comparison(teacher, kd, baseline, p=None, seeds=5, speeds=(100.0, 710.0), me
     [
         (
             comparison(0.92, 0.897, 0.884, 0.01),
-            "Beside the teacher the student is 11.6 times smaller, 7.1 times faster and 2.3 points less accurate; "
+            "Compared with the teacher the student is 11.6 times smaller, 7.1 times faster (float32, in batches) "
+            "and 2.3 points less accurate; "
             "distillation recovers 1.3 of 3.6 points (mean of 5 seeds).",
         ),
         (
             comparison(0.92, 0.89, 0.8895, 0.4, speeds=(100.0, 97.0), members=3),
-            "Beside the 3 teachers together the student is 11.6 times smaller, as fast and 3.0 points less accurate; "
+            "Compared with the 3 teachers together the student is 11.6 times smaller, as fast (float32, in batches) "
+            "and 3.0 points less accurate; "
             "distillation recovers 0.05 of 3.1 points (mean of 5 seeds, not significant).",
         ),
         (
             comparison(0.92, 0.88, 0.89, 0.02, speeds=(100.0, 50.0)),
-            "Beside the teacher the student is 11.6 times smaller, 2.0 times slower and 4.0 points less accurate; "
+            "Compared with the teacher the student is 11.6 times smaller, 2.0 times slower (float32, in batches) "
+            "and 4.0 points less accurate; "
             "distillation costs 1.0 points: the baseline is better (mean of 5 seeds).",
         ),
         (
             comparison(0.92, 0.89, 0.89, seeds=1, speeds=(None, None)),
-            "Beside the teacher the student is 11.6 times smaller and 3.0 points less accurate; "
+            "Compared with the teacher the student is 11.6 times smaller and 3.0 points less accurate; "
             "distillation recovers none of the 3.0 points (one pair of students).",
         ),
         (
             comparison(0.92, 0.93, 0.91, 0.01),
-            "Beside the teacher the student is 11.6 times smaller, 7.1 times faster and 1.0 points more accurate; "
+            "Compared with the teacher the student is 11.6 times smaller, 7.1 times faster (float32, in batches) "
+            "and 1.0 points more accurate; "
             "distillation recovers all of the 1.0 points between baseline and teacher (mean of 5 seeds).",
         ),
         (
             comparison(0.92, 0.93, 0.925, 0.2),
-            "Beside the teacher the student is 11.6 times smaller, 7.1 times faster and 1.0 points more accurate; "
+            "Compared with the teacher the student is 11.6 times smaller, 7.1 times faster (float32, in batches) "
+            "and 1.0 points more accurate; "
             "distillation adds 0.5 points to a baseline that is no worse than the teacher "
             "(mean of 5 seeds, not significant).",
         ),
         (
             comparison(0.92, 0.92, 0.92),
-            "Beside the teacher the student is 11.6 times smaller, 7.1 times faster and as accurate; "
+            "Compared with the teacher the student is 11.6 times smaller, 7.1 times faster (float32, in batches) "
+            "and as accurate; "
             "distillation changes nothing (mean of 5 seeds).",
         ),
     ],

@@ -16,6 +16,7 @@ import torch
 
 import models
 from reports.statistics import softmax
+from sources.decode import read_image
 from train import evaluate
 from use import export
 
@@ -83,6 +84,20 @@ def test_export_and_the_lines_that_use_the_file(cli, copy, images):
     assert float(metadata["accuracy"]) == record["accuracy"]
     assert metadata["weights_sha256"] == record["weights_sha256"]
     assert metadata["program_version"] == record["environment"]["program"]
+    assert metadata["temperature"] == "1.0"
+
+
+@pytest.mark.slow
+def test_exported_logits_are_divided_by_the_temperature(cli, copy, images):
+    """The class stays, the probability is that of the softened logits; the file says at which temperature."""
+    result = cli("--export", "--output-dir", copy, "--temperature", "2.5")
+    assert result.status == 0 and "the class is the same for 24 of 24" in result.out
+    session = onnxruntime.InferenceSession(copy / STUDENT / "model.onnx")
+    pixels = read_image(images / "test" / "blue" / "00.png", 16)
+    (found,) = session.run(None, {"images": pixels[None]})
+    expected = softmax(np.load(copy / STUDENT / "test_logits.npy")[:1], 2.5)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert session.get_modelmeta().custom_metadata_map["temperature"] == "2.5"
 
 
 @pytest.mark.slow
@@ -98,7 +113,7 @@ class TestNothingIsLeft:
 
     @pytest.fixture
     def says(self, cli, copy, monkeypatch):
-        monkeypatch.setattr(export, "to_onnx", lambda network: self.content)
+        monkeypatch.setattr(export, "to_onnx", lambda *_: self.content)
 
         def run():
             before = sorted(copy.rglob("*"))

@@ -57,7 +57,13 @@ def test_it_says_what_the_comparison_says(finished):
     comparison = Comparison(finished)
     texts = " ".join(Page((finished / "report.html").read_text(encoding="utf-8")).texts)
     assert f"{comparison.kd[0]['mean']:.4f}" in texts
-    for words in ("Beside the teacher the student is", "exact McNemar test", "red", "kd-T4-a0.1-s0", "weight decay"):
+    for words in (
+        "Compared with the teacher the student",
+        "exact McNemar test",
+        "red",
+        "kd-T4-a0.1-s0",
+        "weight decay",
+    ):
         assert words in texts
     for name in comparison.environment.values():
         assert str(name) in texts

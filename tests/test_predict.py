@@ -129,7 +129,7 @@ def test_refused(cli, finished, copy, images, tmp_path):
         (["--predict", "a.png", "--train-teacher"], "--train-teacher cannot be combined with --predict"),
         (["--predict", "a.png", "--report"], "cannot be combined with --report"),
         (["--list", "--export"], "--export cannot be combined with --list"),
-        (["--export", "--temperature", "2"], "--temperature cannot be combined with --export"),
+        (["--export", "--temperature", "2", "3"], "several temperatures cannot be combined with --export"),
         (["--model", "outputs"], "--model is for --predict and --export"),
     ],
 )

@@ -103,8 +103,8 @@ def test_one_pair_of_students_claims_nothing_about_distillation():
 
 def test_a_gain_that_is_shown():
     text = claim_of([1.0, 1.1, 0.9])
-    assert "Distillation improves this student" in text and "+1.00 points" in text and "n = 3 seeds" in text
-    assert "Distillation worsens this student" in claim_of([-1.0, -1.1, -0.9])
+    assert "Distillation improves this student's accuracy" in text and "+1.00 points" in text and "n = 3 seeds" in text
+    assert "Distillation worsens this student's accuracy" in claim_of([-1.0, -1.1, -0.9])
 
 
 def test_a_gain_that_is_not_shown_says_how_many_seeds_would_show_one():
@@ -113,7 +113,8 @@ def test_a_gain_that_is_not_shown_says_how_many_seeds_would_show_one():
     assert f"No difference can be shown with 3 seeds; about {needed} would show a gain of 0.25 points" in text
     assert "other initial weights and orders of images" in text and "improves" not in text
     assert "more than half a million would show a gain" in claim_of([500.0, -500.0])
-    assert "a gain of 0.25 points would have been shown with 80% power" in claim_of([0.1, -0.1] * 20)
+    assert "; a gain of 0.25 points lies above the interval." in claim_of([0.1, -0.1] * 20)
+    assert "; a gain of 0.25 points lies within the interval." in claim_of([0.0, 0.3, 0.02, 0.28, 0.14])
 
 
 def test_equal_gains_have_no_interval():
@@ -166,7 +167,12 @@ def test_pairs_of_temperature_and_alpha_are_compared_over_the_seeds_of_both(fold
     assert third["first_over_this"] is None  # one seed in common
     low, high = (f"{POINT * value:+.2f}" for value in (1.5 - half, 1.5 + half))
     line = f"T=4, alpha=0.5 over T=8, alpha=0.1: +6.25 points, 95% confidence interval {low} to {high}, p = 0.66 (n = 2"
-    assert line in details(comparison) and len(figures.gain(comparison).axes) == 3
+    text = details(comparison)
+    assert (
+        "(4 differences are tested; each interval and p is for one alone. To show that any is real takes p < 0.013.)"
+        in text
+    )
+    assert line in text and len(figures.gain(comparison).axes) == 3
 
 
 def test_a_report_of_logits_made_by_hand(cli, folder):
@@ -193,6 +199,13 @@ def test_a_report_of_logits_made_by_hand(cli, folder):
         wanted[1:1] = ["1", f"{agreement[title]:.4f}"] if title in agreement else ["1"]
         row = next(line[26:].split() for line in lines if line.startswith(f"{title:<26}"))  # the costs come later
         assert row == wanted
+    fitted = lines.index(next(line for line in lines if line.startswith("Temperature scaling")))
+    for offset, title in enumerate(right):
+        # The wrong answers are wrong by the same logit, so the best temperature makes the confidence the accuracy.
+        odd, even = right[title][1::2].mean(), right[title][::2].mean()
+        t = [sure[title] / math.log(2 * share / (1 - share)) if share < 1 else 0.05 for share in (odd, even)]
+        name, got = lines[fitted + 1 + offset][:26].strip(), lines[fitted + 1 + offset][26:].split()
+        assert (name, float(got[0])) == (title, pytest.approx(math.sqrt(t[0] * t[1]), abs=0.006))
     for number, name in enumerate(CLASSES):
         (row,) = (line[26:].split() for line in lines if line.startswith(f"{name:<26}"))
         assert row == [f"{answers[number == LABELS].mean():.4f}" for answers in right.values()]

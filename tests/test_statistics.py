@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from reports.calibration import calibration, fit_temperature
 from reports.statistics import (
     calibration_error,
     class_accuracies,
@@ -123,6 +124,38 @@ def test_calibration_error_by_hand():
     assert share.sum() == pytest.approx(1) and share[8] == 0.75 and share[13] == 0.25  # (8/15, 9/15], (13/15, 14/15]
     assert accuracy[8] == pytest.approx(1 / 3) and confidence[13] == pytest.approx(0.9)
     assert np.flatnonzero(confidence).tolist() == np.flatnonzero(accuracy).tolist() == [8, 13]  # 0 in empty bins
+
+
+def test_the_fitted_temperature_by_hand():
+    """Of images with logits (s, 0) a share r has the label 0: the likelihood is largest where sigmoid(s / T) = r."""
+    logits, labels = np.tile([3.0, 0.0], (10, 1)), np.array([0] * 7 + [1] * 3)
+    assert fit_temperature(logits, labels) == pytest.approx(3 / math.log(7 / 3), rel=1e-4)
+    assert 1 / 20 <= fit_temperature(logits, np.zeros(10, int)) < 0.1  # all right: the sharper the better
+
+
+def test_overconfident_logits_are_mended():
+    """Labels drawn from the softmax of logits which are then sharpened by 1.7, one half of them by 1.2 as well."""
+    draws = np.random.default_rng(0)
+    logits = draws.normal(0, 2, (40_000, 5))
+    labels = np.array([draws.choice(5, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)])
+    found = calibration(1.7 * logits, labels)
+    assert found["fitted_temperature"] == pytest.approx(1.7, rel=0.03)
+    assert found["calibration_error"] > 0.05 > 0.01 > found["scaled_calibration_error"]
+    true = -np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(len(labels)), labels].mean()
+    assert found["scaled_negative_log_likelihood"] == pytest.approx(true, abs=1e-3)
+    assert found["negative_log_likelihood"] > true + 0.01
+
+
+def test_no_image_is_judged_at_a_temperature_that_it_helped_to_choose():
+    """The two halves would suit temperatures of 3 / log 4 and 3 / log 1.5; each is judged at the other's."""
+    logits, labels = np.tile([3.0, 0.0], (20, 1)), np.zeros(20, int)
+    labels[[0, 2]] = labels[[1, 3, 5, 7]] = 1  # of ten even ones 8 are right, of ten odd ones 6
+    even, odd = 1 / (1 + 1.5**-1), 1 / (1 + 4**-1)  # the confidence that the other half asks for
+    by_hand = -(8 * math.log(even) + 2 * math.log(1 - even) + 6 * math.log(odd) + 4 * math.log(1 - odd)) / 20
+    found = calibration(logits, labels)
+    assert found["scaled_negative_log_likelihood"] == pytest.approx(by_hand, rel=1e-4)
+    assert found["fitted_temperature"] == pytest.approx(3 / math.sqrt(math.log(4) * math.log(1.5)), rel=1e-4)
+    assert calibration(logits[:1], labels[:1])["fitted_temperature"] is None
 
 
 def test_certain_predictions_are_in_the_last_bin():

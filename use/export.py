@@ -46,7 +46,8 @@ def export(arguments):
     import models  # and with it PyTorch, which takes seconds
 
     network = models.load(path, hooks=hooks)
-    content = to_onnx(network)
+    temperature = arguments.temperature[0]
+    content = to_onnx(network, temperature)
     images = find_test_images(path, network.settings.get("data"))
     if images is None:
         shape = (NOISE, network.image_size, network.image_size, 3)
@@ -54,7 +55,7 @@ def export(arguments):
         what = f"{len(images)} images of noise (no test set of this model is kept beside it)"
     else:
         what = f"{len(images):,} test images"
-    difference, same = compare(network, content, images)
+    difference, same = compare(network, content, images, temperature)
     if not difference <= TOLERANCE:  # nor NaN
         raise Failure(
             f"ONNX Runtime does not answer as PyTorch does: on {what} probabilities differ by up to {difference:.2g}, "
@@ -69,8 +70,9 @@ def export(arguments):
     )
 
 
-def to_onnx(network):
-    """A network from models.load as the bytes of an ONNX file; raises Failure where PyTorch cannot export it."""
+def to_onnx(network, temperature=1.0):
+    """A network from models.load as the bytes of an ONNX file, its logits divided by `temperature`. Raises Failure
+    where PyTorch cannot export it."""
     import onnx
     import torch
 
@@ -88,7 +90,7 @@ def to_onnx(network):
 
         def forward(self, images):
             views = images.to(torch.float32) * self.scale + self.shift
-            return self.network(views.permute(0, 3, 1, 2)).softmax(1)
+            return (self.network(views.permute(0, 3, 1, 2)) / temperature).softmax(1)
 
     size = network.image_size
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
@@ -103,7 +105,7 @@ def to_onnx(network):
         proto = program.model_proto
         if [each.version for each in proto.opset_import if not each.domain] != [OPSET]:  # it only warns of this
             raise ValueError(f"the exporter gave opset {proto.opset_import[0].version}")
-        onnx.helper.set_model_props(proto, _metadata(network, models.digest(network.state_dict())))
+        onnx.helper.set_model_props(proto, _metadata(network, models.digest(network.state_dict()), temperature))
         onnx.checker.check_model(proto)
     except Exception as error:  # the exporter and its packages raise nearly every kind
         first = str(error).partition("\n")[0] or type(error).__name__
@@ -111,19 +113,20 @@ def to_onnx(network):
     return proto.SerializeToString()
 
 
-def _metadata(network, digest):
+def _metadata(network, digest, temperature):
     """What the ONNX file says of itself, all of it text; `classes` is JSON, in the order of the probabilities."""
     return {
         "classes": json.dumps(network.classes),
         "image_size": str(network.image_size),
         "architecture": network.architecture,
         "accuracy": repr(network.accuracy),
+        "temperature": repr(temperature),
         "weights_sha256": digest,
         "program_version": VERSION,
     }
 
 
-def compare(network, content, images):
+def compare(network, content, images, temperature=1.0):
     """(largest difference in a probability, number of images with the same class) between PyTorch and ONNX Runtime, for
     a network on the CPU, the ONNX file's bytes and uint8 images (N, S, S, 3)."""
     import onnxruntime
@@ -142,7 +145,7 @@ def compare(network, content, images):
             for start in range(0, len(images), size):
                 batch = images[start : start + size]
                 logits = evaluate(network, torch.from_numpy(batch), network.mean, network.std)
-                expected = logits.softmax(1).numpy()
+                expected = (logits / temperature).softmax(1).numpy()
                 found = session.run(["probabilities"], {"images": batch})[0]
                 largest = float(np.maximum(largest, np.abs(found - expected).max()))  # keeps NaN
                 same += int((found.argmax(1) == expected.argmax(1)).sum())
