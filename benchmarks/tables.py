@@ -92,20 +92,37 @@ def speed():
 NUMBERS = ("distilled", "distilled_std", "other", "other_std", "mean", "low", "high")
 
 
+def shown_together(p_values, significance=0.05):
+    """The positions of the `p_values` (None: not tested) whose differences are shown for all together (Holm 1979)."""
+    order = sorted((p, position) for position, p in enumerate(p_values) if p is not None)
+    shown = set()
+    for rank, (p, position) in enumerate(order):
+        if p * (len(order) - rank) >= significance:
+            break
+        shown.add(position)
+    return shown
+
+
 def paper():
     """The paper's own questions, and losses of others: each variant over what it is paired with."""
     with open(RESULTS / "paper.csv", newline="") as file:
         found = list(csv.DictReader(file))
-    rows = []
-    for row in found:
+    rows, p_values = [], [float(row["p_value"]) if row["p_value"] else None for row in found]
+    shown = shown_together(p_values)
+    for position, row in enumerate(found):
         number = {name: float(value) if value else None for name, value in row.items() if name in NUMBERS}
         one, other = (share({"mean": number[name], "std": number[f"{name}_std"]}) for name in ("distilled", "other"))
         difference = f"{number['mean']:+.2f}"
         if number["low"] is not None:  # of one seed, or of seeds that differ by nothing, there is no interval
             difference += f" ({number['low']:+.2f} to {number['high']:+.2f})"
+        difference = f"**{difference}**" if position in shown else difference
         rows.append([row["experiment"], row["what"], row["epochs"], row["n"], one, other, difference])
     head = ["students", "measured", "epochs", "n", "distilled", "the other", "difference in points (95% interval)"]
-    return table(head, *rows) + f"\n\nMeans of n seeds; teacher {float(found[0]['teacher']):.4f}."
+    tested = sum(p is not None for p in p_values)
+    return table(head, *rows) + (
+        f"\n\nMeans ± standard deviations of n seeds; teacher {float(found[0]['teacher']):.4f}. Each interval is for "
+        f"its row alone; in bold are the differences that hold for all {tested} together (5%, Holm's correction)."
+    )
 
 
 BLOCKS = {"printed": printed, "results": results, "paper": paper, "speed": speed}

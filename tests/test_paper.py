@@ -344,9 +344,12 @@ def test_the_table_has_each_rows_seeds_and_bears_rows_without_an_interval(tmp_pa
     (tmp_path / "paper.csv").write_text(  # as the first version wrote it, without teacher_sha256
         "experiment,what,epochs,n,teacher,distilled,distilled_std,other,other_std,mean,low,high,p_value\n"
         "all,accuracy,8,3,0.9267,0.91,0.002,0.9,0.003,1.0,0.5,1.5,0.01\n"
+        "no labels,accuracy,8,3,0.9267,0.91,0.002,0.9,0.003,1.0,0.1,1.9,0.04\n"
+        "a tenth,accuracy,8,3,0.9267,0.91,0.002,0.9,0.003,1.0,0.2,1.8,0.03\n"
         "DKD,accuracy,8,1,0.9267,0.91,,0.9,,1.0,,,\n"
     )
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = tables.paper()
-    assert "| all | accuracy | 8 | 3 | 0.9100 ± 0.0020 | 0.9000 ± 0.0030 | +1.00 (+0.50 to +1.50) |" in text
-    assert "| DKD | accuracy | 8 | 1 | 0.9100 | 0.9000 | +1.00 |" in text and text.endswith("teacher 0.9267.")
+    assert "| all | accuracy | 8 | 3 | 0.9100 ± 0.0020 | 0.9000 ± 0.0030 | **+1.00 (+0.50 to +1.50)** |" in text
+    assert "| DKD | accuracy | 8 | 1 | 0.9100 | 0.9000 | +1.00 |" in text and "teacher 0.9267." in text
+    assert text.count("**") == 2 and "for all 3 together" in text  # 3 x 0.01 < 0.05, but 2 x 0.03 and so 0.04 are not
