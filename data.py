@@ -147,7 +147,10 @@ class Views:
         rows, columns = self.windows[rows], self.windows[columns]  # (B, S): where each pixel of the view comes from
         columns = torch.where(flips[:, None], self.size - 1 - columns, columns)
         pixels = ((indices[:, None] * self.size + rows)[:, :, None] * self.size + columns[:, None, :]).flatten()
-        views = self.images.view(-1, 3).index_select(0, pixels).view(-1, self.size, self.size, 3)
+        source = self.images.view(-1, 3)
+        # Before PyTorch 2.14 index_select on MPS gives zeros beyond 2^31 elements, and no error (pytorch issue 188756).
+        views = source[pixels] if self.device.type == "mps" else source.index_select(0, pixels)
+        views = views.view(-1, self.size, self.size, 3)
         return models.normalize(views, self.mean, self.std)
 
 

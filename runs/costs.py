@@ -1,5 +1,6 @@
 """What a network costs, found by running it on the CPU once: multiply-adds, and the memory of training."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -92,7 +93,9 @@ def describe_memory(name, network, image_size, batch_size, machine, processes=1)
     if free is None:
         return text
     each = ""
-    if processes > 1 and machine.device.type != "cuda":
+    if machine.device.type == "cuda":  # the others have GPUs of their own, if there are as many
+        processes = math.ceil(processes / torch.cuda.device_count())
+    if processes > 1:
         free, each = free / processes, f" for each of {processes} processes"
     if takes > free:
         return f"{text}, but only {free / 1e9:.1f} GB are free{each}: choose a smaller --batch-size"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runs.files import Failure
+from runs.files import Failure, is_out_of_memory
 from runs.settings import VERSION
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt, from its malloc.h
@@ -146,14 +146,24 @@ def check_arithmetic(device):
     Failure where they differ by more than rounding, which a training would show only as a network that learns badly."""
     if device.type == "cpu":
         return
+    remedy = (
+        f"This is an error of PyTorch {torch.__version__} or of the driver. Try another version of them, or train with "
+        "--device cpu."
+    )
     expected = _sample(torch.device("cpu"))
-    for name, value in _sample(device).items():
+    try:
+        found = _sample(device)
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        why = f"{error}\n".splitlines()[0] or type(error).__name__
+        raise Failure(f"The device {device} cannot compute a step of a training: {why}.\n{remedy}") from error
+    for name, value in found.items():
         error = ((value - expected[name]).abs().max() / expected[name].abs().max()).item()
         if not error <= LARGEST_ERROR:  # nor NaN
             raise Failure(
                 f"The device {device} computes wrongly: {name} differs from the CPU's by {error:.2g} of its largest "
-                f"value.\nThis is an error of PyTorch {torch.__version__} or of the driver. Try another version of "
-                "them, or train with --device cpu."
+                f"value.\n{remedy}"
             )
 
 
@@ -166,7 +176,9 @@ def _sample(device):
         place = {"memory_format": memory_format(device)} if tensor.ndim == 4 else {}
         given[name] = tensor.to(device, **place).requires_grad_(name != "slope")
     convolved = F.conv2d(given["images"], given["weight"], padding=1)
-    normalized = F.batch_norm(convolved, None, None, None, given["bias"], training=True)
+    mean, variance, scale = (each(32).to(device) for each in (torch.zeros, torch.ones, torch.ones))
+    # As in the networks: the scale is there, but fixed. Without one CUDA has no gradient of the bias.
+    normalized = F.batch_norm(convolved, mean, variance, scale, given["bias"], training=True)
     F.gelu(normalized).backward(given["slope"])
     results = {"a convolution": convolved, "batch norm": normalized, "the gradient of batch norm": given["bias"].grad}
     results["the gradient of a convolution's input"] = given["images"].grad
@@ -188,7 +200,8 @@ def choose_precision(name, device):
 
 
 def make_deterministic():
-    """Sets CUDA to give the same bits again, and full float32 precision where float32 is asked for; for the process."""
+    """Sets CUDA to give the same bits again in what the program's own networks compute, and full float32 precision
+    where float32 is asked for; for the process."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

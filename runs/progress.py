@@ -258,12 +258,18 @@ class Progress:
                 text = f"{folder} was begun {word} {then}; {word} {now} the last bits may differ."
                 tqdm.write(text, file=sys.stderr)
         self.machines = state.machines + [here] * (here != before)
-        threads = min(state.threads, self.threads)  # more would wait for each other
-        if threads < state.threads:
-            text = f"{folder} was begun with {state.threads} threads; with {threads}, as many as this process has,"
-            tqdm.write(f"{text} the last bits may differ.", file=sys.stderr)
-        torch.set_num_threads(threads)  # the order of additions, and with it the last bits, depends on it
+        if self.machine.device.type == "cpu":
+            self._resume_threads(state.threads)
         self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
+
+    def _resume_threads(self, before):
+        """Trains on with as many threads as `before`: on a CPU the order of additions, and with it the last bits,
+        depends on it."""
+        threads = min(before, self.threads)  # more would wait for each other
+        if threads < before:
+            text = f"{self.run.folder} was begun with {before} threads; with {threads}, as many as this process has,"
+            tqdm.write(f"{text} the last bits may differ.", file=sys.stderr)
+        torch.set_num_threads(threads)
 
     def _restore(self, state):
         path = self.run.state

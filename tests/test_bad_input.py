@@ -491,6 +491,35 @@ def test_a_device_that_computes_rightly_may_train(other):
     check_arithmetic(other)
 
 
+def test_the_device_is_asked_for_nothing_that_networks_never_do(other, monkeypatch):
+    """On CUDA and MPS batch norm without a scale has no gradient of the bias; the CPU has one."""
+    normalize = F.batch_norm
+
+    def as_on_a_gpu(images, mean, variance, weight, bias, **rest):
+        if weight is None and bias.requires_grad:
+            raise RuntimeError("Function NativeBatchNormBackward0 returned an invalid gradient at index 2")
+        return normalize(images, mean, variance, weight, bias, **rest)
+
+    monkeypatch.setattr(F, "batch_norm", as_on_a_gpu)
+    check_arithmetic(other)
+
+
+def test_a_device_that_cannot_compute_a_step_is_named(other, monkeypatch):
+    convolve, calls = F.conv2d, []
+
+    def convolution(*given, **rest):
+        calls.append(given)
+        if len(calls) == 2:
+            raise RuntimeError("no kernel for this\nand more")
+        return convolve(*given, **rest)
+
+    monkeypatch.setattr(F, "conv2d", convolution)
+    with pytest.raises(
+        Failure, match="(?s)mps cannot compute a step of a training: no kernel for this[.].*--device cpu"
+    ):
+        check_arithmetic(other)
+
+
 @pytest.mark.parametrize(("name", "what"), [("conv2d", "a convolution"), ("batch_norm", "batch norm")])
 def test_a_device_that_computes_wrongly_is_named(other, monkeypatch, name, what):
     monkeypatch.setattr(F, name, wrong(getattr(F, name)))

@@ -135,6 +135,14 @@ def test_processes_share_the_memory_of_a_cpu(monkeypatch):
     assert text.endswith(", but only 0.3 GB are free for each of 2 processes: choose a smaller --batch-size")
 
 
+@pytest.mark.parametrize(("gpus", "each"), [(1, "3 GB are free for each of 2"), (2, "6 GB are free:")])
+def test_processes_share_a_gpu_where_there_are_fewer(monkeypatch, gpus, each):
+    monkeypatch.setattr(runs.costs, "free_memory", lambda device: 0.6e9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    text = describe_memory("student", models.create("student", 10, 0), 80, 128, Machine(torch.device("cuda")), 2)
+    assert f"but only 0.{each}" in text
+
+
 @pytest.mark.parametrize(
     ("groups", "files", "left"),
     [
