@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 README, RECORD, SPEED = ROOT / "README.md", RESULTS / "cifar10", RESULTS / "throughput-cpu.json"
+SHORTER = RESULTS / "cifar10-10-epochs"  # other students of the record's teacher
 
 
 def table(head, *rows):
@@ -37,8 +38,8 @@ def gain(improvement):
     return f"{improvement['mean']:+.2f} ({low:+.2f} to {high:+.2f}), p = {improvement['p_value']:.2g}"
 
 
-def record():
-    return json.loads((RECORD / "comparison.json").read_text())
+def record(folder=RECORD):
+    return json.loads((folder / "comparison.json").read_text())
 
 
 def printed():
@@ -58,22 +59,24 @@ def printed():
 
 
 def results():
-    """Accuracies and gains of the record, next to figures published elsewhere."""
+    """Accuracies and gains of the record, and of shorter students of the same teacher."""
     found = record()
-    settings, environment, teacher = found["settings"], found["environment"], found["teacher"]
-    rows = [["teacher", 1, f"{teacher['accuracy']:.4f}", ""]]
-    for kd in found["kd"]:
-        name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
-        rows.append([name, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
-    rows.append(["the same student without", len(found["baseline"]["seeds"]), share(found["baseline"]), ""])
-    head = ["", "n", "test accuracy", "gain in points (95% interval)"]
+    environment, teacher = found["environment"], found["teacher"]
+    epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
+    rows = [["teacher", epochs, 1, f"{teacher['accuracy']:.4f}", ""]]
+    for each in (found, record(SHORTER)):
+        epochs = each["settings"]["epochs"]
+        for kd in each["kd"]:
+            name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
+            rows.append([name, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
+        without = each["baseline"]
+        rows.append(["the same student without", epochs, len(without["seeds"]), share(without), ""])
+    head = ["", "epochs", "n", "test accuracy", "gain in points (95% interval)"]
     sizes = [f"{each['parameters'] / 1e6:.2f} million parameters, {each['macs'] / 1e6:.0f} million multiply-adds"
              for each in (teacher, found["student"])]  # fmt: skip
-    epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     return table(head, *rows) + (
-        f"\n\nTeacher: {sizes[0]}, {epochs} epochs. Student: {sizes[1]}, {settings['epochs']} epochs. "
-        f"{environment['device']}, {environment['precision']}, torch "
-        f"{environment['torch']}."
+        f"\n\n± is the standard deviation over seeds. Teacher: {sizes[0]}. Student: {sizes[1]}. "
+        f"{environment['device']}, {environment['precision']}, torch {environment['torch']}."
     )
 
 
