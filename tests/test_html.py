@@ -60,6 +60,7 @@ def test_it_says_what_the_comparison_says(finished):
     for words in (
         "Compared with the teacher the student",
         "exact McNemar test",
+        "Temperature scaling",
         "red",
         "kd-T4-a0.1-s0",
         "weight decay",

@@ -43,12 +43,37 @@ def test_the_gain_is_that_of_a_paired_t_test_by_hand(folder, alpha):
     assert gains.mean() - half > 0
 
 
-def test_a_seed_outside_the_record_would_lie_within_its_prediction_interval():
-    """The interval for one more student of 24 epochs, from those of the seeds 0 to 3, holds that of seed 4."""
+def test_the_fifth_seed_lies_within_the_prediction_interval_of_the_other_four():
     for accuracies in (record()["kd"][0]["accuracies"], record()["baseline"]["accuracies"]):
         four = np.array(accuracies[:4])
         half = 3.182446 * four.std(ddof=1) * (1 + 1 / 4) ** 0.5  # Student's t of 3 degrees of freedom, 97.5%
         assert abs(accuracies[4] - four.mean()) <= half
+
+
+def test_the_prose_has_the_figures_of_the_records():
+    """What the two READMEs say between their tables is computed again here from the files in results/."""
+    readme, measured = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/README.md"))
+    pair = record()["kd"][0], record()["baseline"]
+
+    def against(name):
+        return " against ".join(f"{np.mean(entry[name]):.3f}" for entry in pair)
+
+    assert f"ECE {against('calibration_error')}, NLL {against('negative_log_likelihood')})" in readme
+    assert f"(NLL {against('scaled_negative_log_likelihood')})" in readme
+    assert f"a fitted temperature, about {np.mean(pair[0]['fitted_temperature']):.1f}," in readme
+    p = sorted(kd["improvement"]["p_value"] for each in (record(), record(SHORTER)) for kd in each["kd"])
+    holm = np.maximum.accumulate([3 * p[0], 2 * p[1], p[2]])
+    assert "Holm's correction: p = {:.3f}, {:.3f} and {:.3f}".format(*holm) in readme
+
+    five = SHORTER.with_name("cifar10-5-epochs")
+    fixed, longer = (json.loads((five / name).read_text()) for name in ("fixed.json", "longer_teacher.json"))
+    shared, others = record(five)["kd"][0]["accuracies"], longer["kd"][0]["accuracies"]
+    assert shared == fixed["shared"]["accuracies"] and longer["teacher"]["accuracy"] == record()["teacher"]["accuracy"]
+    for one, other in ((shared, fixed["fixed"]["accuracies"]), (others, shared)):
+        gains = 100 * (np.array(one) - other)
+        half = 4.302653 * gains.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom, 97.5%
+        assert f"{gains.mean():+.2f} points ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f})" in measured
+    assert "{:.4f}, {:.4f}, {:.4f} against {:.4f}, {:.4f}, {:.4f}".format(*others, *shared) in measured
 
 
 def test_compute_is_counted_as_the_record_says():

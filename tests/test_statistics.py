@@ -2,11 +2,12 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from reports.calibration import calibration, fit_temperature
+from reports.calibration import calibration, fit_temperature, where
 from reports.statistics import (
     calibration_error,
     class_accuracies,
@@ -156,6 +157,18 @@ def test_no_image_is_judged_at_a_temperature_that_it_helped_to_choose():
     assert found["scaled_negative_log_likelihood"] == pytest.approx(by_hand, rel=1e-4)
     assert found["fitted_temperature"] == pytest.approx(3 / math.sqrt(math.log(4) * math.log(1.5)), rel=1e-4)
     assert calibration(logits[:1], labels[:1])["fitted_temperature"] is None
+
+
+@pytest.mark.parametrize(
+    ("temperature", "before", "after", "advised"),
+    [(1.44, 0.264, 0.238, "1.4"), (0.8, 0.5, 0.48, "0.8"), (1.05, 0.264, 0.2635, None), (0.06, 0.02, 0.0, None)],
+)
+def test_a_temperature_is_advised_where_it_pays(temperature, before, after, advised):
+    """Not for less than a hundredth of the likelihood, and not where nearly all images are right."""
+    names = ("fitted_temperature", "negative_log_likelihood", "scaled_negative_log_likelihood")
+    comparison = SimpleNamespace(kd=[{k: [v] for k, v in zip(names, (temperature, before, after), strict=True)}])
+    text = where(comparison)
+    assert "--export --temperature " + advised in text if advised else "--export" not in text
 
 
 def test_certain_predictions_are_in_the_last_bin():
