@@ -78,6 +78,12 @@ def other_trainings():
     ]
 
 
+def all_points():
+    """The Points of all records and of other_trainings.csv; the teacher that several records share is one of them."""
+    records = [record(path.parent) for path in sorted(RESULTS.glob("*/comparison.json"))]
+    return list(dict.fromkeys(point for points in (*records, other_trainings()) for point in points))
+
+
 def draw(points):
     """The figure: accuracy against PFLOP on a logarithmic axis, every point with its name."""
     figure = Figure((8, 4.6), layout="constrained")
@@ -118,9 +124,7 @@ def draw(points):
 
 
 def main():
-    records = [record(path.parent) for path in sorted(RESULTS.glob("*/comparison.json"))]
-    every = [point for points in (*records, other_trainings()) for point in points]
-    points = list(dict.fromkeys(every))  # the teacher of several records once
+    points = all_points()
     print("| what | n | PFLOP | test accuracy |\n| --- | --- | --- | --- |")
     for point in sorted(points, key=lambda point: point.pflop):
         half = f" ± {point.half:.4f}" if point.half else ""
