@@ -13,6 +13,7 @@ that can be changed:
 
 import argparse
 import csv
+import functools
 import io
 import math
 import sys
@@ -23,6 +24,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,9 +55,63 @@ CHANGES = {
     "teacher": "of a distilled student: model.pt or its folder",
     "temperature": "[4]",
     "alpha": "[0.9]",
+    "mixed": "share of a student's views that are mixed with another image's, and so are a baseline's labels [0]",
+    "cut": "yes or no: a square of the other view is pasted in, or the two are averaged [no]",
     "mirrored": "yes or no: soft targets are averaged over a view and its mirror image [no]",
 }
 OF_DISTILLATION = {"teacher", "temperature", "alpha", "mirrored"}
+OUT_OF_PLACE = {"kd": set(), "baseline": OF_DISTILLATION, "teacher": OF_DISTILLATION | {"mixed", "cut"}}
+
+
+class MixedViews(data.Views):
+    """Views of which a `share` is mixed with the view of another image of `among`: averaged with a weight drawn evenly
+    from 0 to 1 (mixup, arXiv 1710.09412), or, with `cut`, covered by a square of it of such a part of the area (CutMix,
+    arXiv 1905.04899). A function of the epoch and the image's index alone, as all views are (arXiv 2106.05237)."""
+
+    def __init__(self, *about, among, share, cut):
+        super().__init__(*about)
+        self.among, self.share, self.cut = among, share, cut
+        self.mixing = functools.lru_cache(maxsize=1)(self._mixing)
+
+    def _mixing(self, epoch):
+        """Of all images in `epoch`: the others' indices (N,), their weights (N,), places of the squares (2, N)."""
+        draws = models.generator(self.stream, "mixing", epoch)
+        others = torch.arange(self.count)
+        others[self.among] = self.among[torch.randperm(len(self.among), generator=draws)]
+        weights = torch.rand(self.count, generator=draws)
+        weights[torch.rand(self.count, generator=draws) >= self.share] = 0
+        places = torch.rand(2, self.count, generator=draws)
+        return others.to(self.device), weights.to(self.device), places.to(self.device)
+
+    def squares(self, epoch, indices):
+        """bool (B, S, S): the pixels that are another view's."""
+        _, weights, places = self.mixing(epoch)
+        sides = self.size * weights[indices].sqrt()
+        starts = (places[:, indices] * (self.size - sides))[..., None]
+        pixels = torch.arange(self.size, device=self.device) + 0.5
+        rows, columns = (starts < pixels) & (pixels < starts + sides[:, None])
+        return rows[:, :, None] & columns[:, None]
+
+    def batch(self, epoch, indices):
+        others, weights, _ = self.mixing(epoch)
+        own, other = super().batch(epoch, indices), super().batch(epoch, others[indices])
+        if self.cut:
+            return torch.where(self.squares(epoch, indices)[:, None], other, own)
+        return own.lerp(other, weights[indices][:, None, None, None])
+
+
+class MixedLabels:
+    """What a baseline is taught about MixedViews: each view's labels by their parts of it, as logits at T = 1."""
+
+    def __init__(self, views, labels, classes):
+        self.views, self.labels, self.classes = views, F.one_hot(labels, classes).float(), classes
+
+    def epoch(self, epoch, description=""):
+        others, weights, _ = self.views.mixing(epoch)
+        if self.views.cut:
+            everything = torch.arange(self.views.count, device=self.views.device).split(1000)
+            weights = torch.cat([self.views.squares(epoch, part).float().mean((1, 2)) for part in everything])
+        return distill.compress(self.labels.lerp(self.labels[others], weights[:, None]).log())
 
 
 class Mirrored(nn.Module):
@@ -98,14 +154,15 @@ def patches(role, changes):
     return found
 
 
-def soft_targets(changes, loaded, padding, machine, folder):
+def soft_targets(changes, loaded, views, machine, folder):
     """The distill.Ensemble of the teacher that `changes` name, and its digest."""
     path = Path(changes.pop("teacher"))
     teacher = models.load(path / "model.pt" if path.is_dir() else path).to(**machine.place)
     digest = models.digest(teacher.state_dict())
     if word(changes, "mirrored", "no", "yes"):
         teacher, digest = Mirrored(teacher).eval(), f"{digest} mirrored"
-    views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=padding)
+    if isinstance(views, MixedViews):
+        digest += f" mixed {views.share} {views.cut}"  # whose soft targets are not those of the plain views
     return distill.Ensemble([distill.SoftTargets(teacher, digest, loaded.digest, views, folder, machine)]), digest
 
 
@@ -123,13 +180,15 @@ def main():
     arguments = parser.parse_args()
     pairs = [change.partition("=")[::2] for change in arguments.changes]
     changes = dict(pairs)
-    known = CHANGES.keys() if arguments.role == "kd" else CHANGES.keys() - OF_DISTILLATION
+    known = CHANGES.keys() - OUT_OF_PLACE[arguments.role]
     if unknown := sorted(changes.keys() - known):
         parser.error(f"{unknown[0]} cannot be changed in a {arguments.role}: {', '.join(sorted(known))}")
     if len(changes) < len(pairs):
         parser.error("a name is given twice")
     if arguments.role == "kd" and "teacher" not in changes:
         parser.error("a distilled student needs teacher=PATH")
+    if arguments.role == "kd" and "mixed" in changes and float(changes.get("alpha", 0.9)) != 1:
+        parser.error("a mixed view has no label of its own: mixed needs alpha=1")
     what = " ".join(arguments.changes) or "as it is"
 
     machine = start_machine(arguments.device, "auto")
@@ -147,11 +206,20 @@ def main():
         stack.enter_context(lock(arguments.output_dir))
         for change in patches(arguments.role, changes):
             stack.enter_context(change)
+        share, cut, make_views = float(changes.pop("mixed", 0)), word(changes, "cut", "no", "yes"), data.Views
+        if share:
+            among = data.split(loaded.train_labels.cpu(), given["val_fraction"])[0]
+            make_views = functools.partial(MixedViews, among=among, share=share, cut=cut)
+            stack.enter_context(patch.object(train, "Views", make_views))
+        views = make_views(loaded.train_images, loaded.mean, loaded.std, "views", given["padding"])
         targets = None
         if arguments.role == "kd":
-            targets, digest = soft_targets(changes, loaded, given["padding"], machine, arguments.output_dir / "targets")
+            targets, digest = soft_targets(changes, loaded, views, machine, arguments.output_dir / "targets")
             given |= {"temperature": float(changes.pop("temperature", 4)), "alpha": float(changes.pop("alpha", 0.9))}
             given["teacher"] = digest
+        elif share:
+            targets = MixedLabels(views, loaded.train_labels, len(loaded.classes))
+            given |= {"role": "kd", "temperature": 1.0, "alpha": 1.0, "teacher": "mixed labels"}
         settings = Settings(**given)
         folder = arguments.output_dir / f"{arguments.role} {arguments.epochs} {what}".replace("/", "_")
         accuracy = train.train(Run(folder, settings), loaded, machine, Options(), targets)

@@ -116,14 +116,15 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
 
     given = ("seed=1", "batch=16", "rate=0.1", "conv=0.1", "bias=3", "padding=3", "smoothing=0.2",
              "decay=0.1", "batchnorm=0.4", "init=he")  # fmt: skip
-    found = [weights("baseline", *changes) for changes in ((), *((change,) for change in given))]
+    mixed = [("mixed=0.5",), ("mixed=0.5", "cut=yes")]
+    found = [weights("baseline", *changes) for changes in ((), *((change,) for change in given), *mixed)]
     assert len(set(found)) == len(found)
     assert weights("baseline", "padding=1", "conv=0.3", "batch=128") == found[0]  # the recipe as it is
     teacher = output / "teacher 1 as it is"
     weights("teacher")
-    pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=yes",))
+    pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=yes",), ("alpha=1",), ("alpha=1", "mixed=0.5"))
     distilled = [weights("kd", f"teacher={teacher}", *more) for more in pairs]
-    assert len({*distilled, found[0]}) == 5
+    assert len({*distilled, found[0]}) == 7
     run("teacher", "widths=32,48,64")
     run("teacher", "widths=32,48,64")  # again: no second row
     for wrong, said in (
@@ -132,12 +133,56 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
         with pytest.raises(SystemExit):
             run("baseline", *wrong.split())
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("kd", f"teacher={teacher}", "mixed=0.5")
+    assert "mixed needs alpha=1" in capsys.readouterr().err
     with pytest.raises(Failure, match="init=x: it can be dirac or he"):
         run("baseline", "init=x")
     rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 18
+    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 22
     assert len({row["network"] for row in rows}) == 3
     assert rows[0]["pflop"] == f"{models.costs('student', 3, 16).macs * 6 * 42 / 1e15:.4f}"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_mixed_views_and_their_labels_are_parts_of_two_images(images, cut, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import recipes
+
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    about, everything = (
+        (loaded.train_images, loaded.mean, loaded.std, "views", 2),
+        torch.arange(loaded.train_images.shape[0]),
+    )
+    among = everything[::2]
+    mixed = recipes.MixedViews(*about, among=among, share=0.5, cut=cut)
+    plain, views = data.Views(*about).batch(3, everything).numpy(), mixed.batch(3, everything).numpy()
+    labels = recipes.MixedLabels(mixed, loaded.train_labels, len(loaded.classes)).epoch(3).float().exp().numpy()
+    others = mixed.mixing(3)[0].numpy()
+    assert sorted(others[::2]) == sorted(among.tolist()), "images of `among` are mixed with each other"
+    changed = [row for row in range(len(views)) if not np.array_equal(views[row], plain[row])]
+    assert 0.25 * len(among) < len(changed) < 0.75 * len(among) and all(row % 2 == 0 for row in changed)
+    for row in range(len(views)):
+        own, other, between = plain[row], plain[others[row]], views[row]
+        if row not in changed:
+            part = 0.0
+        elif cut:
+            pasted = (between != own).any(0)  # those pixels of the other view that differ
+            assert np.array_equal(np.where(pasted, other, own), between)
+            rows, columns = pasted.any(1).nonzero()[0], pasted.any(0).nonzero()[0]
+            assert abs(np.ptp(rows) - np.ptp(columns)) <= 1  # a square, or a pixel less at one side
+            part = pasted.mean()
+        else:
+            part = ((between - own) * (other - own)).sum() / ((other - own) ** 2).sum()
+            assert np.allclose(between, (1 - part) * own + part * other, atol=1e-4)
+        expected = np.zeros(len(loaded.classes))
+        expected[loaded.train_labels[row]] += 1 - part
+        expected[loaded.train_labels[others[row]]] += part
+        given = labels[row] / labels[row].sum()  # kept with the largest logit subtracted
+        assert np.allclose(given, expected, atol=0.02 if cut else 1e-3)
+    again = recipes.MixedViews(*about, among=among, share=0.5, cut=cut)
+    some = everything[[6, 2]]
+    assert np.array_equal(again.batch(3, some).numpy(), views[[6, 2]])
 
 
 @pytest.mark.slow
