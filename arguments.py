@@ -164,7 +164,8 @@ def parser():
            type=number(0, 1, above=True), metavar="F")
     option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
            nargs="+", action="extend", metavar="NAME")
-    option("--val-fraction", "part of the training set on which a sweep is judged [0.1]",
+    option("--val-fraction", "part of the training set on which a sweep is judged [0.1]; with --train-teacher, train a "
+           "teacher for the sweep, which does not see it",
            type=number(0, 0.5, above=True), metavar="F")
 
     option = group("training")
@@ -243,8 +244,8 @@ def parse(argv):
             raise Usage(f"several temperatures cannot be combined with --{arguments.task}, {why}")
     elif arguments.model is not None:
         raise Usage("--model is for --predict and --export; a teacher is named with --teacher")
-    if arguments.val_fraction is not None and not arguments.sweep:
-        raise Usage("--val-fraction needs a sweep: several values of --temperature or --alpha")
+    if arguments.val_fraction is not None and not (arguments.sweep or arguments.train_teacher):
+        raise Usage("--val-fraction needs a sweep, several values of --temperature or --alpha, or --train-teacher")
     if arguments.loss and arguments.sweep:
         raise Usage("--loss is compared at one temperature and alpha: choose these by a sweep without it first")
     for name in FOLDER_OPTIONS:

@@ -154,20 +154,24 @@ class Views:
         return models.normalize(views, self.mean, self.std)
 
 
-def split(labels, fraction):
+def split(labels, fraction, transfer_set=None):
     """(training indices, validation indices) of a training set: `fraction` of each class, always the same.
 
-    `labels` is (N,); both results are sorted index tensors. A class keeps at least one image for training.
+    `labels` is (N,); both results are sorted index tensors. A class keeps at least one image for training. Of a
+    `transfer_set`, indices of those that students see, validation images are as far as possible those that they are in
+    the whole training set: a teacher trained without these has seen none of them.
     """
+    everything = torch.arange(len(labels))
+    seen = everything if transfer_set is None else transfer_set.cpu()
     if not fraction:
-        return torch.arange(len(labels)), torch.arange(0)
-    labels, chosen = labels.cpu(), []
+        return seen, torch.arange(0)
+    labels, chosen, member = labels.cpu(), [], torch.isin(everything, seen)
     draws = generator("validation")
     for number in range(int(labels.max()) + 1):
         rows = (labels == number).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=draws)]
-        chosen.append(rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)])
+        apart, own = rows[: max(1, round(fraction * len(rows)))], rows[member[rows]]
+        count = int(member[apart].sum())
+        chosen.append(own[: max(0, min(max(1, count), len(own) - 1))])
     validation = torch.cat(chosen).sort().values
-    training = torch.ones(len(labels), dtype=torch.bool)
-    training[validation] = False
-    return training.nonzero()[:, 0], validation
+    return seen[~torch.isin(seen, validation)], validation

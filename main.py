@@ -19,7 +19,7 @@ from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Tally, join
 from runs.hooks import find_hooks
-from runs.teachers import check_teacher, find_teachers, spare_teachers
+from runs.teachers import check_sweep_teacher, check_teacher, find_sweep_teachers, find_teachers, spare_teachers
 from use.tasks import do_task
 
 
@@ -89,30 +89,20 @@ def train_teachers(session):
 def train_students(session, teachers):
     """Trains the students with distillation and without, after the sweep where there is one. Returns what to report:
     the temperature, alpha and seeds. `teachers` are pairs of the path of a model.pt and its network."""
-    arguments, loaded, machine = session.arguments, session.data, session.machine
+    arguments, loaded = session.arguments, session.data
     with session.group.first():
         networks = digests_of(session, teachers)
-    teacher, padding = "+".join(networks), plan.padding(arguments)
-    views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=padding)
-    folder = Path(arguments.output_dir) / "targets"
-    targets = distill.Ensemble(
-        [
-            distill.SoftTargets(
-                network, digest, loaded.digest, views, folder, machine,
-                shared=session.group.size > 1, transfer_set=session.transfer_set,
-            )
-            for digest, network in networks.items()
-        ]
-    )  # fmt: skip
+    teacher, targets = "+".join(networks), soft_targets(session, networks)
     if arguments.overwrite:
         runs = plan.student_runs(arguments, loaded, teacher, plan.pairs(arguments), session.hooks)
         spare_teachers([path for path, _ in teachers], runs)
     if any(arguments.alpha) or session.hooks.loss:
-        session.group.say(f"Soft targets: {arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB in {folder}")
+        size = f"{arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB"
+        session.group.say(f"Soft targets: {size} in {Path(arguments.output_dir) / 'targets'}")
     if session.group.leads:
         keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
 
-    pair = choose_pair(session, teacher, targets) if arguments.sweep else plan.pairs(arguments)[0]
+    pair = choose_pair(session, teachers, teacher, targets) if arguments.sweep else plan.pairs(arguments)[0]
     runs = plan.student_runs(arguments, loaded, teacher, [pair], session.hooks)
     # With --overwrite the baselines of a sweep were removed before it.
     again = [run for run in runs if run.settings.role == "kd"] if arguments.sweep else runs
@@ -122,18 +112,36 @@ def train_students(session, teachers):
     return asked | {"criterion": runs[0].settings.criterion, "shared": runs[0].settings.shared}
 
 
-def choose_pair(session, teacher, targets):
+def soft_targets(session, networks):
+    """The distill.Ensemble of teachers, a dict of networks by digest, for the views of the command's students."""
+    loaded, shared = session.data, session.group.size > 1
+    views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=plan.padding(session.arguments))
+    about = loaded.digest, views, Path(session.arguments.output_dir) / "targets", session.machine
+    members = networks.items()
+    return distill.Ensemble(
+        [distill.SoftTargets(network, digest, *about, shared, session.transfer_set) for digest, network in members]
+    )
+
+
+def choose_pair(session, teachers, teacher, targets):
     """The sweep: trains students for every pair of temperature and alpha on a part of the training images, and returns
-    the pair with the best accuracy on the rest."""
+    the pair with the best accuracy on the rest. The `teachers`, whose digest is `teacher`, have seen that rest: where
+    the same ones trained without it are there, these give the soft targets, in place of `targets`."""
     arguments, loaded, pairs = session.arguments, session.data, plan.pairs(session.arguments)
-    selection = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks, selection=True)
-    fraction = selection[0].settings.val_fraction
-    if not len(data.split(loaded.train_labels.cpu()[session.transfer_set], fraction)[1]):
+    fraction = plan.val_fraction(arguments)
+    judged = data.split(loaded.train_labels, fraction, session.transfer_set)[1]
+    if not len(judged):
         raise Failure("A sweep needs at least two training images in some class, to judge on one of them.")
     of_these = " that students see" if len(session.transfer_set) < len(loaded.train_labels) else ""
     session.group.say(
-        f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {fraction:.0%} of the training images{of_these}"
+        f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {len(judged):,} of the "
+        f"{len(session.transfer_set):,} training images{of_these}"
     )
+    others = sweep_networks(session, teachers, fraction, judged)
+    if others:
+        targets = soft_targets(session, others)
+    other = "+".join(others) or None
+    selection = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks, fraction, other)
     candidates = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks)
     if arguments.overwrite:
         # Which pair will be trained on everything is not known yet: of the candidates only the baselines are removed,
@@ -147,6 +155,22 @@ def choose_pair(session, teacher, targets):
     pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments), shared))
     session.group.say(f"Best on the validation part: temperature {pair[0]}, alpha {pair[1]}")
     return pair
+
+
+def sweep_networks(session, teachers, fraction, judged):
+    """The `teachers` as trained without `fraction` of the training images, and so without those on which a sweep is
+    `judged` (indices), as digests_of; {} where there is one that was not, which is said."""
+    apart = data.split(session.data.train_labels, fraction)[1]
+    with session.group.first():
+        possible = torch.isin(judged, apart).all().item()
+        paths, missing = find_sweep_teachers(session.arguments, teachers, fraction, possible)
+        if missing:
+            session.group.say(missing)
+            return {}
+        found = [(path, models.load(path, hooks=session.hooks)) for path in paths]
+        for (path, network), (original, teacher) in zip(found, teachers, strict=True):
+            check_sweep_teacher(session.arguments, path, network, original, teacher)
+        return digests_of(session, found, "teacher of the sweep")
 
 
 def prepare(session, runs):
@@ -195,9 +219,9 @@ def measured(settings):
     return "validation" if settings.get("val_fraction") else "test"
 
 
-def digests_of(session, teachers):
+def digests_of(session, teachers, role="teacher"):
     """The teachers, checked and on the device, by their digests and in the order of these; so however they are named,
-    their mean is the same to the last bit."""
+    their mean is the same to the last bit. `role` is what is said of them."""
     paths, networks = {}, {}
     for path, network in teachers:
         check_teacher(session.arguments, session.data, path, network)
@@ -205,7 +229,7 @@ def digests_of(session, teachers):
         if digest in paths:
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network
-        session.group.say(f"{path}: {measured(network.settings)} accuracy {network.accuracy:.4f} (teacher)")
+        session.group.say(f"{path}: {measured(network.settings)} accuracy {network.accuracy:.4f} ({role})")
     return {digest: networks[digest].to(**session.machine.place) for digest in sorted(networks)}
 
 

@@ -63,8 +63,8 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     if run.is_finished:
         return run.finished_accuracy()
     transfer_set = data.transfer_set(settings.train_fraction, settings.omit_class)
-    parts = split(data.train_labels.cpu()[transfer_set], settings.val_fraction)
-    indices, validation = (transfer_set[part].to(machine.device) for part in parts)
+    parts = split(data.train_labels, settings.val_fraction, transfer_set)
+    indices, validation = (part.to(machine.device) for part in parts)
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
     views = Views(data.train_images, data.mean, data.std, f"{stream}views", settings.padding)
     network = new_network(settings, data, transfer_set, options.hooks)

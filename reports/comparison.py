@@ -9,7 +9,7 @@ import numpy as np
 from reports.calibration import calibration
 from reports.fidelity import fidelity
 from reports.omitted import omitted_classes
-from reports.records import all_finished_runs, comparable, finished_runs, load_speed, load_test_set
+from reports.records import all_finished_runs, comparable, load_speed, load_test_set
 from reports.statistics import (
     balanced_accuracy,
     class_accuracies,
@@ -84,7 +84,7 @@ class Comparison:
         self._add_speed()
         self.selection = self._selection()
         for run in self.runs:
-            if run.settings.role == "teacher":
+            if run.settings.role == "teacher" and not run.settings.val_fraction:
                 logits = self.member_logits[self.settings.teacher.split("+").index(run.weights_sha256)]
                 self.balanced[run.folder] = self._by_class(logits)["balanced_accuracy"]
 
@@ -211,36 +211,50 @@ class Comparison:
 
     def _selection(self):
         """What comparison.json says of the sweep that chose the pair, or else of the largest one: an entry for each
-        pair and one for the baseline, all over the same seeds (the students', where the sweep had them) and the same
-        validation part. Runs with settings other than the students' are left out."""
-        runs = finished_runs(self.output / "selection", self.settings.shared)
-        runs = {key: run for key, run in runs.items() if comparable(self.settings, run.settings, {"val_fraction"})}
+        pair, one for the baseline and one for the teacher that has not seen the validation part, where there is one;
+        the students' all over the same seeds (the compared ones, where the sweep had them) and of the same teacher.
+        Runs with settings other than the students' are left out."""
+        everything = all_finished_runs(self.output / "selection")
+        runs = {run.key: run for run in everything if run.settings.shared == self.settings.shared}
+        apart = {"val_fraction", "sweep_teacher"}
+        runs = {key: run for key, run in runs.items() if comparable(self.settings, run.settings, apart)}
         chosen = ("kd", self.settings.temperature, self.settings.alpha)
-        fractions = [run.settings.val_fraction for key, run in runs.items() if key[:3] == chosen]
-        fractions = fractions or [run.settings.val_fraction for run in runs.values()]
-        if not fractions:
+        found = [run for key, run in runs.items() if key[:3] == chosen]
+        found = found or [run for key, run in runs.items() if key[0] == "kd"] or list(runs.values())
+        if not found:
             return []
-        fraction = max(set(fractions), key=fractions.count)
+        sweeps = [(run.settings.val_fraction, run.settings.sweep_teacher) for run in found]
+        fraction, teacher = max(sweeps, key=sweeps.count)  # the first of equals
         groups = {}
         for key, run in runs.items():
-            if run.settings.val_fraction == fraction:
+            taught_alike = key[0] == "baseline" or run.settings.sweep_teacher == teacher
+            if run.settings.val_fraction == fraction and taught_alike:
                 groups.setdefault(key[:3], {})[key[3]] = run
         seeds, found = self.kd[0]["seeds"], groups.get(chosen) or max(groups.values(), key=len)
         seeds = seeds if set(seeds) <= set(found) else sorted(found)
-        entries = []
-        for (role, temperature, alpha), found in sorted(
-            groups.items(), key=lambda item: (-len(item[0][0]), str(item[0]))
-        ):
+        digests = (teacher or "").split("+")
+        members = [run for run in everything if run.settings.role == "teacher" and run.weights_sha256 in digests]
+        ways = {("teacher", None, None): {run.settings.seed: run for run in members}} if members else {}
+        for way, found in sorted(groups.items(), key=lambda item: (-len(item[0][0]), str(item[0]))):
             if set(seeds) <= set(found):
-                values = [found[seed].val_accuracy for seed in seeds]
-                self.runs += [found[seed] for seed in seeds]
-                entries.append(
-                    {
-                        "role": role, "temperature": temperature, "alpha": alpha, "val_fraction": fraction,
-                        "seeds": seeds, "val_accuracies": values, "mean": float(np.mean(values)), "std": spread(values),
-                    }
-                )  # fmt: skip
+                ways[way] = {seed: found[seed] for seed in seeds}
+        entries = []
+        for (role, temperature, alpha), found in ways.items():
+            values = [run.val_accuracy for run in found.values()]
+            self.runs += found.values()
+            entries.append(
+                {
+                    "role": role, "temperature": temperature, "alpha": alpha, "val_fraction": fraction,
+                    "sweep_teacher": teacher if role == "kd" else None, "seeds": list(found), "val_accuracies": values,
+                    "mean": float(np.mean(values)), "std": spread(values),
+                }
+            )  # fmt: skip
         return entries
+
+    @property
+    def sweep_teacher_has_seen(self):
+        """Whether the teacher of the sweep was trained on the images on which it was judged."""
+        return any(each["role"] == "kd" and each["alpha"] and not each["sweep_teacher"] for each in self.selection)
 
     def notes(self):
         """What must be said of the images beside the figures, lines; raises Damaged where that cannot be read."""

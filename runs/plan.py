@@ -49,24 +49,34 @@ def omitted(arguments, data):
     return (*(name for name in data.classes if name in asked), *sorted(asked.difference(data.classes)))
 
 
+def val_fraction(arguments):
+    """The part of the training images on which a sweep is judged."""
+    return arguments.val_fraction or 0.1
+
+
 def teacher_runs(arguments, data, count, hooks):
-    """The runs of the first `count` teachers."""
+    """The runs of the first `count` teachers: with --val-fraction those for a sweep, which do not see that part."""
     images, all_seeds = len(data.train_labels), range(arguments.seed, arguments.seed + count)
-    settings = [_settings(arguments, data, "teacher", seed, images, hooks.teacher) for seed in all_seeds]
-    return [Run(Path(arguments.output_dir) / each.name, each, hooks) for each in settings]
+    fraction = arguments.val_fraction or 0.0 if arguments.train_teacher else 0.0
+    settings = [
+        _settings(arguments, data, "teacher", seed, images, hooks.teacher, val_fraction=fraction) for seed in all_seeds
+    ]
+    folder = Path(arguments.output_dir) / ("selection" if fraction else "")
+    return [Run(folder / each.name, each, hooks) for each in settings]
 
 
-def student_runs(arguments, data, teacher, pairs, hooks, selection=False):
+def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_teacher=None):
     """The runs of students: for every seed those with distillation for each of `pairs`, with the loss of the user's own
-    if `hooks` has one and then without, and the baseline. `teacher` is a digest; with `selection` they are those of a
-    sweep, which are judged on a part of the training images."""
-    folder = Path(arguments.output_dir) / ("selection" if selection else "")
-    fraction = (arguments.val_fraction or 0.1) if selection else 0.0
+    if `hooks` has one and then without, and the baseline. `teacher` is a digest. With `fraction` they are those of a
+    sweep, which are judged on that part of the training images, and `sweep_teacher` is the digest of the teacher that
+    has not seen it, where there is one."""
+    folder = Path(arguments.output_dir) / ("selection" if fraction else "")
     shared = {"train_fraction": arguments.train_fraction, "omit_class": omitted(arguments, data)}
     images = len(data.transfer_set(*shared.values()))
     runs = []
     for seed in seeds(arguments):
-        distilled = [{"role": "kd", "temperature": t, "alpha": a, "teacher": teacher} for t, a in pairs]
+        taught = {"teacher": teacher, "sweep_teacher": sweep_teacher}
+        distilled = [{"role": "kd", "temperature": t, "alpha": a, **taught} for t, a in pairs]
         if hooks.loss:
             loss = settings_of("loss", hooks.loss)
             distilled = [each | more for each in distilled for more in (loss, {})]

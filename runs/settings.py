@@ -20,7 +20,8 @@ NotNegative = Annotated[int, Meta(ge=0)]
 @dataclass(frozen=True)
 class Settings:
     """What identifies a run: two runs with equal settings end with equal weights (on one machine). `data` and `teacher`
-    are SHA-256 digests, those of several teachers sorted and joined by "+".
+    are SHA-256 digests, those of several teachers sorted and joined by "+"; `sweep_teacher` is that of the same teacher
+    trained without the validation images, where a sweep's student was distilled from that one.
 
     A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it.
     Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and
@@ -42,6 +43,7 @@ class Settings:
     teacher: str | None = None
     recipe: int = RECIPE
     views: int = VIEWS_VERSION
+    sweep_teacher: str | None = None
     train_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
     omit_class: tuple[str, ...] = ()
     loss: str | None = None
@@ -85,9 +87,11 @@ class Settings:
 
 
 # Of the settings: what a run has that records nothing of them.
-OPTIONAL = {"train_fraction": 1.0, "omit_class": []} | {
+OPTIONAL = {"sweep_teacher": None, "train_fraction": 1.0, "omit_class": []} | {
     f"{what}{more}": None for what in ("loss", "network") for more in ("", "_file", "_sha256")
 }
+# What to say where two runs differ in a digest.
+OTHERS = {"data": "another data set", "teacher": "another teacher", "sweep_teacher": "another teacher for the sweep"}
 SHORT = 8  # epochs of a short training (default_padding)
 LONGEST = 100  # bytes that the names of omitted classes take in a folder's name, of the 255 that file systems allow
 PLAIN = (1.0, (), None)  # `Settings.shared` of such a run
@@ -207,8 +211,8 @@ def differences(found: Mapping, wanted: Mapping):
                 what = name.removesuffix("_sha256")
                 then, now = f"SHA-256 {found[name][:12]}… then", f"{value[:12]}… now"
                 phrases.append(f"the {what} in {wanted[f'{what}_file']} was edited since ({then}, {now})")
-            elif name in ("data", "teacher"):
-                phrases.append("another teacher" if name == "teacher" else "another data set")
+            elif name in OTHERS:
+                phrases.append(OTHERS[name])
             else:
                 phrases.append(f"{name.replace('_', ' ')} {found.get(name, 'unknown')} instead of {value}")
     return phrases

@@ -4,11 +4,20 @@ import os
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from arguments import FOLDER_OPTIONS, command
-from runs.files import Damaged, Failure, read_json
-from runs.settings import RunRecord, run_name
+from runs.files import Damaged, Failure, decode, read_json
+from runs.settings import (
+    RunRecord,
+    Settings,
+    complete,
+    default_learning_rate,
+    default_padding,
+    differences,
+    run_name,
+)
 
 
 def find_teachers(arguments):
@@ -59,10 +68,9 @@ def _unfinished(arguments, folder):
         settings = record.settings
         resumes = settings.role == "teacher"  # a student takes more words than are known here
         progress = f"epoch {record.epochs_done} of {settings.epochs}"
-        changed |= {
-            name: getattr(settings, name) for name in ("epochs", "image_size", "batch_size", "weight_decay", "seed")
-        }
-        changed |= {"lr": settings.learning_rate, "padding": settings.padding}
+        changed |= _typed(settings)
+        if settings.val_fraction:
+            changed["output_dir"] = str(folder.parent.parent)
         typed = ("dataset", "data_dir", "device", "precision", "compile", "teacher_network", *FOLDER_OPTIONS)
         changed |= {name: record.recorded[name] for name in typed if name in record.recorded}
     except Damaged:
@@ -73,6 +81,64 @@ def _unfinished(arguments, folder):
         f"The teacher in {folder} is unfinished ({progress}). Finish it with its own command:\n"
         f"{teacher_command(arguments, **changed)}"
     )
+
+
+def _typed(settings):
+    """What to type for a teacher with these Settings, {name of the option: value}."""
+    same = ("epochs", "image_size", "batch_size", "weight_decay", "seed")
+    typed = {name: getattr(settings, name) for name in same}
+    if settings.padding != default_padding(settings.epochs, settings.image_size):
+        typed["padding"] = settings.padding
+    if settings.learning_rate != default_learning_rate(settings.batch_size, settings.network):
+        typed["lr"] = settings.learning_rate
+    if settings.val_fraction:
+        typed["val_fraction"] = settings.val_fraction
+    return typed
+
+
+def find_sweep_teachers(arguments, teachers, fraction, possible):
+    """The paths of the same `teachers`, pairs of path and network, trained without the part `fraction` of the training
+    images, on which a sweep is judged; and what to say where one is missing, else None. Raises Failure where one is
+    unfinished. `possible` is False where such teachers, too, would have seen some of the images: where students see so
+    few of a class that none of them is in that part."""
+    paths, commands = [], []
+    for path, network in teachers:
+        possible = possible and network.settings.get("role") == "teacher"
+        if not possible:
+            break
+        settings = decode(network.settings, Settings, path)
+        if settings.val_fraction >= fraction:
+            paths.append(path)
+            continue
+        settings = replace(settings, val_fraction=fraction)
+        folder = Path(arguments.output_dir) / "selection" / settings.name
+        if (folder / "model.pt").is_file():
+            paths.append(folder / "model.pt")
+        elif (folder / "run.json").is_file():
+            raise Failure(_unfinished(arguments, folder))
+        else:
+            commands.append(teacher_command(arguments, **_typed(settings)))
+    if possible and not commands:
+        return paths, None
+    said = (
+        "The teacher has seen these images, too: distilled students look better on them than they are, and the more so "
+        "the more\nthey follow the teacher."
+    )
+    if not possible:
+        return [], f"{said} Compare pairs with each other only, and with care."
+    return [], f"{said} To judge without that, first train one that has not seen them:\n" + "\n".join(commands)
+
+
+def check_sweep_teacher(arguments, path, network, original, teacher):
+    """Raises Failure unless `network`, from `path`, was trained as the `teacher` from `original` was, apart from the
+    images that it did not see."""
+    wanted, found = ({**complete(each.settings), "val_fraction": None} for each in (teacher, network))
+    if phrases := differences(found, wanted):
+        settings = replace(decode(teacher.settings, Settings, original), val_fraction=network.settings["val_fraction"])
+        raise Failure(
+            f"{path} is not {original} trained without the validation images: {', '.join(phrases)}.\n"
+            f"Remove its folder, or train it again:\n{teacher_command(arguments, **_typed(settings), overwrite=True)}"
+        )
 
 
 def spare_teachers(paths, runs):

@@ -282,7 +282,7 @@ def test_a_sweep_checks_all_runs_before_it_trains_any(quick, flags, copy):
     assert got.status == 0, got
     assert written(copy)["kd-T4-a0.1-s0"] == before  # this command does not train it
     # A tenth of the training images, unless another part is asked for, is what a sweep is judged on.
-    assert "judged on 10% of the training images" in got.out
+    assert "judged on 6 of the 48 training images" in got.out
     record = json.loads((copy / "selection" / "kd-T4-a0.9-s0" / "run.json").read_text())
     assert record["settings"]["val_fraction"] == 0.1
     assert "[2/3] kd-T4-a0.9-s0: 1 of 1 for all runs" in logged(got.err)

@@ -713,3 +713,24 @@ def test_the_validation_part_is_stratified_fixed_and_disjoint():
     assert len(data.split(labels, 0.0)[1]) == 0
     training, validation = data.split(torch.tensor([0, 1, 1]), 0.5)
     assert 0 in training.tolist() and len(validation) == 1
+
+
+def test_the_validation_part_of_what_students_see_lies_in_that_of_the_whole_set():
+    labels = torch.arange(1000) % 5
+    whole = set(data.split(labels, 0.2)[1].tolist())
+    some = (torch.arange(1000) % 3 > 0).nonzero()[:, 0]
+    some = some[labels[some] != 2]
+    training, validation = data.split(labels, 0.2, some)
+    assert set(validation.tolist()) == whole & set(some.tolist())
+    assert sorted(training.tolist() + validation.tolist()) == some.tolist()
+    assert torch.equal(data.split(labels, 0.2, torch.arange(1000))[1], data.split(labels, 0.2)[1])
+    # Of few images of a class one is judged on and one is trained on, wherever they lie.
+    inside = sorted(row for row in whole if labels[row] == 1)[:2]
+    outside = [row for row in range(1000) if labels[row] == 1 and row not in whole][:2]
+    for pair in (inside, outside, [inside[0], outside[0]]):
+        training, validation = data.split(labels, 0.2, torch.tensor(sorted(pair)))
+        assert len(training) == len(validation) == 1 and {*training.tolist(), *validation.tolist()} == set(pair)
+        assert pair is outside or validation.item() in whole
+    training, validation = data.split(labels, 0.2, torch.tensor(inside[:1]))
+    assert training.tolist() == inside[:1] and not len(validation)
+    assert data.split(labels, 0.0, some)[0].tolist() == some.tolist()

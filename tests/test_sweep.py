@@ -144,6 +144,119 @@ def test_a_repeated_sweep_trains_nothing(cli, flags, swept, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in again.rglob("model.pt")} == times
 
 
+# The teacher of a sweep ----------------------------------------------------------------------------------------------
+
+PAIRS = ("--temperature", 2, 4, "--alpha", 1, "--val-fraction", 0.25)
+
+
+def command_in(text):
+    """The words of the first command that trains a teacher in a `text`."""
+    (line,) = [line for line in text.splitlines() if line.startswith("python main.py --train-teacher")][:1]
+    return line.split()[2:]
+
+
+@pytest.mark.slow
+def test_a_sweep_is_fair_with_a_teacher_that_has_not_seen_the_validation_images(cli, flags, copy, monkeypatch):
+    """The command that the first sweep names trains that teacher; its soft targets are those that decide, and the final
+    students are taught by the usual one, as if there had been no sweep."""
+    import data
+    import train
+
+    machine = flags[-4:]  # of the device, which the named command leaves to the machine
+    before = models.digest(models.load(copy / "kd-T4-a0.1-s0" / "model.pt").state_dict())
+    got = cli(*flags, "--output-dir", copy, *PAIRS)
+    assert "The teacher has seen these images" in got.out and "(the teacher has seen these images" in got.out, got
+    assert "The teacher has seen these images" in (copy / "report.html").read_text()
+    biased = models.load(copy / "selection" / "kd-T2-a1-s0" / "model.pt")
+
+    seen, judged = [], []
+    batch, validate = data.Views.batch, train.validate
+    monkeypatch.setattr(data.Views, "batch", lambda self, epoch, rows: seen.append(rows) or batch(self, epoch, rows))
+    monkeypatch.setattr(train, "validate", lambda *about: judged.append(about[2]) or validate(*about))
+    got = cli(*command_in(got.out), *machine)
+    assert got.status == 0 and "selection/teacher-s0: validation accuracy" in got.out.replace("\\", "/"), got
+    folder = copy / "selection" / "teacher-s0"
+    rows, apart = (set(np.concatenate([each.numpy() for each in found]).tolist()) for found in (seen, judged))
+    assert len(apart) == 12 and len(rows) >= 32 and not apart & rows
+    assert not (folder / "test_logits.npy").exists() and json.loads((folder / "run.json").read_text())["val_accuracy"]
+
+    got = cli(*flags, "--output-dir", copy, *PAIRS)
+    assert got.status == 1 and "another teacher for the sweep" in got.err, got
+    judged.clear()
+    got = cli(*flags, "--output-dir", copy, *PAIRS, "--overwrite")
+    assert got.status == 0 and "(teacher of the sweep)" in got.out and "has seen these" not in got.out, got
+    assert set(np.concatenate([each.numpy() for each in judged]).tolist()) <= apart
+    fair = models.load(copy / "selection" / "kd-T2-a1-s0" / "model.pt")
+    teacher = models.load(folder / "model.pt")
+    assert fair.settings["sweep_teacher"] == models.digest(teacher.state_dict())
+    assert models.digest(fair.state_dict()) != models.digest(biased.state_dict())
+    selection = json.loads((copy / "comparison.json").read_text())["selection"]
+    assert [each["role"] for each in selection] == ["teacher", "baseline", "kd", "kd"]
+    assert selection[0]["val_accuracies"] == [teacher.accuracy]
+    assert "has seen" not in (copy / "report.html").read_text()
+    with open(copy / "comparison.csv", encoding="utf-8") as file:
+        assert "selection/teacher-s0" in [row["run"] for row in csv.DictReader(file)]
+
+    got = cli(*flags, "--output-dir", copy, "--temperature", 4, 5, "--alpha", 0.1, "--val-fraction", 0.25)
+    assert got.status == 0, got
+    assert models.digest(models.load(copy / "kd-T4-a0.1-s0" / "model.pt").state_dict()) == before
+    chosen = next(copy.glob("kd-T*-a1-s0"))
+    (copy / "plain").mkdir()
+    shutil.copytree(copy / "teacher-s0", copy / "plain" / "teacher-s0")
+    words = (*flags, "--output-dir", copy / "plain", "--alpha", 1, "--temperature", chosen.name[4])
+    assert cli(*words).status == 0
+    plain = models.load(copy / "plain" / chosen.name / "model.pt").state_dict()
+    assert models.digest(plain) == models.digest(models.load(chosen / "model.pt").state_dict())
+
+
+@pytest.mark.slow
+def test_students_of_few_images_are_judged_on_images_that_the_teacher_of_the_sweep_has_not_seen(cli, flags, copy):
+    assert cli(*flags, "--output-dir", copy, "--train-teacher", "--val-fraction", 0.25).status == 0
+    few = ("--train-fraction", 0.5, "--omit-class", "red")
+    got = cli(*flags, "--output-dir", copy, *PAIRS, *few)
+    assert got.status == 0 and "(teacher of the sweep)" in got.out and "has seen these" not in got.out, got
+
+
+@pytest.mark.slow
+def test_a_teacher_of_the_sweep_that_does_not_fit_is_refused_with_the_command_that_trains_it(cli, flags, copy):
+    one = ("--train-teacher", "--val-fraction", 0.25)
+    assert cli(*flags, "--output-dir", copy, *one, "--epochs", 1, "--lr", 0.1).status == 0
+    got = cli(*flags, "--output-dir", copy, *PAIRS)
+    assert got.status == 1 and "epochs 1 instead of 2" in got.err and "learning rate 0.1 instead" in got.err, got
+    got = cli(*command_in(got.err), *flags[-4:])
+    assert got.status == 0, got
+    got = cli(*flags, "--output-dir", copy, *PAIRS)
+    assert got.status == 0 and "(teacher of the sweep)" in got.out, got
+
+
+@pytest.mark.slow
+def test_an_unfinished_teacher_of_the_sweep_is_refused_with_the_command_that_finishes_it(cli, flags, copy, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "validate", lambda *_: 1 / 0)
+    assert cli(*flags, "--output-dir", copy, "--train-teacher", "--val-fraction", 0.25).status == 1
+    monkeypatch.undo()
+    got = cli(*flags, "--output-dir", copy, *PAIRS)
+    assert got.status == 1 and "is unfinished" in got.err, got
+    assert "--val-fraction" in command_in(got.err) and str(copy) in command_in(got.err), got
+
+
+@pytest.mark.slow
+def test_several_teachers_need_as_many_for_the_sweep(cli, flags, copy):
+    both = ("--teacher", copy / "teacher-s0", copy / "teacher-s1")
+    assert cli(*flags, "--output-dir", copy, "--train-teacher", "--seed", 1).status == 0
+    assert cli(*flags, "--output-dir", copy, "--train-teacher", "--val-fraction", 0.25).status == 0
+    new = ("--epochs", 1, "--output-dir", copy)
+    got = cli(*flags, *new, *PAIRS, *both, "--overwrite")
+    assert got.status == 0 and "The teacher has seen these images" in got.out, got
+    assert command_in(got.out)[command_in(got.out).index("--seed") + 1] == "1"
+    assert cli(*command_in(got.out), *flags[-4:]).status == 0
+    got = cli(*flags, *new, *PAIRS, *both, "--overwrite")
+    assert got.status == 0 and got.out.count("(teacher of the sweep)") == 2, got
+    selection = json.loads((copy / "comparison.json").read_text())["selection"]
+    assert selection[0]["role"] == "teacher" and selection[0]["seeds"] == [0, 1]
+
+
 # Figures -------------------------------------------------------------------------------------------------------------
 
 
