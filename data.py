@@ -158,8 +158,9 @@ def split(labels, fraction, transfer_set=None):
     """(training indices, validation indices) of a training set: `fraction` of each class, always the same.
 
     `labels` is (N,); both results are sorted index tensors. A class keeps at least one image for training. Of a
-    `transfer_set`, indices of those that students see, validation images are as far as possible those that they are in
-    the whole training set: a teacher trained without these has seen none of them.
+    `transfer_set`, indices of those that students see, validation images are only such as are in the validation part of
+    the whole training set, too, so a teacher trained without that has seen none of them: about `fraction` of each
+    class, no more, and none of a class of which that part has none.
     """
     everything = torch.arange(len(labels))
     seen = everything if transfer_set is None else transfer_set.cpu()
@@ -171,7 +172,7 @@ def split(labels, fraction, transfer_set=None):
         rows = (labels == number).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=draws)]
         apart, own = rows[: max(1, round(fraction * len(rows)))], rows[member[rows]]
-        count = int(member[apart].sum())
-        chosen.append(own[: max(0, min(max(1, count), len(own) - 1))])
+        count = min(int(member[apart].sum()), max(1, round(fraction * len(own))), len(own) - 1)
+        chosen.append(own[: max(0, count)])
     validation = torch.cat(chosen).sort().values
     return seen[~torch.isin(seen, validation)], validation

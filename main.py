@@ -77,6 +77,9 @@ def train_teachers(session):
     arguments, loaded = session.arguments, session.data
     count = arguments.seeds if arguments.train_teacher else 1
     runs = plan.teacher_runs(arguments, loaded, count, session.hooks)
+    fraction = runs[0].settings.val_fraction
+    if fraction and not len(data.split(loaded.train_labels, fraction)[1]):
+        raise Failure("--val-fraction needs at least two training images in some class.")
     prepare(session, runs)
     later = []
     if not arguments.train_teacher:  # --demo: the students follow
@@ -97,8 +100,7 @@ def train_students(session, teachers):
         runs = plan.student_runs(arguments, loaded, teacher, plan.pairs(arguments), session.hooks)
         spare_teachers([path for path, _ in teachers], runs)
     if any(arguments.alpha) or session.hooks.loss:
-        size = f"{arguments.epochs * targets.bytes_per_epoch / 1e6:.1f} MB"
-        session.group.say(f"Soft targets: {size} in {Path(arguments.output_dir) / 'targets'}")
+        say_size(session, targets)
     if session.group.leads:
         keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
 
@@ -123,6 +125,12 @@ def soft_targets(session, networks):
     )
 
 
+def say_size(session, targets, which=""):
+    """Says how much room soft targets take."""
+    size, folder = session.arguments.epochs * targets.bytes_per_epoch, Path(session.arguments.output_dir) / "targets"
+    session.group.say(f"Soft targets{which}: {size / 1e6:.1f} MB in {folder}")
+
+
 def choose_pair(session, teachers, teacher, targets):
     """The sweep: trains students for every pair of temperature and alpha on a part of the training images, and returns
     the pair with the best accuracy on the rest. The `teachers`, whose digest is `teacher`, have seen that rest: where
@@ -131,15 +139,19 @@ def choose_pair(session, teachers, teacher, targets):
     fraction = plan.val_fraction(arguments)
     judged = data.split(loaded.train_labels, fraction, session.transfer_set)[1]
     if not len(judged):
-        raise Failure("A sweep needs at least two training images in some class, to judge on one of them.")
+        raise Failure(
+            "A sweep needs images to judge on: students see too few of each class. Give a larger --val-fraction or "
+            "--train-fraction."
+        )
     of_these = " that students see" if len(session.transfer_set) < len(loaded.train_labels) else ""
     session.group.say(
         f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {len(judged):,} of the "
         f"{len(session.transfer_set):,} training images{of_these}"
     )
-    others = sweep_networks(session, teachers, fraction, judged)
+    others = sweep_networks(session, teachers, fraction)
     if others:
         targets = soft_targets(session, others)
+        say_size(session, targets, " of the sweep")
     other = "+".join(others) or None
     selection = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks, fraction, other)
     candidates = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks)
@@ -157,19 +169,17 @@ def choose_pair(session, teachers, teacher, targets):
     return pair
 
 
-def sweep_networks(session, teachers, fraction, judged):
-    """The `teachers` as trained without `fraction` of the training images, and so without those on which a sweep is
-    `judged` (indices), as digests_of; {} where there is one that was not, which is said."""
-    apart = data.split(session.data.train_labels, fraction)[1]
+def sweep_networks(session, teachers, fraction):
+    """The `teachers` as trained without the `fraction` of the training images on which a sweep is judged, as
+    digests_of; {} where there is one that was not, which is said."""
     with session.group.first():
-        possible = torch.isin(judged, apart).all().item()
-        paths, missing = find_sweep_teachers(session.arguments, teachers, fraction, possible)
+        paths, missing = find_sweep_teachers(session.arguments, teachers, fraction)
         if missing:
             session.group.say(missing)
             return {}
         found = [(path, models.load(path, hooks=session.hooks)) for path in paths]
         for (path, network), (original, teacher) in zip(found, teachers, strict=True):
-            check_sweep_teacher(session.arguments, path, network, original, teacher)
+            check_sweep_teacher(session.arguments, path, network, original, teacher, fraction)
         return digests_of(session, found, "teacher of the sweep")
 
 

@@ -215,8 +215,9 @@ class Comparison:
         the students' all over the same seeds (the compared ones, where the sweep had them) and of the same teacher.
         Runs with settings other than the students' are left out."""
         everything = all_finished_runs(self.output / "selection")
-        runs = {run.key: run for run in everything if run.settings.shared == self.settings.shared}
-        apart = {"val_fraction", "sweep_teacher"}
+        students = [run for run in everything if run.settings.role != "teacher"]
+        runs = {run.key: run for run in students if run.settings.shared == self.settings.shared}
+        apart = {"val_fraction", "split", "sweep_teacher"}
         runs = {key: run for key, run in runs.items() if comparable(self.settings, run.settings, apart)}
         chosen = ("kd", self.settings.temperature, self.settings.alpha)
         found = [run for key, run in runs.items() if key[:3] == chosen]
@@ -234,18 +235,19 @@ class Comparison:
         seeds = seeds if set(seeds) <= set(found) else sorted(found)
         digests = (teacher or "").split("+")
         members = [run for run in everything if run.settings.role == "teacher" and run.weights_sha256 in digests]
-        ways = {("teacher", None, None): {run.settings.seed: run for run in members}} if members else {}
+        ways = {("teacher", None, None): members} if members else {}
         for way, found in sorted(groups.items(), key=lambda item: (-len(item[0][0]), str(item[0]))):
             if set(seeds) <= set(found):
-                ways[way] = {seed: found[seed] for seed in seeds}
+                ways[way] = [found[seed] for seed in seeds]
         entries = []
         for (role, temperature, alpha), found in ways.items():
-            values = [run.val_accuracy for run in found.values()]
-            self.runs += found.values()
+            values = [run.val_accuracy for run in found]
+            self.runs += found
             entries.append(
                 {
                     "role": role, "temperature": temperature, "alpha": alpha, "val_fraction": fraction,
-                    "sweep_teacher": teacher if role == "kd" else None, "seeds": list(found), "val_accuracies": values,
+                    "sweep_teacher": teacher if role == "kd" else None, "val_accuracies": values,
+                    "seeds": [run.settings.seed for run in found],
                     "mean": float(np.mean(values)), "std": spread(values),
                 }
             )  # fmt: skip

@@ -11,10 +11,7 @@ from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, sp
 from runs.settings import pair_name
 
 BETTER = 0.1  # a network is hardly better than a guess that corrects less than this share of the guess's errors
-SEEN = (  # the teacher of a sweep
-    "the teacher has seen these images, so distilled students look better on them than they are, and the more so the\n"
-    "more they follow it"
-)
+SEEN = "the teacher was trained on these images, too: this favours students that follow it closely"  # of a sweep
 MANY, ENDS = 20, 5  # of more classes, only so many of the lowest and highest accuracy are printed
 
 
@@ -121,6 +118,7 @@ def details(comparison):
         text += "\n" + _row("Sweep, on validation", "accuracy", "std", "n")
         for each in sorted(comparison.selection, key=lambda each: -each["mean"]):
             name = f"KD, {pair_name(each)}" if each["role"] == "kd" else each["role"].capitalize()
+            name = "Teachers, each alone" if name == "Teacher" and len(each["seeds"]) > 1 else name
             text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
         text += f"({SEEN})\n" * comparison.sweep_teacher_has_seen
     text += "\n" + _row("Costs", "parameters", "MACs, M", "MB", "ms / image", "images / s")

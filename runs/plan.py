@@ -7,7 +7,7 @@ from pathlib import Path
 from runs.files import Failure, read_json
 from runs.hooks import settings_of
 from runs.run import Run
-from runs.settings import RunRecord, Settings, default_learning_rate, default_padding
+from runs.settings import SPLIT_VERSION, RunRecord, Settings, default_learning_rate, default_padding
 
 
 def _settings(arguments, data, role, seed, images, network, **rest):
@@ -73,6 +73,8 @@ def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_tea
     folder = Path(arguments.output_dir) / ("selection" if fraction else "")
     shared = {"train_fraction": arguments.train_fraction, "omit_class": omitted(arguments, data)}
     images = len(data.transfer_set(*shared.values()))
+    part = fraction and images < len(data.train_labels)
+    judged = {"val_fraction": fraction, "split": SPLIT_VERSION if part else None}
     runs = []
     for seed in seeds(arguments):
         taught = {"teacher": teacher, "sweep_teacher": sweep_teacher}
@@ -81,7 +83,7 @@ def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_tea
             loss = settings_of("loss", hooks.loss)
             distilled = [each | more for each in distilled for more in (loss, {})]
         for rest in (*distilled, {"role": "baseline"}):
-            common = {"seed": seed, "images": images, "network": hooks.student, "val_fraction": fraction}
+            common = {"seed": seed, "images": images, "network": hooks.student, **judged}
             settings = _settings(arguments, data, **common, **shared, **rest)
             runs.append(Run(folder / settings.name, settings, hooks))
     return runs

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 VERSION = "2.0.0"  # of the program
 RECIPE = 4  # of networks, initial weights, optimizer and schedule: raise it with any change of them
+SPLIT_VERSION = 2  # of data.split for students of a part of the images
 VIEWS_VERSION = 1  # of the augmentation in data.Views: raise it with any change of it
 
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -21,7 +22,8 @@ NotNegative = Annotated[int, Meta(ge=0)]
 class Settings:
     """What identifies a run: two runs with equal settings end with equal weights (on one machine). `data` and `teacher`
     are SHA-256 digests, those of several teachers sorted and joined by "+"; `sweep_teacher` is that of the same teacher
-    trained without the validation images, where a sweep's student was distilled from that one.
+    trained without the validation images, where a sweep's student was distilled from that one. `split` is the version
+    of data.split for those of a part of the images, None of the first.
 
     A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it.
     Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and
@@ -44,6 +46,7 @@ class Settings:
     recipe: int = RECIPE
     views: int = VIEWS_VERSION
     sweep_teacher: str | None = None
+    split: int | None = None
     train_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
     omit_class: tuple[str, ...] = ()
     loss: str | None = None
@@ -87,11 +90,13 @@ class Settings:
 
 
 # Of the settings: what a run has that records nothing of them.
-OPTIONAL = {"sweep_teacher": None, "train_fraction": 1.0, "omit_class": []} | {
+OPTIONAL = {"sweep_teacher": None, "split": None, "train_fraction": 1.0, "omit_class": []} | {
     f"{what}{more}": None for what in ("loss", "network") for more in ("", "_file", "_sha256")
 }
-# What to say where two runs differ in a digest.
-OTHERS = {"data": "another data set", "teacher": "another teacher", "sweep_teacher": "another teacher for the sweep"}
+OTHERS = {  # what to say where two runs differ in what is no number
+    "data": "another data set", "teacher": "another teacher", "sweep_teacher": "another teacher for the sweep",
+    "split": "another validation part",
+}  # fmt: skip
 SHORT = 8  # epochs of a short training (default_padding)
 LONGEST = 100  # bytes that the names of omitted classes take in a folder's name, of the 255 that file systems allow
 PLAIN = (1.0, (), None)  # `Settings.shared` of such a run

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 from arguments import FOLDER_OPTIONS, command
@@ -60,9 +59,10 @@ def _find_teacher(arguments, named):
     )
 
 
-def _unfinished(arguments, folder):
-    """What to say of a teacher that is not finished: how far it is, and the command that resumes it."""
-    changed, resumes = {"output_dir": str(folder.parent)}, True
+def _unfinished(arguments, folder, known=()):
+    """What to say of a teacher that is not finished: how far it is, and the command that resumes it; `known` are
+    options of it, {name: value}, that do not depend on its run.json."""
+    changed, resumes = {"output_dir": str(folder.parent), **dict(known)}, True
     try:
         record = read_json(folder / "run.json", RunRecord)
         settings = record.settings
@@ -93,51 +93,55 @@ def _typed(settings):
         typed["lr"] = settings.learning_rate
     if settings.val_fraction:
         typed["val_fraction"] = settings.val_fraction
+    if not settings.network:
+        typed["teacher_network"] = None
     return typed
 
 
-def find_sweep_teachers(arguments, teachers, fraction, possible):
+def find_sweep_teachers(arguments, teachers, fraction):
     """The paths of the same `teachers`, pairs of path and network, trained without the part `fraction` of the training
-    images, on which a sweep is judged; and what to say where one is missing, else None. Raises Failure where one is
-    unfinished. `possible` is False where such teachers, too, would have seen some of the images: where students see so
-    few of a class that none of them is in that part."""
-    paths, commands = [], []
+    images, on which a sweep is judged; and what to say where one is missing, else None. They are sought in the
+    selection/ of the output folder and of the teacher's own. Raises Failure where one is unfinished."""
+    paths, commands, names = [], [], set()
+    said = "The teacher was trained on these images, too: this favours students that follow it closely."
     for path, network in teachers:
-        possible = possible and network.settings.get("role") == "teacher"
-        if not possible:
-            break
+        if network.settings.get("role") != "teacher":
+            return [], f"{said} Of a student that teaches there is none that was not."
         settings = decode(network.settings, Settings, path)
         if settings.val_fraction >= fraction:
             paths.append(path)
             continue
-        settings = replace(settings, val_fraction=fraction)
-        folder = Path(arguments.output_dir) / "selection" / settings.name
-        if (folder / "model.pt").is_file():
-            paths.append(folder / "model.pt")
-        elif (folder / "run.json").is_file():
-            raise Failure(_unfinished(arguments, folder))
+        if settings.name in names:
+            return [], f"{said} Of two teachers with the name {settings.name} there can be only one that was not."
+        names.add(settings.name)
+        wanted = {**_typed(settings), "val_fraction": fraction}
+        folders = [Path(output) / "selection" / settings.name for output in (arguments.output_dir, path.parent.parent)]
+        found = next((folder for folder in folders if (folder / "model.pt").is_file()), None)
+        begun = next((folder for folder in folders if (folder / "run.json").is_file()), None)
+        if found:
+            paths.append(found / "model.pt")
+        elif begun:
+            raise Failure(_unfinished(arguments, begun, {**wanted, "output_dir": str(begun.parent.parent)}))
         else:
-            commands.append(teacher_command(arguments, **_typed(settings)))
-    if possible and not commands:
+            commands.append(teacher_command(arguments, **wanted))
+    if not commands:
         return paths, None
-    said = (
-        "The teacher has seen these images, too: distilled students look better on them than they are, and the more so "
-        "the more\nthey follow the teacher."
-    )
-    if not possible:
-        return [], f"{said} Compare pairs with each other only, and with care."
-    return [], f"{said} To judge without that, first train one that has not seen them:\n" + "\n".join(commands)
+    how = "For a fair sweep stop this one, train a teacher that has not seen them, and repeat this command"
+    return [], f"{said}\n{how}:\n" + "\n".join(commands)
 
 
-def check_sweep_teacher(arguments, path, network, original, teacher):
+def check_sweep_teacher(arguments, path, network, original, teacher, fraction):
     """Raises Failure unless `network`, from `path`, was trained as the `teacher` from `original` was, apart from the
-    images that it did not see."""
+    part `fraction` of the images or more that it did not see."""
     wanted, found = ({**complete(each.settings), "val_fraction": None} for each in (teacher, network))
-    if phrases := differences(found, wanted):
-        settings = replace(decode(teacher.settings, Settings, original), val_fraction=network.settings["val_fraction"])
+    phrases = differences(found, wanted)
+    if network.settings["val_fraction"] < fraction:
+        phrases.append(f"val fraction {network.settings['val_fraction']} instead of {fraction}")
+    if phrases:
+        typed = _typed(decode(teacher.settings, Settings, original)) | {"val_fraction": fraction, "overwrite": True}
         raise Failure(
             f"{path} is not {original} trained without the validation images: {', '.join(phrases)}.\n"
-            f"Remove its folder, or train it again:\n{teacher_command(arguments, **_typed(settings), overwrite=True)}"
+            f"Remove its folder, or train it again:\n{teacher_command(arguments, **typed)}"
         )
 
 

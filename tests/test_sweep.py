@@ -146,6 +146,7 @@ def test_a_repeated_sweep_trains_nothing(cli, flags, swept, tmp_path):
 
 # The teacher of a sweep ----------------------------------------------------------------------------------------------
 
+SEEN = "teacher was trained on these images, too"
 PAIRS = ("--temperature", 2, 4, "--alpha", 1, "--val-fraction", 0.25)
 
 
@@ -156,6 +157,7 @@ def command_in(text):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_slow")
 def test_a_sweep_is_fair_with_a_teacher_that_has_not_seen_the_validation_images(cli, flags, copy, monkeypatch):
     """The command that the first sweep names trains that teacher; its soft targets are those that decide, and the final
     students are taught by the usual one, as if there had been no sweep."""
@@ -165,8 +167,8 @@ def test_a_sweep_is_fair_with_a_teacher_that_has_not_seen_the_validation_images(
     machine = flags[-4:]  # of the device, which the named command leaves to the machine
     before = models.digest(models.load(copy / "kd-T4-a0.1-s0" / "model.pt").state_dict())
     got = cli(*flags, "--output-dir", copy, *PAIRS)
-    assert "The teacher has seen these images" in got.out and "(the teacher has seen these images" in got.out, got
-    assert "The teacher has seen these images" in (copy / "report.html").read_text()
+    assert f"The {SEEN}" in got.out and f"(the {SEEN}" in got.out, got
+    assert f"The {SEEN}" in (copy / "report.html").read_text()
     biased = models.load(copy / "selection" / "kd-T2-a1-s0" / "model.pt")
 
     seen, judged = [], []
@@ -180,44 +182,58 @@ def test_a_sweep_is_fair_with_a_teacher_that_has_not_seen_the_validation_images(
     assert len(apart) == 12 and len(rows) >= 32 and not apart & rows
     assert not (folder / "test_logits.npy").exists() and json.loads((folder / "run.json").read_text())["val_accuracy"]
 
+    got = cli("--report", "--output-dir", copy)
+    assert f"(the {SEEN}" in got.out and "\nTeacher" not in got.out.partition("Sweep, on validation")[2][:300], got
     got = cli(*flags, "--output-dir", copy, *PAIRS)
     assert got.status == 1 and "another teacher for the sweep" in got.err, got
     judged.clear()
     got = cli(*flags, "--output-dir", copy, *PAIRS, "--overwrite")
-    assert got.status == 0 and "(teacher of the sweep)" in got.out and "has seen these" not in got.out, got
+    assert got.status == 0 and "(teacher of the sweep)" in got.out and SEEN not in got.out, got
     assert set(np.concatenate([each.numpy() for each in judged]).tolist()) <= apart
     fair = models.load(copy / "selection" / "kd-T2-a1-s0" / "model.pt")
     teacher = models.load(folder / "model.pt")
     assert fair.settings["sweep_teacher"] == models.digest(teacher.state_dict())
     assert models.digest(fair.state_dict()) != models.digest(biased.state_dict())
-    selection = json.loads((copy / "comparison.json").read_text())["selection"]
+    comparison = json.loads((copy / "comparison.json").read_text())
+    selection, temperature = comparison["selection"], comparison["kd"][0]["temperature"]
     assert [each["role"] for each in selection] == ["teacher", "baseline", "kd", "kd"]
     assert selection[0]["val_accuracies"] == [teacher.accuracy]
-    assert "has seen" not in (copy / "report.html").read_text()
+    assert SEEN not in (copy / "report.html").read_text()
     with open(copy / "comparison.csv", encoding="utf-8") as file:
         assert "selection/teacher-s0" in [row["run"] for row in csv.DictReader(file)]
 
     got = cli(*flags, "--output-dir", copy, "--temperature", 4, 5, "--alpha", 0.1, "--val-fraction", 0.25)
     assert got.status == 0, got
     assert models.digest(models.load(copy / "kd-T4-a0.1-s0" / "model.pt").state_dict()) == before
-    chosen = next(copy.glob("kd-T*-a1-s0"))
+    chosen = copy / f"kd-T{temperature:g}-a1-s0"
     (copy / "plain").mkdir()
     shutil.copytree(copy / "teacher-s0", copy / "plain" / "teacher-s0")
     words = (*flags, "--output-dir", copy / "plain", "--alpha", 1, "--temperature", chosen.name[4])
     assert cli(*words).status == 0
+    assert "sweep_teacher" not in json.loads((chosen / "run.json").read_text())["settings"]
     plain = models.load(copy / "plain" / chosen.name / "model.pt").state_dict()
     assert models.digest(plain) == models.digest(models.load(chosen / "model.pt").state_dict())
 
 
 @pytest.mark.slow
-def test_students_of_few_images_are_judged_on_images_that_the_teacher_of_the_sweep_has_not_seen(cli, flags, copy):
+@pytest.mark.usefixtures("nothing_slow")
+@pytest.mark.parametrize("few", [("--train-fraction", 0.5, "--omit-class", "red"), ("--train-fraction", 0.2)])
+def test_students_of_few_images_are_judged_on_what_the_teacher_of_the_sweep_has_not_seen(
+    cli, flags, copy, few, monkeypatch
+):
+    import train
+
+    judged, validate = [], train.validate
+    monkeypatch.setattr(train, "validate", lambda *about: judged.append(about[2]) or validate(*about))
     assert cli(*flags, "--output-dir", copy, "--train-teacher", "--val-fraction", 0.25).status == 0
-    few = ("--train-fraction", 0.5, "--omit-class", "red")
     got = cli(*flags, "--output-dir", copy, *PAIRS, *few)
-    assert got.status == 0 and "(teacher of the sweep)" in got.out and "has seen these" not in got.out, got
+    assert got.status == 0 and "(teacher of the sweep)" in got.out and SEEN not in got.out, got
+    teachers, *students = (set(each.tolist()) for each in (judged[0], *judged[2:]) if len(each))
+    assert len(students) == 6 and all(each and each < teachers for each in students)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_slow")
 def test_a_teacher_of_the_sweep_that_does_not_fit_is_refused_with_the_command_that_trains_it(cli, flags, copy):
     one = ("--train-teacher", "--val-fraction", 0.25)
     assert cli(*flags, "--output-dir", copy, *one, "--epochs", 1, "--lr", 0.1).status == 0
@@ -230,6 +246,57 @@ def test_a_teacher_of_the_sweep_that_does_not_fit_is_refused_with_the_command_th
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_slow")
+def test_a_teacher_of_the_sweep_must_not_have_seen_any_image_that_is_judged(cli, flags, copy):
+    assert cli(*flags, "--output-dir", copy, "--train-teacher", "--val-fraction", 0.125).status == 0
+    got = cli(*flags, "--output-dir", copy, *PAIRS)
+    assert got.status == 1 and "val fraction 0.125 instead of 0.25" in got.err, got
+    assert command_in(got.err)[-3:] == ["--val-fraction", "0.25", "--overwrite"]
+    words = (*PAIRS[:-1], 0.1)  # fewer images than that teacher has not seen
+    got = cli(*flags, "--output-dir", copy, *words)
+    assert got.status == 0 and "(teacher of the sweep)" in got.out and SEEN not in got.out, got
+    # It is found beside the teacher that is named, and may be named itself.
+    for number, name in enumerate(("teacher-s0", "selection/teacher-s0")):
+        got = cli(*flags, "--output-dir", copy / str(number), *words, "--teacher", copy / name)
+        assert got.status == 0 and "(teacher of the sweep)" in got.out and SEEN not in got.out, got
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_slow")
+def test_a_report_shows_no_sweep_where_there_was_only_a_teacher_for_one(cli, flags, copy):
+    assert cli(*flags, "--output-dir", copy, "--train-teacher", "--val-fraction", 0.25).status == 0
+    got = cli("--report", "--output-dir", copy)
+    assert got.status == 0 and "Sweep" not in got.out
+    assert json.loads((copy / "comparison.json").read_text())["selection"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_slow")
+def test_teachers_for_which_there_can_be_none_for_the_sweep_are_named(cli, flags, copy):
+    new = (*flags, "--output-dir", copy / "new", *PAIRS, "--epochs", 1)
+    got = cli(*new, "--teacher", copy / "kd-T4-a0.1-s0")
+    assert got.status == 0 and f"{SEEN}: this favours" in got.out and "Of a student that teaches" in got.out, got
+    other = (*flags, "--output-dir", copy / "other", "--train-teacher", "--lr", 0.1)
+    assert cli(*other).status == 0
+    both = ("--teacher", copy / "teacher-s0", copy / "other" / "teacher-s0")
+    got = cli(*new, *both, "--overwrite")
+    assert got.status == 0 and "Of two teachers with the name teacher-s0" in got.out, got
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_slow")
+def test_a_teacher_for_a_sweep_of_one_image_a_class_is_refused(cli, flags, tmp_path):
+    from conftest import make_images
+
+    one = make_images(tmp_path / "images", train=1)
+    words = ("--output-dir", tmp_path / "out", "--train-teacher", "--val-fraction", 0.5, "--data-dir", one)
+    got = cli(*flags, *words)
+    assert got.status == 1 and "at least two training images in some class" in got.err, got
+    assert not (tmp_path / "out" / "selection").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_slow")
 def test_an_unfinished_teacher_of_the_sweep_is_refused_with_the_command_that_finishes_it(cli, flags, copy, monkeypatch):
     import train
 
@@ -242,13 +309,14 @@ def test_an_unfinished_teacher_of_the_sweep_is_refused_with_the_command_that_fin
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_slow")
 def test_several_teachers_need_as_many_for_the_sweep(cli, flags, copy):
     both = ("--teacher", copy / "teacher-s0", copy / "teacher-s1")
     assert cli(*flags, "--output-dir", copy, "--train-teacher", "--seed", 1).status == 0
     assert cli(*flags, "--output-dir", copy, "--train-teacher", "--val-fraction", 0.25).status == 0
     new = ("--epochs", 1, "--output-dir", copy)
     got = cli(*flags, *new, *PAIRS, *both, "--overwrite")
-    assert got.status == 0 and "The teacher has seen these images" in got.out, got
+    assert got.status == 0 and SEEN in got.out, got
     assert command_in(got.out)[command_in(got.out).index("--seed") + 1] == "1"
     assert cli(*command_in(got.out), *flags[-4:]).status == 0
     got = cli(*flags, *new, *PAIRS, *both, "--overwrite")
