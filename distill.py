@@ -22,23 +22,25 @@ from runs.settings import VIEWS_VERSION
 SPARE_DISK = 256 << 20  # bytes that soft targets leave free
 
 
-def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha):
+def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha, label_smoothing=0.0):
     """alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * CE(student, labels).
 
     `student_logits` and `teacher_logits` are (B, classes), `labels` (B,). The KL is summed over classes and averaged
     over the batch; the factor T^2 keeps its gradients at one size for all temperatures (arXiv 1503.02531, section 2).
     Computed in float32 whatever the logits' type; no gradient flows to the teacher. At `alpha` 0 this is the
-    cross-entropy alone, and `teacher_logits` may be None; at 1 the labels are not used. Returns a scalar.
+    cross-entropy alone, and `teacher_logits` may be None; at 1 the labels are not used. `label_smoothing` is the weight
+    of the even distribution over the classes in the labels (arXiv 1512.00567, section 7). Returns a scalar.
     """
     student_logits = student_logits.float()
     if alpha == 0:
-        return F.cross_entropy(student_logits, labels)
+        return F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
     student = F.log_softmax(student_logits / temperature, dim=1)
     soft = temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     if alpha == 1:
         return soft
-    return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
+    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    return alpha * soft + (1 - alpha) * hard
 
 
 def compress(logits):

@@ -5,6 +5,7 @@ again ends with the same bits. What keeps a run safe (its folder, its state, sig
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
         with progress.machine.autocast():
             logits = model(images)
         if soft_targets is None:
-            loss = F.cross_entropy(logits.float(), targets)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
         else:
             teacher_logits = soft_targets[batch].float()
             loss = criterion(logits.float(), targets, teacher_logits, settings.temperature, settings.alpha)
@@ -76,7 +77,8 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     else:
         optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
-    criterion = options.hooks.loss.loaded if settings.loss else distillation_loss
+    plain = partial(distillation_loss, label_smoothing=settings.label_smoothing)
+    criterion = options.hooks.loss.loaded if settings.loss else plain
 
     about = run, network, optimizer, machine, options, len(indices), title or run.name, later, tally
     with options.hooks.explained(f"fails while {run.name} is trained"), Progress(*about) as progress:

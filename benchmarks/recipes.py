@@ -140,9 +140,6 @@ def patches(role, changes):
     for name, constant in (("conv", "CONVOLUTIONS"), ("bias", "BIASES")):
         if name in changes:
             found.append(patch.object(train, constant, (float(changes.pop(name)), getattr(train, constant)[1])))
-    if "smoothing" in changes:
-        entropy, smoothing = F.cross_entropy, float(changes.pop("smoothing"))
-        found.append(patch.object(F, "cross_entropy", lambda *about: entropy(*about, label_smoothing=smoothing)))
     if "batchnorm" in changes:
         layer, momentum = nn.BatchNorm2d, float(changes.pop("batchnorm"))
         found.append(patch.object(nn, "BatchNorm2d", lambda width: layer(width, momentum=momentum)))
@@ -198,6 +195,7 @@ def main():
         "role": arguments.role, "data": loaded.digest, "epochs": arguments.epochs, "batch_size": batch,
         "learning_rate": float(changes.pop("rate", 0.2)) * math.sqrt(batch / 128), "image_size": loaded.image_size,
         "weight_decay": float(changes.pop("decay", 5e-4)), "seed": int(changes.pop("seed", 0)), "val_fraction": 0.1,
+        "label_smoothing": float(changes.pop("smoothing", 0)),
     }  # fmt: skip
     given["padding"] = int(changes.pop("padding", default_padding(arguments.epochs, loaded.image_size)))
     if not 0 <= given["padding"] < loaded.image_size:

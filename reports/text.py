@@ -45,6 +45,8 @@ def _special(settings):
     lines = [f"- Student: {settings.network} in {settings.network_file}\n"] if settings.network else []
     if settings.loss:
         lines.append(f"- Loss: {settings.loss} in {settings.loss_file}\n")
+    if settings.label_smoothing:
+        lines.append(f"- Label Smoothing: {settings.label_smoothing:g}\n")
     if settings.train_fraction != 1:
         lines.append(f"- Training Images: {settings.train_fraction:.4g} of each class\n")
     if settings.omit_class:
@@ -227,7 +229,7 @@ def _p(value):
 COLUMNS = (
     "run", "role", "temperature", "alpha", "loss", "network", "train_fraction", "omit_class", "seed", "accuracy",
     "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay", "image_size",
-    "padding", "val_fraction", "seconds",
+    "padding", "label_smoothing", "val_fraction", "seconds",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ def _settings(arguments, data, role, seed, images, network, **rest):
         seed=seed,
         image_size=arguments.image_size,
         padding=padding(arguments),
+        label_smoothing=arguments.label_smoothing,
         **settings_of("network", network),
         **rest,
     )

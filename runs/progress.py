@@ -123,7 +123,9 @@ class Progress:
             sums = self.sums
             sums["loss"] += loss.detach()
             sums["hard_loss"] += (
-                F.cross_entropy(logits.float(), labels) if self.settings.asks_teacher else loss.detach()
+                F.cross_entropy(logits.float(), labels, label_smoothing=self.settings.label_smoothing)
+                if self.settings.asks_teacher
+                else loss.detach()
             )
             sums["correct"] += (logits.argmax(1) == labels).sum()
             first_bad = (sums["first_bad"] < 0) & ~loss.isfinite()

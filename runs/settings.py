@@ -47,6 +47,7 @@ class Settings:
     views: int = VIEWS_VERSION
     sweep_teacher: str | None = None
     split: int | None = None
+    label_smoothing: Share = 0.0
     train_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
     omit_class: tuple[str, ...] = ()
     loss: str | None = None
@@ -90,7 +91,7 @@ class Settings:
 
 
 # Of the settings: what a run has that records nothing of them.
-OPTIONAL = {"sweep_teacher": None, "split": None, "train_fraction": 1.0, "omit_class": []} | {
+OPTIONAL = {"sweep_teacher": None, "split": None, "label_smoothing": 0.0, "train_fraction": 1.0, "omit_class": []} | {
     f"{what}{more}": None for what in ("loss", "network") for more in ("", "_file", "_sha256")
 }
 OTHERS = {  # what to say where two runs differ in what is no number

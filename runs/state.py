@@ -16,7 +16,8 @@ FORMAT = 3  # of state.pt; a file with another number is refused
 @dataclass
 class HistoryRow:
     """A row of history.csv: means over an epoch's batches, in the order of its columns. `soft_loss` is T^2 * KL and
-    None without a teacher or with a loss of the user's own, `hard_loss` the cross-entropy with the labels."""
+    None without a teacher or with a loss of the user's own, `hard_loss` the cross-entropy with the labels,
+    smoothed where the run's are."""
 
     epoch: int
     train_loss: float

@@ -85,7 +85,7 @@ def _unfinished(arguments, folder, known=()):
 
 def _typed(settings):
     """What to type for a teacher with these Settings, {name of the option: value}."""
-    same = ("epochs", "image_size", "batch_size", "weight_decay", "seed")
+    same = ("epochs", "image_size", "batch_size", "weight_decay", "label_smoothing", "seed")
     typed = {name: getattr(settings, name) for name in same}
     if settings.padding != default_padding(settings.epochs, settings.image_size):
         typed["padding"] = settings.padding

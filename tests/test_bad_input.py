@@ -78,6 +78,7 @@ USAGE = {
     "part of a teacher": ("--train-teacher", "--train-fraction", "0.1"),
     "class that a teacher omits": ("--train-teacher", "--omit-class", "bird"),
     "report of a class": ("--report", "--omit-class", "bird"),
+    "smoothed labels for a loss of one's own": ("--loss", "x.py:f", "--label-smoothing", "0.1"),
     "seeds past the last": ("--seed", "2147483647", "--seeds", "2"),
 }
 

@@ -154,6 +154,24 @@ def test_alpha_0_is_the_baseline_bit_for_bit(quick, flags, copy):
 
 
 @pytest.mark.slow
+def test_labels_are_smoothed_for_the_teacher_and_for_both_students(quick, flags, copy, tmp_path):
+    words = (*flags, "--output-dir", tmp_path / "new", "--label-smoothing", 0.5)
+    assert quick(*words, "--train-teacher").status == 0
+    assert "- Label Smoothing: 0.5" in quick(*words).out
+    assert "- Label Smoothing" not in quick("--report", "--output-dir", copy).out
+
+    def digests(folder):
+        return [models.digest(models.load(folder / name / "model.pt").state_dict()) for name in written(copy)]
+
+    assert not set(digests(copy)) & set(digests(tmp_path / "new"))
+    assert quick(*words, "--alpha", 0).status == 0
+    alone, taught = (models.load(tmp_path / "new" / name / "model.pt") for name in ("baseline-s0", "kd-T4-a0-s0"))
+    assert models.digest(alone.state_dict()) == models.digest(taught.state_dict())
+    got = quick(*flags, "--output-dir", tmp_path / "new")
+    assert got.status == 1 and "label smoothing 0.5 instead of 0" in got.err, got
+
+
+@pytest.mark.slow
 def test_bfloat16_trains_float32_weights_and_alpha_0_is_the_baseline_there_too(
     quick, flags, finished, tmp_path, monkeypatch
 ):
@@ -406,6 +424,7 @@ def test_the_command_named_for_an_unfinished_teacher_resumes_it(cli, flags, tmp_
     assert got.status == 0 and "teacher-s3: test accuracy" in got.out and not got.err, got  # both epochs were trained
     zeros = teacher_command(parse([]), padding=0, weight_decay=0.0)
     assert zeros.endswith("--epochs 200 --padding 0 --weight-decay 0.0")
+    assert teacher_command(parse([]), label_smoothing=0.2).endswith(" --label-smoothing 0.2")
     words = teacher_command(parse([]), compile=True, precision="bf16").split()
     assert parse(words[2:]).compile is True and parse(words[2:]).precision == "bf16"
 

@@ -22,13 +22,15 @@ def softmax_by_hand(logits, temperature):
     return [power / sum(powers) for power in powers]
 
 
-def loss_by_hand(student, labels, teacher, temperature, alpha):
-    """The formula of the README, image by image and class by class, in float64."""
+def loss_by_hand(student, labels, teacher, temperature, alpha, smoothing=0.0):
+    """The formula of the README, image by image and class by class, in float64; labels are smoothed by the definition:
+    the right class has the probability 1 - smoothing + smoothing / classes, each other smoothing / classes."""
     total = 0.0
     for s, label, t in zip(student, labels, teacher, strict=True):
         p, q = softmax_by_hand(t, temperature), softmax_by_hand(s, temperature)
         soft = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
-        hard = -math.log(softmax_by_hand(s, 1)[label])
+        right = [(1 - smoothing) * (number == label) + smoothing / len(s) for number in range(len(s))]
+        hard = -sum(a * math.log(b) for a, b in zip(right, softmax_by_hand(s, 1), strict=True))
         total += alpha * temperature**2 * soft + (1 - alpha) * hard
     return total / len(student)
 
@@ -56,6 +58,8 @@ def gradient(batch, temperature, alpha):
 def test_the_loss_is_the_papers_formula(batch, temperature, alpha):
     got = distillation_loss(*as_tensors(*batch), temperature, alpha).item()
     assert got == pytest.approx(loss_by_hand(*batch, temperature, alpha), rel=1e-5)
+    got = distillation_loss(*as_tensors(*batch), temperature, alpha, label_smoothing=0.2).item()
+    assert got == pytest.approx(loss_by_hand(*batch, temperature, alpha, 0.2), rel=1e-5)
 
 
 def test_an_example_worked_by_hand():

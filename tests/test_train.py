@@ -455,7 +455,7 @@ def test_weights_that_are_not_finite_are_never_saved(loaded, tmp_path, monkeypat
 # What a step sees ----------------------------------------------------------------------------------------------------
 
 
-def numpy_losses(logits, labels, teacher_logits, temperature):
+def numpy_losses(logits, labels, teacher_logits, temperature, smoothing):
     """(soft, hard): T^2 * KL(teacher || student) and the cross-entropy, by hand in float64."""
 
     def log_softmax(values):
@@ -465,11 +465,15 @@ def numpy_losses(logits, labels, teacher_logits, temperature):
     logits, teacher_logits = (each.detach().double().numpy() for each in (logits, teacher_logits))
     teacher, student = log_softmax(teacher_logits / temperature), log_softmax(logits / temperature)
     soft = temperature**2 * (np.exp(teacher) * (teacher - student)).sum(1).mean()
-    return soft, -log_softmax(logits)[np.arange(len(labels)), labels.numpy()].mean()
+    student = log_softmax(logits)
+    right = student[np.arange(len(labels)), labels.numpy()]
+    return soft, -((1 - smoothing) * right + smoothing * student.mean(1)).mean()
 
 
-@pytest.mark.parametrize(("alpha", "fraction"), [(0.7, 0.0), (0.1, 0.25), (1.0, 0.25)])
-def test_every_image_meets_its_own_label_and_soft_targets(loaded, tmp_path, monkeypatch, alpha, fraction):
+@pytest.mark.parametrize(
+    ("alpha", "fraction", "smoothing"), [(0.7, 0.0, 0.0), (0.1, 0.25, 0.0), (1.0, 0.25, 0.0), (0.4, 0.0, 0.3)]
+)
+def test_every_image_meets_its_own_label_and_soft_targets(loaded, tmp_path, monkeypatch, alpha, fraction, smoothing):
     """In every step of every epoch the loss sees the labels of the very images that the student saw, the teacher's
     logits of these views, and the run's temperature and alpha. history.csv has the means of both losses and of what
     was minimized, alpha * soft + (1 - alpha) * hard, as NumPy calculates them."""
@@ -481,19 +485,20 @@ def test_every_image_meets_its_own_label_and_soft_targets(loaded, tmp_path, monk
         seen.append((indices, batch(views, epoch, indices)))
         return seen[-1][1]
 
-    def compared(logits, labels, teacher_logits, temperature, given):
+    def compared(logits, labels, teacher_logits, temperature, given, label_smoothing):
         indices, images = seen[-1]
         assert (temperature, given) == (3.0, alpha) and labels.tolist() == loaded.train_labels[indices].tolist()
         met.append((images, teacher_logits))
-        losses.append(numpy_losses(logits, labels, teacher_logits, temperature))
+        losses.append(numpy_losses(logits, labels, teacher_logits, temperature, smoothing))
         right.append((logits.argmax(1) == labels).float().mean().item())
-        return loss(logits, labels, teacher_logits, temperature, given)
+        return loss(logits, labels, teacher_logits, temperature, given, label_smoothing)
 
     monkeypatch.setattr(Views, "batch", watched)
     monkeypatch.setattr(train, "distillation_loss", compared)
     views = Views(loaded.train_images, loaded.mean, loaded.std)
     targets = SoftTargets(teacher, "a", loaded.digest, views, None, CPU)
-    wanted = settings(loaded, "kd", temperature=3.0, alpha=alpha, teacher="a", val_fraction=fraction)
+    rest = {"val_fraction": fraction, "label_smoothing": smoothing}
+    wanted = settings(loaded, "kd", temperature=3.0, alpha=alpha, teacher="a", **rest)
     train_run(loaded, tmp_path, wanted, teacher=targets)
     monkeypatch.undo()
     steps = len(met) // wanted.epochs
