@@ -164,8 +164,8 @@ def parser():
            type=number(0, 1, above=True), metavar="F")
     option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
            nargs="+", action="extend", metavar="NAME")
-    option("--val-fraction", "part of the training set on which a sweep is judged [0.1]; with --train-teacher, train a "
-           "teacher for the sweep, which does not see it",
+    option("--val-fraction", "part of the training set on which a sweep is judged [0.1]; with --train-teacher, the "
+           "teacher is one for sweeps, which does not see that part",
            type=number(0, 0.5, above=True), metavar="F")
 
     option = group("training")
