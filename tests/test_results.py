@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 import sys
 
 import numpy as np
@@ -142,6 +143,37 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 22
     assert len({row["network"] for row in rows}) == 3
     assert rows[0]["pflop"] == f"{models.costs('student', 3, 16).macs * 6 * 42 / 1e15:.4f}"
+
+
+def test_what_a_teacher_gives_away_is_counted_by_image(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import leak
+
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    rows, answers = data.split(loaded.train_labels, 0.1)[1].tolist(), {}
+    monkeypatch.setattr(data, "load", lambda *_, **__: loaded)
+    students = []
+    for number in range(4):
+        network = models.create("student", 3, seed=number)
+        about = {"classes": loaded.classes, "image_size": 16, "mean": loaded.mean, "std": loaded.std}
+        students.append(tmp_path / f"{number}.pt")
+        models.save(students[-1], network, "student", **about, settings={}, accuracy=0.5)
+        with torch.no_grad():
+            answers[number] = [
+                network.eval()(models.normalize(each, loaded.mean, loaded.std)).argmax(1).tolist()
+                for each in (loaded.train_images[rows], loaded.test_images)
+            ]
+    words = ["--seen", *map(str, students[:2]), "--unseen", *map(str, students[2:]), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["leak.py", *words, "--output", str(tmp_path / "leak.json")])
+    leak.main()
+    found = json.loads((tmp_path / "leak.json").read_text())
+    for number, (name, labels) in enumerate((("validation", loaded.train_labels[rows]), ("test", loaded.test_labels))):
+        right = [[a == b for a, b in zip(answers[k][number], labels.tolist(), strict=True)] for k in range(4)]
+        gains = [100 * (a + b - c - d) / 2 for a, b, c, d in zip(*right, strict=True)]
+        assert found[name]["seen"] == pytest.approx([sum(each) / len(labels) for each in right[:2]])
+        assert found[name]["points"] == pytest.approx(sum(gains) / len(gains))
+        assert found[name]["standard_error"] == pytest.approx(statistics.stdev(gains) / len(gains) ** 0.5)
+    assert "validation: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cut", [False, True])
