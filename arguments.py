@@ -178,7 +178,7 @@ def parser():
            "networks of your own", 5e-4,
            type=number(0, 1), metavar="RATE")
     option("--label-smoothing", "weight of the even distribution over the classes in the labels, for all networks that "
-           "the command trains", 0.0, type=number(0, 1), metavar="E")
+           "the command trains", 0.0, type=number(0, 0.9), metavar="E")
     option("--padding", "random crops: each training image is moved by up to N pixels in both directions, its edges "
            "reflected [a sixteenth of the image size in trainings of up to 8 epochs, an eighth in longer ones]",
            type=integer(0, 255), metavar="N")
@@ -252,6 +252,8 @@ def parse(argv):
         raise Usage("--loss is compared at one temperature and alpha: choose these by a sweep without it first")
     if arguments.loss and arguments.label_smoothing:
         raise Usage("--label-smoothing does not reach a loss of your own: smooth the labels there")
+    if arguments.omit_class and arguments.label_smoothing:
+        raise Usage("--label-smoothing would show students the classes of --omit-class")
     for name in FOLDER_OPTIONS:
         if getattr(arguments, name) and arguments.dataset != "folder":
             raise Usage(f"--{name.replace('_', '-')} is for --dataset folder")

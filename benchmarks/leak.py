@@ -12,10 +12,12 @@ Nothing is chosen by what is read of the test set here. Writes results/leak.json
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+VAL_FRACTION = 0.1
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
@@ -27,9 +29,22 @@ from runs.machine import start_machine
 from train import evaluate
 
 
-def right_answers(path, parts, machine):
-    """Of each part, (images, labels), a bool array: which images the student in `path` gets right."""
-    student = models.load(path / "model.pt" if path.is_dir() else path).to(**machine.place)
+def load_pair(seen, unseen):
+    """The two students at these paths; raises Failure unless they have not seen the validation images, and differ in
+    the teacher alone."""
+    pair = [models.load(path / "model.pt" if path.is_dir() else path) for path in (seen, unseen)]
+    one, other = (student.settings for student in pair)
+    apart = sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
+    if apart != ["teacher"] or one.get("val_fraction") != VAL_FRACTION:
+        raise Failure(
+            f"{seen} and {unseen} differ in {', '.join(apart) or 'nothing'}, with the validation fraction "
+            f"{one.get('val_fraction')}. They must differ in the teacher alone, with {VAL_FRACTION}."
+        )
+    return pair
+
+
+def right_answers(student, parts):
+    """Of each part, (images, labels), a bool array: which images the student gets right."""
     logits = [evaluate(student, images, student.mean, student.std) for images, _ in parts]
     return [(each.argmax(1) == labels).cpu().numpy() for each, (_, labels) in zip(logits, parts, strict=True)]
 
@@ -47,15 +62,17 @@ def main():
 
     machine = start_machine(arguments.device, "fp32")
     loaded = data.load("cifar10", data_dir=arguments.data_dir).to(machine.device)
-    rows = data.split(loaded.train_labels, 0.1)[1].to(machine.device)
+    rows = data.split(loaded.train_labels, VAL_FRACTION)[1].to(machine.device)
     parts = {
         "validation": (loaded.train_images[rows], loaded.train_labels[rows]),
         "test": (loaded.test_images, loaded.test_labels),
     }
+    pairs = [load_pair(*paths) for paths in zip(arguments.seen, arguments.unseen, strict=True)]
     seen, unseen = (
-        [right_answers(path, parts.values(), machine) for path in paths] for paths in (arguments.seen, arguments.unseen)
+        [right_answers(student.to(**machine.place), parts.values()) for student in students]
+        for students in zip(*pairs, strict=True)
     )
-    found = {}
+    found = {"settings": [[student.settings for student in pair] for pair in pairs]}
     for number, name in enumerate(parts):
         ones, others = (np.array([student[number] for student in each], float) for each in (seen, unseen))
         by_image = 100 * (ones - others).mean(0)
@@ -69,6 +86,10 @@ def main():
         accuracies = (" ".join(f"{value:.4f}" for value in found[name][which]) for which in ("seen", "unseen"))
         print("{}: {} against {}".format(name, *accuracies), end=", ")
         print(f"{found[name]['points']:+.2f} points, standard error {found[name]['standard_error']:.2f}")
+    gap = found["validation"]["points"] - found["test"]["points"]
+    error = math.hypot(found["validation"]["standard_error"], found["test"]["standard_error"])
+    found["given_away"] = {"points": gap, "standard_error": error}
+    print(f"given away: {gap:+.2f} points, standard error {error:.2f}")
     write_json(arguments.output, found)
 
 

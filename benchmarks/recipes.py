@@ -186,6 +186,12 @@ def main():
         parser.error("a distilled student needs teacher=PATH")
     if arguments.role == "kd" and "mixed" in changes and float(changes.get("alpha", 0.9)) != 1:
         parser.error("a mixed view has no label of its own: mixed needs alpha=1")
+    if "smoothing" in changes and (
+        "mixed" in changes or (arguments.role == "kd" and float(changes.get("alpha", 0)) == 1)
+    ):
+        parser.error("smoothing would change nothing: with mixed, or with alpha=1, no label is looked at")
+    if "cut" in changes and "mixed" not in changes:
+        parser.error("cut says how views are mixed: it needs mixed")
     what = " ".join(arguments.changes) or "as it is"
 
     machine = start_machine(arguments.device, "auto")

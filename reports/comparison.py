@@ -224,12 +224,12 @@ class Comparison:
         found = found or [run for key, run in runs.items() if key[0] == "kd"] or list(runs.values())
         if not found:
             return []
-        sweeps = [(run.settings.val_fraction, run.settings.sweep_teacher) for run in found]
-        fraction, teacher = max(sweeps, key=sweeps.count)  # the first of equals
+        sweeps = [(run.settings.val_fraction, run.settings.split, run.settings.sweep_teacher) for run in found]
+        *part, teacher = max(sweeps, key=sweeps.count)  # the first of equals
         groups = {}
         for key, run in runs.items():
             taught_alike = key[0] == "baseline" or run.settings.sweep_teacher == teacher
-            if run.settings.val_fraction == fraction and taught_alike:
+            if [run.settings.val_fraction, run.settings.split] == part and taught_alike:
                 groups.setdefault(key[:3], {})[key[3]] = run
         seeds, found = self.kd[0]["seeds"], groups.get(chosen) or max(groups.values(), key=len)
         seeds = seeds if set(seeds) <= set(found) else sorted(found)
@@ -245,7 +245,7 @@ class Comparison:
             self.runs += found
             entries.append(
                 {
-                    "role": role, "temperature": temperature, "alpha": alpha, "val_fraction": fraction,
+                    "role": role, "temperature": temperature, "alpha": alpha, "val_fraction": part[0],
                     "sweep_teacher": teacher if role == "kd" else None, "val_accuracies": values,
                     "seeds": [run.settings.seed for run in found],
                     "mean": float(np.mean(values)), "std": spread(values),

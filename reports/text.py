@@ -11,7 +11,7 @@ from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, sp
 from runs.settings import pair_name
 
 BETTER = 0.1  # a network is hardly better than a guess that corrects less than this share of the guess's errors
-SEEN = "the teacher was trained on these images, too: this favours students that follow it closely"  # of a sweep
+SEEN = "the teacher was trained on these images, too: this can favour students that follow it closely"  # of a sweep
 MANY, ENDS = 20, 5  # of more classes, only so many of the lowest and highest accuracy are printed
 
 

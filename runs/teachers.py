@@ -100,10 +100,10 @@ def _typed(settings):
 
 def find_sweep_teachers(arguments, teachers, fraction):
     """The paths of the same `teachers`, pairs of path and network, trained without the part `fraction` of the training
-    images, on which a sweep is judged; and what to say where one is missing, else None. They are sought in the
-    selection/ of the output folder and of the teacher's own. Raises Failure where one is unfinished."""
+    images, on which a sweep is judged; and what to say where one is missing, else None. They are sought in selection/
+    beside the teacher and in that of the output folder. Raises Failure where one is unfinished."""
     paths, commands, names = [], [], set()
-    said = "The teacher was trained on these images, too: this favours students that follow it closely."
+    said = "The teacher was trained on these images, too: this can favour students that follow it closely."
     for path, network in teachers:
         if network.settings.get("role") != "teacher":
             return [], f"{said} Of a student that teaches there is none that was not."
@@ -115,7 +115,8 @@ def find_sweep_teachers(arguments, teachers, fraction):
             return [], f"{said} Of two teachers with the name {settings.name} there can be only one that was not."
         names.add(settings.name)
         wanted = {**_typed(settings), "val_fraction": fraction}
-        folders = [Path(output) / "selection" / settings.name for output in (arguments.output_dir, path.parent.parent)]
+        folders = [Path(output) / "selection" / settings.name for output in (path.parent.parent, arguments.output_dir)]
+        folders = [folder for folder in folders if folder.resolve() != path.parent.resolve()]
         found = next((folder for folder in folders if (folder / "model.pt").is_file()), None)
         begun = next((folder for folder in folders if (folder / "run.json").is_file()), None)
         if found:
@@ -126,7 +127,8 @@ def find_sweep_teachers(arguments, teachers, fraction):
             commands.append(teacher_command(arguments, **wanted))
     if not commands:
         return paths, None
-    how = "For a fair sweep stop this one, train a teacher that has not seen them, and repeat this command"
+    begun = Path(arguments.output_dir) / "selection" / "kd-*"
+    how = f"For a fair sweep stop this one, remove {begun}, train a teacher that has not seen them, and sweep again"
     return [], f"{said}\n{how}:\n" + "\n".join(commands)
 
 

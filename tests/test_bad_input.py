@@ -79,6 +79,7 @@ USAGE = {
     "class that a teacher omits": ("--train-teacher", "--omit-class", "bird"),
     "report of a class": ("--report", "--omit-class", "bird"),
     "smoothed labels for a loss of one's own": ("--loss", "x.py:f", "--label-smoothing", "0.1"),
+    "smoothed labels of an omitted class": ("--omit-class", "bird", "--label-smoothing", "0.1"),
     "seeds past the last": ("--seed", "2147483647", "--seeds", "2"),
 }
 

@@ -140,9 +140,13 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
         with pytest.raises(SystemExit):
             run("baseline", *wrong.split())
         assert said in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("kd", f"teacher={teacher}", "mixed=0.5")
-    assert "mixed needs alpha=1" in capsys.readouterr().err
+    for wrong, said in (
+        (("mixed=0.5",), "mixed needs alpha=1"), (("alpha=1", "smoothing=0.1"), "smoothing would change nothing"),
+        (("cut=yes",), "it needs mixed"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            run("kd", f"teacher={teacher}", *wrong)
+        assert said in capsys.readouterr().err
     with pytest.raises(Failure, match="init=x: it can be dirac or he"):
         run("baseline", "init=x")
     rows = list(csv.DictReader(table.read_text().splitlines()))
@@ -163,7 +167,8 @@ def test_what_a_teacher_gives_away_is_counted_by_image(images, tmp_path, monkeyp
         network = models.create("student", 3, seed=number)
         about = {"classes": loaded.classes, "image_size": 16, "mean": loaded.mean, "std": loaded.std}
         students.append(tmp_path / f"{number}.pt")
-        models.save(students[-1], network, "student", **about, settings={}, accuracy=0.5)
+        settings = {"val_fraction": 0.1, "seed": number % 2, "teacher": f"teacher {number // 2}"}
+        models.save(students[-1], network, "student", **about, settings=settings, accuracy=0.5)
         with torch.no_grad():
             answers[number] = [
                 network.eval()(models.normalize(each, loaded.mean, loaded.std)).argmax(1).tolist()
@@ -180,6 +185,13 @@ def test_what_a_teacher_gives_away_is_counted_by_image(images, tmp_path, monkeyp
         assert found[name]["points"] == pytest.approx(sum(gains) / len(gains))
         assert found[name]["standard_error"] == pytest.approx(statistics.stdev(gains) / len(gains) ** 0.5)
     assert "validation: " in capsys.readouterr().out
+    given_away = found["validation"]["points"] - found["test"]["points"]
+    assert found["given_away"]["points"] == pytest.approx(given_away)
+    assert [[each["teacher"] for each in pair] for pair in found["settings"]] == [["teacher 0", "teacher 1"]] * 2
+    with pytest.raises(Failure, match="differ in seed, teacher"):
+        leak.load_pair(students[0], students[3])
+    with pytest.raises(Failure, match="differ in nothing"):
+        leak.load_pair(students[0], students[0])
 
 
 @pytest.mark.parametrize("cut", [False, True])
