@@ -27,6 +27,7 @@ from runs.settings import pair_name
 
 RESULTS = ROOT / "results"
 IMAGES = 50_000  # of an epoch
+CLOSE = 0.002  # of two accuracies whose names would overlap: the upper one's moves up
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def draw(points):
     named = set()
     for point in points:
         side = -1 if point.role in ("kd", "speed run") else 1
+        below = (0 < point.accuracy - other.accuracy < CLOSE for other in points if other.role == point.role)
         beside = {"kd": 0.97, "baseline": 1.03}.get(point.role, 1)  # both can be seen, though they cost the same
         place = point.pflop * beside
         label = labels[point.role] + (", test images also mirrored and moved" if point.augmented else "")
@@ -105,8 +107,8 @@ def draw(points):
         named.add(label)
         axes.annotate(
             f"{point.what.removeprefix('student with KD, ').removeprefix('student, baseline, ')}: {point.accuracy:.4f}",
-            (place, point.accuracy), (7 * side, 0), textcoords="offset points", fontsize=7, va="center",
-            ha="left" if side > 0 else "right",
+            (place, point.accuracy), (7 * side, 4 * any(below)), textcoords="offset points", fontsize=7, va="center",
+            ha="left" if side > 0 else "right", zorder=1,  # below the points
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )  # fmt: skip
     axes.set(
