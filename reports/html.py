@@ -8,8 +8,8 @@ import jinja2
 import numpy as np
 
 from reports import calibration, costs, fidelity, omitted
-from reports.text import COLUMNS, SEEN, claim, environments, largest_class, method, points, run_values
-from runs.settings import pair_name
+from reports.text import COLUMNS, claim, environments, largest_class, method, points, run_values
+from runs.settings import UNFAIR_SWEEP, pair_name
 
 CAPTIONS = {
     "cost": "Accuracy against cost.",
@@ -106,7 +106,7 @@ def _tables(comparison):
             (e["role"], e["temperature"], e["alpha"], _decimals(e["mean"]), _decimals(e["std"]), len(e["seeds"]))
             for e in comparison.selection
         ]
-        note = f"{SEEN[0].upper()}{SEEN[1:]}." if comparison.sweep_teacher_has_seen else ""
+        note = UNFAIR_SWEEP if comparison.sweep_teacher_has_seen else ""
         tables.append(("Sweep, on the validation part", columns, sweep, note))
 
     runs = []

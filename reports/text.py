@@ -8,10 +8,9 @@ import numpy as np
 
 from reports import calibration, costs, fidelity, omitted
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
-from runs.settings import pair_name
+from runs.settings import UNFAIR_SWEEP, pair_name
 
 BETTER = 0.1  # a network is hardly better than a guess that corrects less than this share of the guess's errors
-SEEN = "the teacher was trained on these images, too: this can favour students that follow it closely"  # of a sweep
 MANY, ENDS = 20, 5  # of more classes, only so many of the lowest and highest accuracy are printed
 
 
@@ -122,7 +121,7 @@ def details(comparison):
             name = f"KD, {pair_name(each)}" if each["role"] == "kd" else each["role"].capitalize()
             name = "Teachers, each alone" if name == "Teacher" and len(each["seeds"]) > 1 else name
             text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
-        text += f"({SEEN})\n" * comparison.sweep_teacher_has_seen
+        text += f"({UNFAIR_SWEEP})\n" * comparison.sweep_teacher_has_seen
     text += "\n" + _row("Costs", "parameters", "MACs, M", "MB", "ms / image", "images / s")
     for name, parameters, macs, *measured in costs.rows(comparison):
         cells = ("-" if value is None else f"{value:,.1f}" for value in measured)

@@ -98,6 +98,8 @@ OTHERS = {  # what to say where two runs differ in what is no number
     "data": "another data set", "teacher": "another teacher", "sweep_teacher": "another teacher for the sweep",
     "split": "another validation part",
 }  # fmt: skip
+# Said of a sweep that is not fair, while it runs and in its report.
+UNFAIR_SWEEP = "The teacher was trained on these images, too: this can favour students that follow it closely."
 SHORT = 8  # epochs of a short training (default_padding)
 LONGEST = 100  # bytes that the names of omitted classes take in a folder's name, of the 255 that file systems allow
 PLAIN = (1.0, (), None)  # `Settings.shared` of such a run

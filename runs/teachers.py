@@ -9,6 +9,7 @@ from pathlib import Path
 from arguments import FOLDER_OPTIONS, command
 from runs.files import Damaged, Failure, decode, read_json
 from runs.settings import (
+    UNFAIR_SWEEP,
     RunRecord,
     Settings,
     complete,
@@ -103,16 +104,18 @@ def find_sweep_teachers(arguments, teachers, fraction):
     images, on which a sweep is judged; and what to say where one is missing, else None. They are sought in selection/
     beside the teacher and in that of the output folder. Raises Failure where one is unfinished."""
     paths, commands, names = [], [], set()
-    said = "The teacher was trained on these images, too: this can favour students that follow it closely."
     for path, network in teachers:
         if network.settings.get("role") != "teacher":
-            return [], f"{said} Of a student that teaches there is none that was not."
+            return [], f"{UNFAIR_SWEEP} Of a student that teaches there is none that was not."
         settings = decode(network.settings, Settings, path)
         if settings.val_fraction >= fraction:
             paths.append(path)
             continue
         if settings.name in names:
-            return [], f"{said} Of two teachers with the name {settings.name} there can be only one that was not."
+            return (
+                [],
+                f"{UNFAIR_SWEEP} Of two teachers with the name {settings.name} there can be only one that was not.",
+            )
         names.add(settings.name)
         wanted = {**_typed(settings), "val_fraction": fraction}
         folders = [Path(output) / "selection" / settings.name for output in (path.parent.parent, arguments.output_dir)]
@@ -129,7 +132,7 @@ def find_sweep_teachers(arguments, teachers, fraction):
         return paths, None
     begun = Path(arguments.output_dir) / "selection" / "kd-*"
     how = f"For a fair sweep stop this one, remove {begun}, train a teacher that has not seen them, and sweep again"
-    return [], f"{said}\n{how}:\n" + "\n".join(commands)
+    return [], f"{UNFAIR_SWEEP}\n{how}:\n" + "\n".join(commands)
 
 
 def check_sweep_teacher(arguments, path, network, original, teacher, fraction):

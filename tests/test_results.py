@@ -71,6 +71,11 @@ def test_the_prose_has_the_figures_of_the_records():
     leak = json.loads((ROOT / "results" / "leak.json").read_text())
     told = "{:.2f} points better on these than students of one that had not, and {:.2f} on the test set"
     assert told.format(leak["validation"]["points"], leak["test"]["points"]) in readme
+    numbers = [leak[part][name] for part in ("validation", "test") for name in ("points", "standard_error")]
+    assert "{:+.2f} points (standard error {:.2f}) became {:+.2f} ({:.2f})".format(*numbers) in measured
+    with open(ROOT / "results" / "recipes.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["epochs"] == "6"]
+    assert len(rows) == 9 and all(f"{float(row['val_accuracy']):.4f}" in measured for row in rows)
 
     five = SHORTER.with_name("cifar10-5-epochs")
     fixed, longer = (json.loads((five / name).read_text()) for name in ("fixed.json", "longer_teacher.json"))

@@ -167,7 +167,7 @@ def test_a_sweep_is_fair_with_a_teacher_that_has_not_seen_the_validation_images(
     machine = flags[-4:]  # of the device, which the named command leaves to the machine
     before = models.digest(models.load(copy / "kd-T4-a0.1-s0" / "model.pt").state_dict())
     got = cli(*flags, "--output-dir", copy, *PAIRS)
-    assert f"The {SEEN}" in got.out and f"(the {SEEN}" in got.out, got
+    assert f"The {SEEN}" in got.out and f"(The {SEEN}" in got.out, got
     assert f"The {SEEN}" in (copy / "report.html").read_text()
     biased = models.load(copy / "selection" / "kd-T2-a1-s0" / "model.pt")
 
@@ -183,7 +183,7 @@ def test_a_sweep_is_fair_with_a_teacher_that_has_not_seen_the_validation_images(
     assert not (folder / "test_logits.npy").exists() and json.loads((folder / "run.json").read_text())["val_accuracy"]
 
     got = cli("--report", "--output-dir", copy)
-    assert f"(the {SEEN}" in got.out and "\nTeacher" not in got.out.partition("Sweep, on validation")[2][:300], got
+    assert f"(The {SEEN}" in got.out and "\nTeacher" not in got.out.partition("Sweep, on validation")[2][:300], got
     got = cli(*flags, "--output-dir", copy, *PAIRS)
     assert got.status == 1 and "another teacher for the sweep" in got.err, got
     judged.clear()
