@@ -112,10 +112,7 @@ def find_sweep_teachers(arguments, teachers, fraction):
             paths.append(path)
             continue
         if settings.name in names:
-            return (
-                [],
-                f"{UNFAIR_SWEEP} Of two teachers with the name {settings.name} there can be only one that was not.",
-            )
+            return [], f"{UNFAIR_SWEEP} Of two teachers named {settings.name} there can be only one that was not."
         names.add(settings.name)
         wanted = {**_typed(settings), "val_fraction": fraction}
         folders = [Path(output) / "selection" / settings.name for output in (path.parent.parent, arguments.output_dir)]

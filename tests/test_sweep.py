@@ -282,7 +282,7 @@ def test_teachers_for_which_there_can_be_none_for_the_sweep_are_named(cli, flags
     assert cli(*other).status == 0
     both = ("--teacher", copy / "teacher-s0", copy / "other" / "teacher-s0")
     got = cli(*new, *both, "--overwrite")
-    assert got.status == 0 and "Of two teachers with the name teacher-s0" in got.out, got
+    assert got.status == 0 and "Of two teachers named teacher-s0" in got.out, got
 
 
 @pytest.mark.slow
