@@ -1,7 +1,7 @@
 """Writes README.md's tables from the files in results/.
 
     python benchmarks/tables.py            writes them between README.md's markers
-    python benchmarks/tables.py --check    ends with exit status 1 where README.md shows anything else; CI runs this
+    python benchmarks/tables.py --check    ends with exit status 1 where README.md shows anything else; a test runs this
 
 A block begins with <!-- NAME --> and ends with <!-- end -->, each on a line of its own.
 """
@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from reports.statistics import SIGNIFICANCE, holm
+
 RESULTS = ROOT / "results"
 README, RECORD, SPEED = ROOT / "README.md", RESULTS / "cifar10", RESULTS / "throughput-cpu.json"
 SHORTER = RESULTS / "cifar10-10-epochs"  # other students of the record's teacher
@@ -95,30 +99,19 @@ def speed():
 NUMBERS = ("distilled", "distilled_std", "other", "other_std", "mean", "low", "high")
 
 
-def shown_together(p_values, significance=0.05):
-    """The positions of the `p_values` (None: not tested) whose differences are shown for all together (Holm 1979)."""
-    order = sorted((p, position) for position, p in enumerate(p_values) if p is not None)
-    shown = set()
-    for rank, (p, position) in enumerate(order):
-        if p * (len(order) - rank) >= significance:
-            break
-        shown.add(position)
-    return shown
-
-
 def paper():
     """The paper's own questions, and losses of others: each variant over what it is paired with."""
     with open(RESULTS / "paper.csv", newline="") as file:
         found = list(csv.DictReader(file))
     rows, p_values = [], [float(row["p_value"]) if row["p_value"] else None for row in found]
-    shown = shown_together(p_values)
+    shown = [p is not None and p < SIGNIFICANCE for p in holm(p_values)]
     for position, row in enumerate(found):
         number = {name: float(value) if value else None for name, value in row.items() if name in NUMBERS}
         one, other = (share({"mean": number[name], "std": number[f"{name}_std"]}) for name in ("distilled", "other"))
         difference = f"{number['mean']:+.2f}"
         if number["low"] is not None:  # of one seed, or of seeds that differ by nothing, there is no interval
             difference += f" ({number['low']:+.2f} to {number['high']:+.2f})"
-        difference = f"**{difference}**" if position in shown else difference
+        difference = f"**{difference}**" if shown[position] else difference
         rows.append([row["experiment"], row["what"], row["epochs"], row["n"], one, other, difference])
     head = ["students", "measured", "epochs", "n", "distilled", "the other", "difference in points (95% interval)"]
     tested = sum(p is not None for p in p_values)

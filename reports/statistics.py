@@ -83,6 +83,16 @@ def paired_test(differences):
     return result | {"ci95": [float(low), float(high)], "p_value": float(test.pvalue)}
 
 
+def holm(p_values):
+    """The `p_values` (a list; None: not tested) corrected for being several: those below a level hold together at that
+    level (Holm 1979)."""
+    order = sorted((p, position) for position, p in enumerate(p_values) if p is not None)
+    corrected, largest = [None] * len(p_values), 0.0
+    for rank, (p, position) in enumerate(order):
+        corrected[position] = largest = max(largest, min(1.0, p * (len(order) - rank)))
+    return corrected
+
+
 def mcnemar_test(fixed, broken):
     """The two-sided p of the exact McNemar test: `fixed` images are right only with distillation, `broken` only
     without."""

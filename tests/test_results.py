@@ -199,6 +199,49 @@ def test_what_a_teacher_gives_away_is_counted_by_image(images, tmp_path, monkeyp
         leak.load_pair(students[0], students[0])
 
 
+def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import difference
+
+    def group(name, accuracies, first_seed=0, **settings):
+        folders = []
+        for seed, accuracy in enumerate(accuracies, first_seed):
+            record = json.loads((finished / name / "run.json").read_text()) | {"accuracy": accuracy}
+            record["settings"] |= {"seed": seed} | settings
+            folders.append(tmp_path / f"group{len(list(tmp_path.iterdir()))}")
+            folders[-1].mkdir()
+            (folders[-1] / "run.json").write_text(json.dumps(record))
+        return [*map(str, folders)]
+
+    def run(one, *others):
+        words = [word for other in others for word in ("--over", *other)]
+        monkeypatch.setattr(sys, "argv", ["difference.py", *one, *words, "--output", str(tmp_path / "found.json")])
+        difference.main()
+        return json.loads((tmp_path / "found.json").read_text())
+
+    one = group("kd-T4-a0.1-s0", (0.93, 0.92, 0.94))
+    smoothed, other = (
+        group("baseline-s0", values, label_smoothing=smoothing)
+        for values, smoothing in (((0.92, 0.9, 0.91), 0.1), ((0.929, 0.92, 0.9405), 0.0))
+    )
+    found = run(one[::-1], smoothed, other)  # paired by seed, in whichever order they are named
+    assert found[0]["points"]["mean"] == pytest.approx(2) and found[0]["seeds"] == [0, 1, 2]
+    by_hand = [1 - t / (t * t + 2) ** 0.5 for t in (2 * 3**0.5, 1 / 3**0.5)]  # 1, 2, 3 points; 0.1, 0 and -0.05
+    assert [each["points"]["p_value"] for each in found] == [pytest.approx(by_hand[0]), pytest.approx(0.74, abs=0.01)]
+    assert found[0]["points"]["p_holm"] == pytest.approx(2 * by_hand[0])
+    assert found[0]["differ_in"] == ["alpha", "label_smoothing", "role", "teacher", "temperature"]
+    out = capsys.readouterr().out
+    assert "they differ in alpha, label_smoothing, role, teacher, temperature\n" in out and "+2.00 points (n = 3" in out
+    for wrong, said in (
+        ([*smoothed, *other], "seed 0 in this group already"), (smoothed[1:], "the other 1, 2"),
+        ([smoothed[0], other[1]], "differ in label_smoothing"),
+        (group("baseline-s0", (0.9, 0.9, 0.9), data="0" * 64), "on different images"),
+        (group("baseline-s0", (None,)), "no accuracy on the test set"), ([str(tmp_path)], "run.json"),
+    ):  # fmt: skip
+        with pytest.raises(Failure, match=said):
+            run(one, wrong)
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_mixed_views_and_their_labels_are_parts_of_two_images(images, cut, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -11,6 +11,7 @@ from reports.calibration import calibration, fit_temperature, where
 from reports.statistics import (
     calibration_error,
     class_accuracies,
+    holm,
     kl_divergence,
     mcnemar_test,
     negative_log_likelihood,
@@ -74,6 +75,12 @@ def test_gains_that_are_equal_up_to_rounding_have_no_interval():
     """A gain of 25 images of 10,000, computed from three different accuracies."""
     gains = [100 * (a - b) / 10_000 for a, b in ((9022, 8997), (9010, 8985), (8950, 8925))]
     assert paired_test(gains)["p_value"] is None
+
+
+def test_holms_correction_of_four_tests_by_hand():
+    """Sorted, the four are multiplied by 4, 3, 2 and 1, and none is below the one before."""
+    assert holm([0.01, 0.04, None, 0.03, 0.005]) == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
 @pytest.mark.parametrize(("fixed", "broken"), [(9, 1), (1, 9), (5, 0), (13, 7), (60, 50)])

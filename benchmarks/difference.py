@@ -1,0 +1,97 @@
+"""Are these students better than those? Any two groups of finished runs, paired by seed.
+
+    python main.py --epochs 200 --alpha 0.9 --seeds 5
+    python main.py --epochs 200 --alpha 0.9 --seeds 5 --label-smoothing 0.1 --teacher outputs/teacher-s0 \\
+        --output-dir outputs/smoothed
+    python benchmarks/difference.py outputs/kd-T4-a0.9-s? --over outputs/smoothed/baseline-s? --over outputs/baseline-s?
+
+What main.py compares differs in nothing but the teacher. Here the two may differ in anything; in what they do is said.
+Each difference is tested by itself (paired t-test), and p is also given corrected for all of this command (Holm).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from reports.statistics import holm, paired_test, spread
+from runs.files import Failure, read_json, write_json
+from runs.settings import RunRecord, complete
+
+
+def read_group(folders):
+    """{seed: RunRecord} of the finished runs in `folders`; raises Failure unless they differ in the seed alone."""
+    runs = {}
+    for folder in folders:
+        record = read_json(folder / "run.json", RunRecord)
+        if record.accuracy is None:
+            raise Failure(f"{folder} holds no accuracy on the test set: the run is unfinished, or a sweep's.")
+        if record.settings.seed in runs:
+            raise Failure(f"{folder}: there is a run with seed {record.settings.seed} in this group already.")
+        runs[record.settings.seed] = record
+    apart = differing(*runs.values()) - {"seed"}
+    if apart:
+        raise Failure(f"the runs of one group differ in {', '.join(sorted(apart))}: {' '.join(map(str, folders))}")
+    return dict(sorted(runs.items()))
+
+
+def differing(first, *others):
+    """The names of the settings in which RunRecords differ, and of what they were trained with."""
+    about = [complete(run.settings.as_dict()) | run.environment for run in (first, *others)]
+    return {name for each in about for name in each if each.get(name) != about[0].get(name)}
+
+
+def difference(one, other):
+    """What is kept of two groups, as `read_group` returns them: their accuracies and the test of their differences, in
+    percentage points; raises Failure unless they have the same seeds and data."""
+    if one.keys() != other.keys():
+        raise Failure(f"one group has the seeds {', '.join(map(str, one))}, the other {', '.join(map(str, other))}.")
+    seeds, first, second = list(one), next(iter(one.values())), next(iter(other.values()))
+    if first.settings.data != second.settings.data:
+        raise Failure("the two groups were trained and tested on different images.")
+    groups = [[runs[seed].accuracy for seed in seeds] for runs in (one, other)]
+    return {
+        "settings": [run.settings.as_dict() for run in (first, second)],
+        "differ_in": sorted(differing(first, second)),
+        "seeds": seeds,
+        "accuracies": groups,
+        "means": [sum(group) / len(group) for group in groups],
+        "stds": [spread(group) for group in groups],
+        "points": paired_test([100 * (a - b) for a, b in zip(*groups, strict=True)]),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs, one a seed")
+    parser.add_argument("--over", type=Path, nargs="+", action="append", required=True, metavar="RUN",
+                        help="those of another group; may be given several times")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures to this JSON file, too")
+    arguments = parser.parse_args()
+    one = read_group(arguments.runs)
+    found = [difference(one, read_group(folders)) for folders in arguments.over]
+    corrected = holm([each["points"]["p_value"] for each in found])
+    for each, p_value, folders in zip(found, corrected, arguments.over, strict=True):
+        each["points"]["p_holm"] = p_value
+        names = " over ".join(str(group[0]) + (" …" if len(group) > 1 else "") for group in (arguments.runs, folders))
+        print(f"{names}: they differ in {', '.join(each['differ_in']) or 'nothing'}")
+        for group, mean in zip(each["accuracies"], each["means"], strict=True):
+            print(f"  {' '.join(f'{accuracy:.4f}' for accuracy in group)}, mean {mean:.4f}")
+        points = each["points"]
+        words = f"  {points['mean']:+.2f} points (n = {len(each['seeds'])} seeds)"
+        if points["ci95"]:
+            low, high = points["ci95"]
+            words += f", 95% interval {low:+.2f} to {high:+.2f}, p = {points['p_value']:.2g}"
+            words += f", {p_value:.2g} corrected" if len(found) > 1 else ""
+        print(words)
+    if arguments.output:
+        write_json(arguments.output, found)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Failure as error:
+        sys.exit(f"error: {error}")
