@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runs.command import exit_status
 from runs.files import Failure
-from runs.group import Tally, join
+from runs.group import Tally, is_first, join
 from runs.hooks import find_hooks
 from runs.teachers import check_sweep_teacher, check_teacher, find_sweep_teachers, find_teachers, spare_teachers
 from use.tasks import do_task
@@ -45,7 +45,8 @@ def main(arguments, stop):
     """The whole story: the teacher, the student with distillation and without it, the comparison. `stop` is the signal
     handler (runs.signals.Stop)."""
     if arguments.task:
-        do_task(arguments)
+        if is_first():  # of the processes that torchrun started: a task is for one
+            do_task(arguments)
         return
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
     with join() as group:  # of one process, or of those that torchrun started

@@ -252,6 +252,11 @@ def join(timeout=300):
     group._leave()
 
 
+def is_first():
+    """Whether this process is a plain command, or the first of those that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK") == "0"
+
+
 def _torchrun_keeps_the_store():
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 

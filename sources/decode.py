@@ -19,6 +19,7 @@ import PIL
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from runs.files import Damaged, Failure, reason
+from sources import one_line
 
 DECODER_VERSION = 4  # of `decode`: raise it with any change of what it returns
 NO_FAULT = {  # of a file that cannot be read: it is whole, and to leave it out would be wrong
@@ -34,6 +35,7 @@ NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Where no data set decides; other kinds have none.
 ALPHA = "16-bit alpha"
 DOCUMENTED = {"16-bit": (0, 65535), "floating-point": (0, 1), ALPHA: (0, 65535)}
+WHITES = {1, 255, *(2**bits - 1 for bits in (8, 10, 12, 14, 16))}  # of ranges from 0 that `decide` takes from no data
 
 ORIENTATION = 0x0112  # in EXIF; how an image is turned by each
 TURNS = dict(enumerate((
@@ -56,7 +58,7 @@ class NotDecoded(Damaged):
     file is at fault, so that it stays so."""
 
     def __init__(self, path, why, lasting=True):
-        super().__init__(f"{path} {why}")
+        super().__init__(f"{one_line(str(path))} {why}")
         self.why, self.lasting = why, lasting
 
 
@@ -96,7 +98,8 @@ def read_image(path, image_size, ranges=None):
     EXIF orientation is applied, transparency laid over white; the image is resized so that it covers the square, and
     centre-cropped. Samples of more than 8 bits are scaled by `ranges`, {kind: (black, white)}, as a model has them in
     its `ranges`, or else from 0 to 65,535 (16 bits) and from 0 to 1 (floating-point). Raises Damaged with the path
-    where the image cannot be decoded, or holds samples outside of their range.
+    where the image cannot be decoded, or holds samples outside of such a range, so that another one must be meant; a
+    range from the least to the greatest sample of a data set clips what is darker or brighter.
     """
     ranges = DOCUMENTED | (ranges or {})
     decoded = decode(path, image_size, ranges)
@@ -212,10 +215,10 @@ class _Deep:
         return tuple(found)
 
     def as_8_bits(self, ranges):
-        """A Pillow image of 8 bits, scaled by `ranges`; raises ValueError where samples lie outside."""
-        for kind, low, high in self.samples():
+        """A Pillow image of 8 bits, scaled by `ranges`; raises ValueError where samples lie outside of a usual one."""
+        for kind, low, high in beyond(self.samples(), ranges):
             black, white = ranges[kind]
-            if low < black or high > white:
+            if black == 0 and white in WHITES:
                 raise ValueError(
                     f"its samples ({kind}) lie from {plain(low)} to {plain(high)}, outside of the range from "
                     f"{plain(black)} to {plain(white)}"
@@ -232,11 +235,11 @@ class _Deep:
 
 
 def _scaled(band, black, white):
-    """The samples (H, W) as uint8: `black` becomes 0, `white` 255."""
+    """The samples (H, W) as uint8: `black` and less become 0, `white` and more 255."""
     result, factor = np.empty(band.shape, np.uint8), 255 / ((white - black) or 1)
     for start in range(0, len(band), ROWS):
         part = band[start : start + ROWS].astype(np.float64)
-        result[start : start + ROWS] = np.rint((part - black) * factor)
+        result[start : start + ROWS] = np.rint((part - black) * factor).clip(0, 255)
     return result
 
 
@@ -330,6 +333,11 @@ def decide(samples):
         white = next((white for white in whites if low >= 0 and high <= white), None)
         ranges[kind] = (low, high) if white is None else (0, white)
     return ranges
+
+
+def beyond(samples, ranges):
+    """Those of an image's `samples`, triples (kind, low, high), that lie outside of their range."""
+    return [(kind, low, high) for kind, low, high in samples if low < ranges[kind][0] or high > ranges[kind][1]]
 
 
 def plain(value):

@@ -15,6 +15,7 @@ from sources.decode import ALPHA, plain
 from sources.listing import Found, class_folders, find_images, inside, is_class_folder, is_image, is_walked
 
 HELD_OUT = ("test", "val", "valid", "validation")  # the first that exists holds the test images
+NO_CLASSES = {"train", "training", "testing", *HELD_OUT}  # names of a data set's parts, however they are written
 NAMED = 20  # damaged images named on the screen
 
 
@@ -55,15 +56,16 @@ def load(
     if test_fraction and skip_damaged:  # what is left out is no part of the fraction
         whole = split({path for path in paths if keys[path] in decoded.damaged})
         if whole != splits:
-            splits, decoded = whole, decode(whole)
+            splits, decoded = whole, None  # Windows replaces no file that is mapped
+            decoded = decode(splits)
     paths = _paths(splits)
     counts = [[len(found) for found in listing.values()] for listing in splits]
     labels = np.repeat(np.tile(np.arange(len(names)), 2), [*counts[0], *counts[1]])
     is_test = np.arange(len(paths)) >= sum(counts[0])
     ranges = decoded.record.ranges
     _say_ranges(decoded.record, say)
-    record = {"test_fraction": test_fraction} if test_fraction else {"test_folder": places[1].name}
     identity = {"test_fraction": test_fraction} if test_fraction else {}
+    record = {**identity} or {"test_folder": places[1].name}
     if ranges:
         record["ranges"] = ranges
     whole = np.array([keys[path] not in decoded.damaged for path in paths])
@@ -73,7 +75,7 @@ def load(
         if not skip_damaged:
             raise Damaged(_damage(bad, len(paths), listed))
         record["skipped"] = _skipped(names, labels, is_test, whole)
-        record["skipped_files"] = identity["skipped"] = sorted(_relative(path, directory) for path in bad)
+        record["skipped_files"] = sorted(_relative(path, directory) for path in bad)
         say(_left_out(record["skipped"], len(bad), len(paths), listed))
 
     images, labels, train = decoded.images, labels[whole], int((whole & ~is_test).sum())
@@ -104,7 +106,7 @@ def _places(directory, test_fraction, say):
         "An image folder has one sub-folder per class in train and in test:\n"
         f"{directory}/train/CLASS/IMAGE and {directory}/test/CLASS/IMAGE\n"
     )
-    if test_fraction and train.is_dir():
+    if test_fraction and train.is_dir() and class_folders(train):
         if held_out:
             raise Failure(f"{held_out[0]} holds test images already: leave --test-fraction out, or remove that folder.")
         for place in there:
@@ -116,7 +118,7 @@ def _places(directory, test_fraction, say):
                 f"{directory} does not exist. --test-fraction needs one folder of classes: {directory}/CLASS/IMAGE"
             )
         names = class_folders(directory)
-        if names and {*names} <= {*HELD_OUT}:
+        if names and {name.lower() for name in names} <= NO_CLASSES:
             raise Failure(f"{train} does not exist, only {', '.join(names)} beside it. {layout}".rstrip())
         for place in held_out:
             if {*names} & {*class_folders(place)}:
@@ -132,7 +134,8 @@ def _places(directory, test_fraction, say):
             what, of = f"{there[0]} has no class folders, so that nothing says what its images show", f"Of {train}"
         else:
             others = f"{', '.join(HELD_OUT[1:-1])} or {HELD_OUT[-1]} beside it"
-            what, of = f"{directory / 'test'} does not exist, nor {others}", f"Of {train}"
+            what = f"{directory / 'test'} does not exist, nor {others}"
+            of = f"Of {train}" if class_folders(train) else "Of one folder of classes"
         raise Failure(f"{what}. {layout}{of} --test-fraction 0.2 takes a fifth of each class for the test.")
     test = held_out[0]
     if test.name != "test":

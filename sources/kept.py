@@ -68,7 +68,7 @@ def file_keys(directory, paths):
     for path in paths:
         try:
             status = os.stat(path)
-            state = f"{status.st_size}\0{status.st_mtime_ns}"
+            state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"  # renaming changes the last
         except OSError:  # said when it is read
             state = ""
         keys.append(hashlib.sha256(os.fsencode(f"{relative(path, directory)}\0{state}")).hexdigest()[:32])
@@ -241,7 +241,7 @@ def _write(output, paths, keys, image_size, workers, old):
     except BaseException as error:
         if written.keys() <= rows.keys():
             raise
-        stopped = error
+        stopped = error.with_traceback(None)  # which holds the images of `old`
         output.seek(begin + len(written) * blank.size)
         for key in keys:
             if key in rows and key not in written:
@@ -261,7 +261,7 @@ def _write(output, paths, keys, image_size, workers, old):
         except OSError:
             raise
         except BaseException as error:
-            stopped = error
+            stopped = error.with_traceback(None)
     record.waiting = sorted(waiting)
     output.seek(begin + len(written) * blank.size)
     output.truncate()

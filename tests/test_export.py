@@ -13,6 +13,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import models
 from reports.statistics import softmax
@@ -68,19 +69,22 @@ def test_export_and_the_lines_that_use_the_file(cli, copy, images):
     elsewhere = copy / "elsewhere"
     elsewhere.mkdir()
     shutil.move(copy / STUDENT / "model.onnx", elsewhere)
-    shutil.copy(images / "test" / "blue" / "00.png", elsewhere / "image.png")
+    image = np.array(Image.open(images / "test" / "blue" / "00.png"))
+    image = np.dstack([image, np.full((16, 16), 255, np.uint8)])
+    image[:8, :, 3] = 0  # transparent above
+    Image.fromarray(image).save(elsewhere / "image.png")
     lines = textwrap.dedent(re.search(r"(?:^    .*\n)+", export.__doc__, re.MULTILINE)[0])
     done = subprocess.run([sys.executable, "-c", lines], cwd=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    probabilities = softmax(np.load(copy / STUDENT / "test_logits.npy"))[0]
     name, probability = done.stdout.split()
-    assert name == ("blue", "green", "red")[probabilities.argmax()]
-    assert float(probability) == pytest.approx(probabilities.max(), abs=1e-5)
+    predicted = cli("--predict", elsewhere / "image.png", "--output-dir", copy, "--device", "cpu").out
+    predicted = predicted.splitlines()[1].split(",")
+    assert name == predicted[1] and float(probability) == pytest.approx(float(predicted[2]), abs=1e-5)
 
     metadata = onnxruntime.InferenceSession(elsewhere / "model.onnx").get_modelmeta().custom_metadata_map
     record = json.loads((copy / STUDENT / "run.json").read_text())
     assert json.loads(metadata["classes"]) == ["blue", "green", "red"]
-    assert metadata["image_size"] == "16"
+    assert metadata["image_size"] == "16" and metadata["ranges"] == "{}"
     assert float(metadata["accuracy"]) == record["accuracy"]
     assert metadata["weights_sha256"] == record["weights_sha256"]
     assert metadata["program_version"] == record["environment"]["program"]

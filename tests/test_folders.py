@@ -5,13 +5,16 @@ import hashlib
 import os
 import shutil
 import struct
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import CLASSES, make_images
 from PIL import Image
 
+import runs.files
 from runs.files import Failure
 from runs.signals import Interrupted
 from sources import decode, folders, kept
@@ -127,8 +130,23 @@ def test_damaged_files_are_not_decoded_again_unless_by_another_pillow(top, tmp_p
     assert len(paths) == 1
 
 
+@pytest.fixture
+def mapped_files_stay(monkeypatch):
+    """As on Windows: a file that is mapped into memory is not replaced."""
+    replace = os.replace
+
+    def refuse(source, target):
+        if os.path.realpath(target) in Path("/proc/self/maps").read_text():
+            raise PermissionError(errno.EACCES, "Access is denied", str(target))
+        replace(source, target)
+
+    if sys.platform == "linux":
+        monkeypatch.setattr(os, "replace", refuse)
+        monkeypatch.setattr(runs.files, "PATIENCE", 0)
+
+
 @pytest.mark.parametrize(("when", "left"), [(3, 2 + 6), (6, 5), (10, 1)])
-def test_deep_images_survive_an_interruption(tmp_path, monkeypatch, when, left):
+def test_deep_images_survive_an_interruption(tmp_path, monkeypatch, mapped_files_stay, when, left):
     """Four new ones are decoded, then all six are scaled, since their range is new for the two that were kept before;
     it is interrupted at the third new one, at the second to be scaled, and at the last."""
     top, cache = make_images(tmp_path / "p", train=1, test=1), tmp_path / "out" / "data"
@@ -194,6 +212,35 @@ def test_a_class_may_be_called_test(alone):
         Loaded(alone, test_fraction=0.2)
 
 
+def test_a_class_may_be_called_train(alone):
+    (alone / "red").rename(alone / "train")
+    with pytest.raises(Failure, match=r"Of one folder of classes --test-fraction 0\.2 takes a fifth"):
+        Loaded(alone)
+    assert Loaded(alone, test_fraction=0.2).classes == ["blue", "green", "train"]
+
+
+def test_the_parts_of_a_data_set_are_no_classes(top):
+    """Training and Testing, say, each with folders of classes, must not be told from each other."""
+    (top / "train").rename(top / "Training")
+    (top / "test").rename(top / "Testing")
+    with pytest.raises(Failure, match=r"train does not exist, only Testing, Training beside it"):
+        Loaded(top, test_fraction=0.2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not record when a file was renamed")
+def test_two_files_that_change_places_are_read_again(top, tmp_path):
+    one, other, cache = top / "train/blue/00.png", top / "train/red/00.png", tmp_path / "out" / "data"
+    for path, shade in ((one, 0), (other, 250)):
+        Image.fromarray(np.full((16, 16), shade, np.uint8)).save(path.with_suffix(".bmp"))
+        path.with_suffix(".bmp").rename(path)
+        os.utime(path, ns=(10**18, 10**18))
+    Loaded(top, cache)
+    one.rename(tmp_path / "between")
+    other.rename(one)
+    (tmp_path / "between").rename(other)
+    assert Loaded(top, cache).digest == Loaded(top).digest
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
 def test_links_to_what_would_not_be_read_otherwise(top):
     (top / "train" / "red").rename(top / "train" / ".real")
@@ -227,7 +274,7 @@ def test_the_output_folder_is_no_class(alone, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_damaged_files_do_not_count_for_the_fraction(alone, tmp_path, cache):
+def test_damaged_files_do_not_count_for_the_fraction(alone, tmp_path, mapped_files_stay, cache):
     cache = tmp_path / "out" / "data" if cache else None
     clean = Loaded(alone, test_fraction=0.3)
     for number in range(40):

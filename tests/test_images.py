@@ -14,6 +14,7 @@ from PIL import Image
 import data
 import models
 from arguments import Usage, parse
+from runs.checkpoints import load_checkpoint, save_checkpoint
 from runs.files import Damaged, Failure
 from sources import Facts, decode, kept, survey
 
@@ -123,8 +124,12 @@ def test_a_single_image_is_scaled_as_told_or_refused(tmp_path):
         Damaged, match=r"w\.tif cannot be decoded as an image: its samples are signed 32-bit, and no range"
     ):
         decode.read_image(wide, 16)
-    with pytest.raises(Damaged, match=r"lie from 0 to 0\.5, outside of the range from 0 to 0\.25"):
-        decode.read_image(float_path, 16, {"floating-point": (0, 0.25)})
+    samples = numbers(-5, 70000, "i4").astype(float)
+    clipped = np.rint((samples.clip(0, 50_000)) * 255 / 50_000)  # beyond what some data set holds
+    found = decode.read_image(wide, 16, {"signed 32-bit": (0, 50_000)})
+    assert (found == clipped[..., None]).all() and found.max() == 255
+    with pytest.raises(Damaged, match="lie from -5 to 70,000, outside of the range from 0 to 4,095"):
+        decode.read_image(wide, 16, {"signed 32-bit": (0, 4095)})  # samples of 12 bits: these are of another kind
     Image.fromarray(np.full((4, 4), np.nan, "f4")).save(float_path)
     with pytest.raises(Damaged, match="it holds samples that are not finite"):
         decode.read_image(float_path, 16)
@@ -275,7 +280,8 @@ def test_all_damage_is_listed_and_the_rest_is_kept(folder, monkeypatch):
     assert skipped.facts.record["skipped"] == {"training": {"green": 24}, "test": {"red": 1}}
     assert skipped.facts.record["skipped_files"][-1] == "train/green/zero23.png"
     assert "25 of 49 images (training: green 24; test: red 1)" in folder.said[-1]
-    assert len(skipped.train_labels) == 15 and len(skipped.test_labels) == 9 and skipped.digest != clean
+    assert len(skipped.train_labels) == 15 and len(skipped.test_labels) == 9
+    assert skipped.digest == clean  # files that are left out may as well be removed
 
     for path in places:
         path.unlink()
@@ -419,6 +425,12 @@ def test_from_the_teacher_to_the_comparison(cli, folder, tmp_path):
     assert "high.tif cannot be decoded as an image: its samples (floating-point) lie from 0 to 300, outside" in got.err
     assert "Images with 16-bit samples: 1, but the model was trained on none such. 0 was taken for black" in got.err
 
+    checkpoint = load_checkpoint(output / "kd-T4-a0.1-s0" / "model.pt")
+    save_checkpoint(output / "kd-T4-a0.1-s0" / "model.pt", checkpoint | {"ranges": {"floating-point": [0, 0.3]}})
+    got = cli("--predict", folder.top / "train/red/float.tif", high, "--output-dir", output, "--device", "cpu")
+    said = "Images with floating-point samples outside of the training set's range, 0 to 0.3: 2. What is darker was"
+    assert got.status == 0 and said in got.err
+
 
 # Where the test images come from -------------------------------------------------------------------------------------
 
@@ -496,7 +508,7 @@ def test_fractions_that_cannot_be(alone):
     (alone.top / "test" / "red").mkdir(parents=True)
     with pytest.raises(Failure, match="test seems to hold test images of the classes beside it. Move these into"):
         alone.load(test_fraction=0.3)
-    (alone.top / "train").mkdir()
+    (alone.top / "train" / "red").mkdir(parents=True)
     with pytest.raises(Failure, match="holds test images already: leave --test-fraction out"):
         alone.load(test_fraction=0.3)
 

@@ -50,6 +50,24 @@ def test_a_batch_more_changes_nothing(cli, finished, images, monkeypatch):
     assert parts.err == whole.err
 
 
+def test_several_processes_predict_once(cli, finished, images, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        result = cli("--predict", images / "test" / "red" / "00.png", "--output-dir", finished, "--device", "cpu")
+        assert result.status == 0 and len(result.out.splitlines()) == (0 if rank else 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a name that is not UTF-8")
+def test_a_file_gets_paths_as_they_are_whatever_the_locale(finished, images, tmp_path):
+    odd = os.fsencode(tmp_path / "日本") + b"\xff.png"
+    shutil.copy(images / "test" / "red" / "00.png", odd)
+    words = ["--predict", odd, "--output-dir", finished, "--device", "cpu"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, ROOT / "main.py", *words], env=environment, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stdout.splitlines()[1].startswith(odd + b",")
+
+
 def test_files_folders_and_a_named_model(cli, finished, images, tmp_path):
     """Any mixture is taken, in the order given; only folders that are named, and those inside, are read as labels."""
     odd = tmp_path / "red" / 'a "b", c\n.png'

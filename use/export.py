@@ -4,12 +4,14 @@
     from PIL import Image, ImageOps
     session = onnxruntime.InferenceSession("model.onnx")
     classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-    image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.fit(image, session.get_inputs()[0].shape[1:3])
     probabilities = session.run(None, {"images": numpy.asarray(image)[None]})[0][0]
     print(classes[probabilities.argmax()], probabilities.max())
 
-They turn, resize and crop an image nearly as sources.decode.read_image does, which also lays transparency over white.
+They turn, resize and crop an image of 8 bits nearly as sources.decode.read_image does. How the model's training scaled
+samples of more bits is in the file's metadata, too: "ranges", {kind: [black, white]}.
 """
 
 import importlib.util
@@ -114,10 +116,12 @@ def to_onnx(network, temperature=1.0):
 
 
 def _metadata(network, digest, temperature):
-    """What the ONNX file says of itself, all of it text; `classes` is JSON, in the order of the probabilities."""
+    """What the ONNX file says of itself, all of it text; `classes` and `ranges` are JSON, the classes in the order of
+    the probabilities."""
     return {
         "classes": json.dumps(network.classes),
         "image_size": str(network.image_size),
+        "ranges": json.dumps(network.ranges),
         "architecture": network.architecture,
         "accuracy": repr(network.accuracy),
         "temperature": repr(temperature),

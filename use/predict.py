@@ -39,7 +39,9 @@ def predict(arguments):
     network.to(**machine.place)
     classes, labelled, right, failures = network.classes, 0, 0, 0
     numbers = {name: number for number, name in enumerate(classes)}
-    ranges, kinds = DOCUMENTED | network.ranges, Counter()
+    ranges, kinds, outside = DOCUMENTED | network.ranges, Counter(), Counter()
+    if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):  # a file: paths as they are, on Windows, too
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     _write([COLUMNS])
     with (
         tqdm(total=len(found), desc=f"{path.parent.name}: predicting", unit=" images", disable=None) as bar,
@@ -48,7 +50,7 @@ def predict(arguments):
         size = models.inference_batch(device, network.image_size)  # as for the test set; and memory is bounded
         for start in range(0, len(found), size):
             part = found[start : start + size]
-            images = _decode(part, network.image_size, ranges, pool, kinds)
+            images = _decode(part, network.image_size, ranges, pool, kinds, outside)
             failures += len(part) - len(images)
             rows = []
             if images:
@@ -74,15 +76,23 @@ def predict(arguments):
             f"for black and {white} for white",
             file=sys.stderr,
         )
+    for kind, count in sorted(outside.items()):
+        black, white = map(plain, ranges[kind])
+        print(
+            f"Images with {kind} samples outside of the training set's range, {black} to {white}: {count:,}. What is "
+            "darker was taken for black, what is brighter for white",
+            file=sys.stderr,
+        )
     if failures:
         raise Failure(f"{failures:,} of {len(found):,} images could not be decoded; they are named above.")
 
 
-def _decode(part, image_size, ranges, pool, kinds):
+def _decode(part, image_size, ranges, pool, kinds, outside):
     """{position in `part`: uint8 image (S, S, 3)} of those that can be decoded; the others are named on standard
-    error. Counts in `kinds` the images of each kind of samples that needs one of `ranges`."""
+    error. Counts in `kinds` the images of each kind of samples that needs one of `ranges`, in `outside` those of them
+    with samples beyond it."""
 
-    from sources.decode import decode, no_range
+    from sources.decode import beyond, decode, no_range
 
     def read(item):
         try:
@@ -99,6 +109,7 @@ def _decode(part, image_size, ranges, pool, kinds):
             else:
                 images[position] = image.pixels
                 kinds.update(kind for kind, _, _ in image.samples)
+                outside.update(kind for kind, _, _ in beyond(image.samples, ranges))
     except BaseException:
         pool.shutdown(cancel_futures=True)
         raise
