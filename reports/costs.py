@@ -56,7 +56,7 @@ def _recovered(entry, teacher, baseline):
     if round(abs(gain), 2) == 0:
         done = "distillation changes nothing" if gap <= 0 else f"distillation recovers none of the {_points(gap)}"
     elif gain < 0:
-        done = f"distillation costs {_points(-gain)}: the baseline is better"
+        done = f"distillation costs {_points(-gain)}"
     elif gap <= 0:
         done = f"distillation adds {_points(gain)} to a baseline that is no worse than the teacher"
     elif gain > gap:

@@ -5,11 +5,11 @@ import hashlib
 from pathlib import Path
 
 import jinja2
-import numpy as np
 
-from reports import calibration, costs, fidelity, omitted
-from reports.text import COLUMNS, claim, environments, largest_class, method, points, run_values
-from runs.settings import UNFAIR_SWEEP, pair_name
+from reports import accuracy, calibration, costs, fidelity, omitted
+from reports.accuracy import points
+from reports.text import COLUMNS, claim, differently_trained, largest_class, method, run_values
+from runs.settings import UNFAIR_SWEEP
 
 CAPTIONS = {
     "cost": "Accuracy against cost.",
@@ -46,8 +46,7 @@ def page(comparison, figures):
         trade=costs.trade(comparison),
         claim=claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels), method(entry)),
         note=largest_class(comparison),
-        environments=environments([run for run in comparison.runs if not run.settings.val_fraction]),
-        notes=comparison.notes(),
+        notes=[*differently_trained(comparison), *comparison.notes()],
         tables=_tables(comparison),
         figures=[(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode()) for path in drawn],
         settings=comparison.settings.as_dict(),
@@ -57,36 +56,20 @@ def page(comparison, figures):
 
 def _tables(comparison):
     """[(title, column names, rows, what they mean)]: the cells are text, numbers or None."""
-    teacher, baseline = comparison.teacher, comparison.baseline
+    tables = []
 
-    def students(name, given):
-        names = ("agreement_with_teacher", "calibration_error", "negative_log_likelihood")
-        means = (f"{np.mean(given[each]):.4f}" for each in names)
-        accuracy = (_decimals(value) for value in (given["mean"], given["std"], np.mean(given["balanced_accuracy"])))
-        return (name, *accuracy, len(given["seeds"]), *means)
+    def add(rows, below):
+        (title, *columns), *rest = rows
+        tables.append((title, ("", *columns), rest, below))
 
-    own = (_decimals(teacher[each]) for each in ("calibration_error", "negative_log_likelihood"))
-    accuracy = (_decimals(value) for value in (teacher["accuracy"], None, teacher["balanced_accuracy"]))
-    results = [("network", "accuracy", "std", "balanced", "n", "agreement", "ECE", "NLL")]
-    results.append(("Teacher", *accuracy, 1, None, *own))
-    results += [students(f"KD, {pair_name(each)}", each) for each in comparison.kd]
-    results.append(students("Baseline", baseline))
-    note = "Agreement: same class as the teacher. ECE: expected calibration error, 15 bins. NLL: negative "
-    note += "log-likelihood in nats. Means over n seeds."
-    if comparison.is_balanced:  # it would be the accuracy again
-        results = [(*row[:3], *row[4:]) for row in results]
-    else:
-        note = f"Balanced: the mean of the accuracies by class. {note}"
-    tables = [("Accuracy", results[0], results[1:], note)]
-
-    columns, *near = fidelity.rows(comparison)
-    tables.append((columns[0], ("network", *columns[1:]), near, fidelity.where(comparison)))
+    add(accuracy.rows(comparison), f"{accuracy.where(comparison)}; means over n seeds")
+    if tested := accuracy.differences(comparison):
+        add(tested, accuracy.DIFFERENCES)
+    add(fidelity.rows(comparison), fidelity.where(comparison))
     if scaled := calibration.rows(comparison):
-        columns, *fitted = scaled
-        tables.append((columns[0], ("network", *columns[1:]), fitted, calibration.where(comparison)))
-    if "omitted" in baseline:
-        columns, *known = omitted.rows(comparison)
-        tables.append((columns[0], ("network", *columns[1:]), known, omitted.where(comparison)))
+        add(scaled, calibration.where(comparison))
+    if "omitted" in comparison.baseline:
+        add(omitted.rows(comparison), omitted.where(comparison))
 
     measured = [
         (name, f"{parameters:,}", f"{macs:,.1f}", *(None if value is None else f"{value:,.1f}" for value in rest))
@@ -95,7 +78,7 @@ def _tables(comparison):
     columns = ("network", "parameters", "million MACs", "MB", "ms for one image", "images a second")
     tables.append(("What it costs", columns, measured, costs.where(comparison)))
 
-    accuracies = [each["class_accuracies"] for each in (teacher, comparison.kd[0], baseline)]
+    accuracies = [each["class_accuracies"] for each in (comparison.teacher, comparison.kd[0], comparison.baseline)]
     classes = zip(comparison.classes, *accuracies, strict=True)
     by_class = [(name, *map(_decimals, values)) for name, *values in classes]
     tables.append(("Accuracy by class", ("class", "teacher", "with KD", "baseline"), by_class, ""))

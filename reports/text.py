@@ -4,19 +4,13 @@ import csv
 import io
 from dataclasses import asdict
 
-import numpy as np
-
-from reports import calibration, costs, fidelity, omitted
+from reports import accuracy, calibration, costs, fidelity, omitted
+from reports.accuracy import plain_p, points
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
 from runs.settings import UNFAIR_SWEEP, pair_name
 
 BETTER = 0.1  # a network is hardly better than a guess that corrects less than this share of the guess's errors
 MANY, ENDS = 20, 5  # of more classes, only so many of the lowest and highest accuracy are printed
-
-
-def points(value, sign=""):
-    """A gain in percentage points with two decimals, never -0.00."""
-    return f"{round(value, 2) + 0.0:{sign}.2f}"
 
 
 def block(comparison):
@@ -56,7 +50,7 @@ def _special(settings):
 def _row(name, *cells):
     if len(name) > 25:
         name = f"{name}\n{'':25}"
-    return f"{name:<26}" + "".join(f"{cell:>12}" for cell in cells) + "\n"
+    return f"{name:<26}" + "".join(f"{'' if cell is None else cell:>12}" for cell in cells) + "\n"
 
 
 def _std(entry):
@@ -65,48 +59,8 @@ def _std(entry):
 
 def details(comparison):
     """The table below the block, the gain with its interval, and what can be claimed."""
-    teacher, baseline, entry = comparison.teacher, comparison.baseline, comparison.kd[0]
-
-    def balanced(cell):
-        return [] if comparison.is_balanced else [cell]  # it would be the accuracy again
-
-    def students(name, given):
-        means = (
-            np.mean(given[key]) for key in ("agreement_with_teacher", "calibration_error", "negative_log_likelihood")
-        )
-        agreement, error, likelihood = means
-        return _row(
-            name,
-            f"{given['mean']:.4f}",
-            _std(given),
-            *balanced(f"{np.mean(given['balanced_accuracy']):.4f}"),
-            len(given["seeds"]),
-            f"{agreement:.4f}",
-            f"{error:.4f}",
-            f"{likelihood:.4f}",
-        )
-
-    text = _row("", "accuracy", "std", *balanced("balanced"), "n", "agreement", "ECE", "NLL")
-    several = len(teacher["members"]) > 1
-    text += _row(
-        f"Teacher, {len(teacher['members'])} networks" if several else "Teacher",
-        f"{teacher['accuracy']:.4f}",
-        "",
-        *balanced(f"{teacher['balanced_accuracy']:.4f}"),
-        1,
-        "",
-        f"{teacher['calibration_error']:.4f}",
-        f"{teacher['negative_log_likelihood']:.4f}",
-    )
-    if several:
-        alone = teacher["members"]
-        text += _row("  each alone", f"{np.mean(alone):.4f}", f"{spread(alone):.4f}", *balanced(""), len(alone))
-    for each in comparison.kd:
-        text += students(f"KD, {pair_name(each)}", each)
-    text += students("Baseline", baseline)
-    text += "(agreement: same class as the teacher; ECE: expected calibration error, 15 bins; NLL in nats)\n"
-    if not comparison.is_balanced:
-        text += "(balanced: the mean of the accuracies by class, in which every class counts alike)\n"
+    baseline, entry = comparison.baseline, comparison.kd[0]
+    text = "".join(_row(*row) for row in accuracy.rows(comparison)) + f"({accuracy.where(comparison)})\n"
     if note := largest_class(comparison):
         text += f"{note}\n"
     text += "\n" + "".join(_row(*row) for row in fidelity.rows(comparison)) + f"({fidelity.where(comparison)})\n\n"
@@ -128,26 +82,11 @@ def details(comparison):
         text += _row(name, f"{parameters:,}", f"{macs:,.1f}", *cells)
     text += f"({costs.where(comparison)})\n{costs.trade(comparison)}\n"
     text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels), method(entry)) + "\n"
-    for each in comparison.kd[1:]:
-        over = each["first_over_this"]
-        plain = "plain distillation, " if entry.get("loss") and not each.get("loss") else ""
-        if over:
-            mean, interval = points(over["mean"], "+"), "the same for each seed, so without an interval"
-            if over["ci95"]:
-                low, high = (points(value, "+") for value in over["ci95"])
-                interval = f"95% confidence interval {low} to {high}, {_p(over['p_value'])}"
-            words = f"{pair_name(entry)} over {plain}{pair_name(each)}: {mean} points, {interval}"
-            text += f"{words} (n = {len(over['seeds'])} seeds).\n"
-    tests = len(comparison.kd) + sum(bool(each["first_over_this"]) for each in comparison.kd[1:])
-    if tests > 1 and len(entry["seeds"]) > 1:
-        bound = SIGNIFICANCE / tests  # Bonferroni
-        text += f"({tests} differences are tested; each interval and p is for one alone. "
-        text += f"To show that any is real takes p < {bound:.2g}.)\n"
-    for who, sweep in (("these students", False), ("the students of the sweep", True)):
-        differing = environments([run for run in comparison.runs if bool(run.settings.val_fraction) == sweep])
-        if len(differing) > 1:
-            text += f"Note that {who} were not all trained alike: " + "; ".join(differing) + ".\n"
-    return text + "".join(f"Note that {note}.\n" for note in comparison.notes())
+    tested = accuracy.differences(comparison)
+    if len(tested) > 2:  # the only one is told above
+        text += "\n" + "".join(_row(*row) for row in tested) + f"({accuracy.DIFFERENCES})\n"
+    notes = [*differently_trained(comparison), *comparison.notes()]
+    return text + "".join(f"Note that {note}.\n" for note in notes)
 
 
 def largest_class(comparison):
@@ -173,15 +112,20 @@ def _by_class(comparison):
     return _row("Accuracy by class", "teacher", "with KD", "baseline") + "".join(lines)
 
 
-def environments(runs):
-    """How the students among `runs` were trained (device, precision, compiled or not): a phrase for each way."""
-    found = {}
-    for run in runs:
-        if run.settings.role != "teacher":
-            made = run.environment
-            words = f"{made.get('device')} in {made.get('precision')}" + (", compiled" if made.get("compiled") else "")
-            found.setdefault(words, []).append(run.folder.name)
-    return [f"{', '.join(names)} on {words}" for words, names in found.items()]
+def differently_trained(comparison):
+    """What to note where students were not all trained alike (device, precision, compiled or not), phrases."""
+    notes = []
+    for who, sweep in (("these students", False), ("the students of the sweep", True)):
+        found = {}
+        for run in comparison.runs:
+            if run.settings.role != "teacher" and bool(run.settings.val_fraction) == sweep:
+                made = run.environment
+                words = f"{made.get('device')} in {made.get('precision')}" + ", compiled" * bool(made.get("compiled"))
+                found.setdefault(words, []).append(run.folder.name)
+        if len(found) > 1:
+            ways = "; ".join(f"{', '.join(names)} on {words}" for words, names in found.items())
+            notes.append(f"{who} were not all trained alike: {ways}")
+    return notes
 
 
 def method(entry):
@@ -203,7 +147,7 @@ def claim(improvement, seeds, images, name="KD"):
         "the same crops and flips.)"
     )
     if interval is None:
-        return f"All {seeds} seeds gain exactly {points(mean, '+')} points, so no interval can be computed.\n{covers}"
+        return f"All {seeds} seeds gain exactly {points(mean, '+')} points, so no interval can be computed."
     gain = (
         f"Gain with {name}: {points(mean, '+')} points, 95% confidence interval {points(interval[0], '+')} to "
         f"{points(interval[1], '+')}, {_p(p)} (paired t-test, n = {seeds} seeds)."
@@ -212,17 +156,18 @@ def claim(improvement, seeds, images, name="KD"):
         verb = "improves" if mean > 0 else "worsens"
         return f"{gain}\nDistillation {verb} this student's accuracy, with this teacher and recipe.\n{covers}"
     needed = seeds_needed(spread(improvement["by_seed"]))
-    if needed is None or needed > seeds:
+    if interval[1] < SMALL_GAIN:
+        more = f"a gain of {SMALL_GAIN} points lies above the interval"
+    elif needed and needed <= seeds:
+        more = f"a gain of {SMALL_GAIN} points lies within the interval"
+    else:
         about = f"about {needed:,}" if needed else "more than half a million"
         more = f"{about} would show a gain of {SMALL_GAIN} points ({POWER:.0%} power, if the spread is as seen)"
-    else:
-        place = "above" if interval[1] < SMALL_GAIN else "within"
-        more = f"a gain of {SMALL_GAIN} points lies {place} the interval"
     return f"{gain}\nNo difference can be shown with {seeds} seeds; {more}.\n{covers}"
 
 
 def _p(value):
-    return "p < 0.0001" if value < 0.0001 else f"p = {value:.4f}" if value < 0.1 else f"p = {value:.2f}"
+    return f"p {plain_p(value).replace('<', '< ')}" if value < 0.0001 else f"p = {plain_p(value)}"
 
 
 COLUMNS = (

@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import CLASSES, process
 
-from reports import figures, records
+from reports import accuracy, figures, records
+from reports.accuracy import points
 from reports.comparison import Comparison
 from reports.html import page
 from reports.statistics import paired_test, seeds_needed
-from reports.text import block, claim, details, points, table
+from reports.text import block, claim, details, table
 from runs.files import Damaged, Failure, load_arrays, save_array, save_arrays, write, write_json
 from runs.settings import Costs, RunRecord, Settings
 
@@ -118,7 +119,11 @@ def test_a_gain_that_is_not_shown_says_how_many_seeds_would_show_one():
 
 
 def test_equal_gains_have_no_interval():
-    assert "All 2 seeds gain exactly +0.50 points, so no interval can be computed" in claim_of([0.5, 0.5])
+    assert claim_of([0.5, 0.5]) == "All 2 seeds gain exactly +0.50 points, so no interval can be computed."
+
+
+def test_no_seeds_are_asked_for_to_show_a_gain_that_lies_above_the_interval():
+    assert "with 3 seeds; a gain of 0.25 points lies above the interval." in claim_of([-0.4, -0.1, -0.2])
 
 
 def test_the_printed_block(folder):
@@ -166,13 +171,16 @@ def test_pairs_of_temperature_and_alpha_are_compared_over_the_seeds_of_both(fold
     assert over["p_value"] == pytest.approx(1 - 2 / math.pi * math.atan(1.5 / 2.5))
     assert third["first_over_this"] is None  # one seed in common
     low, high = (f"{POINT * value:+.2f}" for value in (1.5 - half, 1.5 + half))
-    line = f"T=4, alpha=0.5 over T=8, alpha=0.1: +6.25 points, 95% confidence interval {low} to {high}, p = 0.66 (n = 2"
+    (title, *_), *rows = accuracy.differences(comparison)
+    assert [row[0] for row in rows] == [  # that of a single pair is none of them
+        "T=4, alpha=0.5 over baseline", "T=8, alpha=0.1 over baseline", "T=4, alpha=0.5 over T=8, alpha=0.1"
+    ]  # fmt: skip
+    assert rows[2][1:] == ("+6.25", low, high, "0.66", "0.66", 2)
+    sums = (41, 11**2 + 13**2 + 17**2), (47, 9**2 + 18**2 + 20**2)  # of the gains in images, and of their squares
+    p = [1 - t / math.sqrt(t**2 + 2) for t in (s / math.sqrt((ss - s**2 / 3) * 3 / 2) for s, ss in sums)]
+    assert [float(row[5]) for row in rows[:2]] == pytest.approx([3 * p[0], 2 * p[1]], abs=5e-5)
     text = details(comparison)
-    assert (
-        "(4 differences are tested; each interval and p is for one alone. To show that any is real takes p < 0.013.)"
-        in text
-    )
-    assert line in text and len(figures.gain(comparison).axes) == 3
+    assert title in text and "T=4, alpha=0.5 over T=8, \n" not in text and len(figures.gain(comparison).axes) == 3
 
 
 def test_a_report_of_logits_made_by_hand(cli, folder):
