@@ -19,7 +19,14 @@ from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Tally, is_first, join
 from runs.hooks import find_hooks
-from runs.teachers import check_sweep_teacher, check_teacher, find_sweep_teachers, find_teachers, spare_teachers
+from runs.teachers import (
+    check_image_size,
+    check_sweep_teacher,
+    check_teacher,
+    find_sweep_teachers,
+    find_teachers,
+    spare_teachers,
+)
 from use.tasks import do_task
 
 
@@ -60,8 +67,10 @@ def main(arguments, stop):
                 hooks.load()  # before any image is downloaded or decoded
                 machine = choose_machine(arguments, group)
                 teachers = [(path, models.load(path, hooks=hooks)) for path in paths]
+                check_image_size(arguments, teachers)
                 if teachers:  # without one the number of classes is not known yet
-                    try_hooks(arguments, hooks, len(teachers[0][1].classes), teachers[0][1].image_size, machine)
+                    classes, size = len(teachers[0][1].classes), arguments.image_size
+                    try_hooks(arguments, hooks, classes, size, machine, group.say)
                 session = start(arguments, stop, group, hooks, machine, [network for _, network in teachers])
             if arguments.train_teacher or demo:
                 train_teachers(session)
@@ -87,6 +96,10 @@ def train_teachers(session):
         later = plan.student_runs(arguments, loaded, None, plan.pairs(arguments), session.hooks)
         if arguments.overwrite:  # removed now, so that they never stop whoever resumes without --overwrite
             prepare(session, later)
+            if arguments.sweep:
+                fraction = plan.val_fraction(arguments)
+                about = arguments, loaded, None, plan.pairs(arguments), session.hooks, fraction
+                prepare(session, plan.student_runs(*about))
     train_all(session, runs, later=later)
 
 
@@ -99,6 +112,9 @@ def train_students(session, teachers):
     teacher, targets = "+".join(networks), soft_targets(session, networks)
     if arguments.overwrite:
         runs = plan.student_runs(arguments, loaded, teacher, plan.pairs(arguments), session.hooks)
+        if arguments.sweep:
+            about = arguments, loaded, teacher, plan.pairs(arguments), session.hooks, plan.val_fraction(arguments)
+            runs += plan.student_runs(*about)
         spare_teachers([path for path, _ in teachers], runs)
     if any(arguments.alpha) or session.hooks.loss:
         say_size(session, targets)
@@ -185,10 +201,11 @@ def sweep_networks(session, teachers, fraction):
 
 
 def prepare(session, runs):
-    """Before any of `runs` is trained: removes what exists of them with --overwrite, or else refuses what differs."""
+    """Before any of `runs` is trained: removes what exists of them with --overwrite, or else refuses what differs.
+    Where torchrun restarts a group, nothing is removed again."""
     group, overwrite = session.group, session.arguments.overwrite
     session.options.stop.runs_removed = bool(overwrite)
-    with group.first(), group.once() as is_new:  # where torchrun restarts a group, nothing is removed again
+    with group.first(), group.once(runs[0].folder) as is_new:
         if group.leads and (is_new or not overwrite):
             plan.prepare(runs, session.machine, overwrite)
 

@@ -178,7 +178,7 @@ def build(function, role, classes, seed):
     copy of what the function returns, so that layers which several calls share are not trained by several runs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed("weights", role, seed))
-        return Own(copy.deepcopy(function(classes)), classes)
+        return Own(copy.deepcopy(function(classes)), classes).cpu()
 
 
 def costs(architecture, classes, image_size, network=None):

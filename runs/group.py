@@ -76,18 +76,21 @@ class Group:
 
     @contextlib.contextmanager
     def first(self):
-        """The leading process runs this context while the others wait; then these run it."""
+        """The leading process runs this context while the others wait; then the first one of each other machine runs
+        it, whose disks may be its own, and then the rest."""
         key = self._key("first")
+        machine = f"{key} {self.rank - self.local_rank}"
         if not self.leads:
-            self.wait(lambda: self.ask("check", [key]))
+            self.wait(lambda: self.ask("check", [machine if self.local_rank else f"{key} 0"]))
         yield
-        if self.leads and self.store:
-            self.ask("set", key, "done")
+        if not self.local_rank and self.store:
+            self.ask("set", machine, "done")
 
     @contextlib.contextmanager
-    def once(self):
-        """Gives whether this context was never completed before: where torchrun restarts a group, it was."""
-        key = self._key("once")
+    def once(self, name):
+        """Gives whether the context of this `name` was never completed before: where torchrun restarts a group, it
+        was."""
+        key = f"once {name}"
         yield self.launch is None or not self.ask("check", [key], store=self.launch)
         if self.launch:
             self.ask("set", key, "done", store=self.launch)

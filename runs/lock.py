@@ -1,6 +1,7 @@
 """One process per folder."""
 
 import contextlib
+import errno
 import os
 import socket
 from pathlib import Path
@@ -19,16 +20,16 @@ def lock(folder, name=".lock"):
     """
     make_folder(folder)
     folder, mine = Path(folder), f"process {os.getpid()} on {socket.gethostname()}"
-    held = filelock.FileLock(folder / name, blocking=False)
+    held = filelock.FileLock(folder / name, blocking=False, fallback_to_soft=False)  # one that may become stale
     try:
         held.acquire()
     except filelock.Timeout:
         who = holder(folder, name) or "another process"
         raise Failure(f"{folder} is in use by {who}.\nWait for it to end, or use another folder.") from None
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise Failure(f"{folder} is on a file system without locks. Choose another folder.") from None
         raise Failure(f"cannot lock {folder}: {reason(error)}.") from None
-    except RuntimeError:  # filelock raises a subclass of it on a file system without locks
-        raise Failure(f"{folder} is on a file system without locks. Choose another folder.") from None
     try:
         write(folder / f"{name}-holder", f"{mine}\n")
         yield mine

@@ -37,7 +37,10 @@ class Run:
         if self.is_finished:
             self._finished_model()
         elif self.record.is_file() and self.state.is_file():
-            record = read_json(self.record, RunRecord)
+            try:
+                record = read_json(self.record, RunRecord)
+            except Damaged as error:
+                raise Damaged(f"{error}\nRemove {self.folder} to train it again.") from None
             self.refuse_other_settings(record.settings.as_dict())
             if record.environment.keys() >= machine.must_match.keys() - {"device"} | {"device_type"}:
                 self.refuse_other_machine(record.environment | {"device": record.environment["device_type"]}, machine)

@@ -41,12 +41,14 @@ def choose_machine(arguments, group):
     return machine
 
 
-def try_hooks(arguments, hooks, classes, image_size, machine):
+def try_hooks(arguments, hooks, classes, image_size, machine, say):
     """Raises Failure where a function of the user's own cannot be trained on `machine` with so many classes and images
-    so large."""
+    so large; what is odd about one is told to `say`."""
     for role in ("teacher", "student"):
         if getattr(hooks, role):
-            trial.try_network(getattr(hooks, role), role, classes, image_size, machine)
+            note = trial.try_network(getattr(hooks, role), role, classes, image_size, machine)
+            if note:
+                say(f"Note that {note}")
     if hooks.loss:
         trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0], machine)
 
@@ -75,7 +77,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
     if len(transfer_set) < len(loaded.train_labels):
         group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
     if not teachers:
-        try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size, machine)
+        try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size, machine, group.say)
     own = own_networks(hooks, len(loaded.classes))
     costs = costs_of(own, teachers, len(loaded.classes), loaded.image_size)
     for name in ("teacher", "student"):

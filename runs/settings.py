@@ -217,8 +217,12 @@ def differences(found: Mapping, wanted: Mapping):
         if name not in found or found[name] != value:
             if name.endswith("_sha256") and found[name] and value:
                 what = name.removesuffix("_sha256")
+                file, other = found.get(f"{what}_file"), wanted[f"{what}_file"]
+                if file != other:
+                    phrases.append(f"a {what} of that name in {file}, not {other} (rename a function to keep both)")
+                    continue
                 then, now = f"SHA-256 {found[name][:12]}… then", f"{value[:12]}… now"
-                phrases.append(f"the {what} in {wanted[f'{what}_file']} was edited since ({then}, {now})")
+                phrases.append(f"the {what} in {other} was edited since ({then}, {now})")
             elif name in OTHERS:
                 phrases.append(OTHERS[name])
             else:

@@ -6,7 +6,6 @@ import time
 import torch
 
 import models
-from runs.machine import choose_precision
 from runs.settings import Speed
 
 SPEED_SECONDS = 0.15  # for single images and for batches, in each precision
@@ -15,7 +14,7 @@ SPEED_SECONDS = 0.15  # for single images and for batches, in each precision
 @torch.inference_mode()
 def speeds(teachers, student, image_size, machine):
     """How fast `teachers` (networks that answer together, on `machine`'s device) and a `student` are: `batch`, and for
-    both {precision: Speed}, in float32 and, where the device has instructions for it, in bfloat16.
+    both {precision: Speed}, in float32 and in the precision of the `machine`.
 
     The median of a few repeats, about a second in all. Both take turns, so that whatever else the machine does slows
     them alike; the first turn is a warm-up. Speed depends on shapes, not on weights: the student may be a new one.
@@ -23,7 +22,7 @@ def speeds(teachers, student, image_size, machine):
     networks = {"teacher": teachers, "student": [student.eval().to(**machine.place)]}
     batch = models.inference_batch(machine.device, image_size)
     result = {"batch": batch, "teacher": {}, "student": {}}
-    for precision in dict.fromkeys(("fp32", choose_precision("auto", machine.device))):
+    for precision in dict.fromkeys(("fp32", machine.precision)):
         one, many = (_seconds(networks, count, image_size, machine, precision) for count in (1, batch))
         for name in networks:
             result[name][precision] = Speed(1000 * one[name], batch / many[name])

@@ -1,7 +1,6 @@
 """Which teachers a command uses: found in their folders before PyTorch is imported, verified afterwards."""
 
 import os
-import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -52,12 +51,10 @@ def _find_teacher(arguments, named):
     if named and (inside := sorted(folder.glob("teacher-*/model.pt"))):
         found = " ".join(str(each.parent) for each in inside)
         raise Failure(f"--teacher {named} is not a teacher's folder, but it holds teachers. Name them: {found}")
-    own = re.fullmatch(r"teacher-(?:.*-)?s(\d+)", folder.name)  # the program's own name for it
-    changed = {"output_dir": str(folder.parent), "seed": int(own[1])} if named and own else {}
+    if named:
+        raise Failure(f"{folder} holds no model.pt. --teacher takes the folder of a finished run, or its model.pt.")
     what = f"teacher with the network {arguments.teacher_network}" if arguments.teacher_network else "teacher"
-    raise Failure(
-        f"There is no {what} in {named or output} yet. Train one first:\n{teacher_command(arguments, **changed)}"
-    )
+    raise Failure(f"There is no {what} in {output} yet. Train one first:\n{teacher_command(arguments)}")
 
 
 def _unfinished(arguments, folder, known=()):
@@ -174,14 +171,23 @@ def _names(classes, others):
     return f"{len(classes)} names" + (f" (among them {', '.join(own[:3])})" if own else "")
 
 
+def check_image_size(arguments, teachers):
+    """Raises Failure where one of the `teachers`, pairs of path and network, takes images of another size: before any
+    image is decoded."""
+    for path, teacher in teachers:
+        size = teacher.image_size
+        if size != arguments.image_size:
+            raise Failure(
+                f"The teacher {path} was trained for the image size {size} instead of {arguments.image_size}. Add "
+                f"--image-size {size}, or name another teacher."
+            )
+
+
 def check_teacher(arguments, data, path, teacher):
     """Raises Failure where a `teacher`, the network loaded from `path`, does not fit the data."""
-    for what, found, wanted in (
-        ("was trained for the classes", _names(teacher.classes, data.classes), _names(data.classes, teacher.classes)),
-        ("was trained for the image size", teacher.image_size, data.image_size),
-    ):
-        if found != wanted:
-            raise Failure(f"The teacher {path} {what} {found} instead of {wanted}.")
+    found, wanted = _names(teacher.classes, data.classes), _names(data.classes, teacher.classes)
+    if found != wanted:
+        raise Failure(f"The teacher {path} was trained for the classes {found} instead of {wanted}.")
     if teacher.settings.get("data") != data.digest:
         raise Failure(
             f"The teacher {path} was trained on other images than these. Train one on these, and students beside it, "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
@@ -39,7 +40,13 @@ def load(data_dir, url=None, image_size=32, dataset=CIFAR10, processes=1):
     def damaged():
         return [path for path, md5 in wanted.items() if not path.is_file() or _md5(path) != md5]
 
-    if damaged():
+    if bad := damaged():
+        folders = [name for name in ("train", "test") if (root / name).is_dir()]
+        if folders and len(bad) == len(wanted) and not archive.is_file():
+            raise Failure(
+                f"{root} holds a folder {folders[0]}, but nothing of {dataset.__name__}. For images of your own add "
+                "--dataset folder."
+            )
         with lock(root, ".unpacking"):  # two first runs must not write to one file
             bad = damaged()
             if bad:
@@ -149,12 +156,12 @@ def _unreachable(url, path, why):
 
 
 def resize(images, image_size):
-    """uint8 images (N, H, H, 3) as NumPy array -> (N, image_size, image_size, 3), bicubic with antialiasing."""
-    if images.shape[1] == image_size:
+    """uint8 images (N, H, H, 3) as NumPy array -> (N, image_size, image_size, 3), bicubic with antialiasing: by Pillow,
+    whose whole numbers are the same on every processor, as the data set's digest must be."""
+    size = image_size, image_size
+    if images.shape[1:3] == size:
         return images
-    result = np.empty((len(images), image_size, image_size, 3), np.uint8)
-    for start in range(0, len(images), 1000):
-        part = torch.from_numpy(images[start : start + 1000]).permute(0, 3, 1, 2).float()
-        part = torch.nn.functional.interpolate(part, (image_size, image_size), mode="bicubic", antialias=True)
-        result[start : start + 1000] = part.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    result = np.empty((len(images), *size, 3), np.uint8)
+    for position, image in enumerate(images):
+        result[position] = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     return result

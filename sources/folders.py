@@ -150,6 +150,8 @@ def _places(directory, test_fraction, say):
 def _listing(top, say, output):
     """{class name: [image paths]} of the folder `top`, sorted. A folder that holds the folder `output` is no class."""
     real, output, passed = os.path.realpath(top), output and os.path.realpath(output), Counter()
+    if output == real:
+        raise Failure(f"{top} holds the classes: this program's runs must not lie beside them. Name an --output-dir.")
     seen, names = {real: os.fspath(top)}, []
     try:
         with os.scandir(top) as entries:

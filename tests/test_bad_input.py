@@ -226,7 +226,7 @@ def teacher_is_absent(out):
 
 def teacher_is_an_empty_folder(out):
     (out / "empty").mkdir()
-    return ("--teacher", out / "empty"), ["empty", "--train-teacher"]
+    return ("--teacher", out / "empty"), ["empty holds no model.pt. --teacher takes the folder"]
 
 
 def teacher_is_the_folder_of_one(out):
@@ -254,7 +254,8 @@ def teacher_is_cut_short(out):
 
 
 def teacher_of_other_image_size(out):
-    return ("--image-size", 20), ["image size 16 instead of 20"]
+    words = ("--image-size", 20, "--data-dir", "nowhere")  # said before any image is decoded
+    return words, ["image size 16 instead of 20. Add --image-size 16"]
 
 
 def teacher_of_other_classes(out):

@@ -318,6 +318,18 @@ def test_an_interrupted_overwrite_is_resumed_without_it(quick, flags, copy, monk
     assert quick(*command).status == 0
 
 
+def test_a_sweep_that_was_there_does_not_stop_who_resumes_the_demo(quick, flags, copy, monkeypatch):
+    """Nor is a student of it overwritten that is named as a teacher."""
+    words = (*flags, "--output-dir", copy, "--alpha", 0.1, 0.9)
+    assert quick(*words).status == 0
+    got = quick(*words, "--overwrite", "--teacher", copy / "selection" / "kd-T4-a0.1-s0")
+    assert got.status == 1 and "--overwrite would remove" in got.err
+    words = (*words, "--demo", "--epochs", 1)
+    with failing_at_the_end(monkeypatch, Interrupted(2)):
+        assert quick(*words, "--overwrite").status == 130
+    assert quick(*words).status == 0
+
+
 def test_an_interruption_after_the_training_is_resumed_without_overwrite(cli, flags, copy, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(figures, "draw", Mock(side_effect=Interrupted(15)))

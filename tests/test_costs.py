@@ -19,7 +19,7 @@ def test_every_comparison_says_what_it_costs(cli, copy, flags):
         model = copy / {"teacher": "teacher-s0", "student": "kd-T4-a0.1-s0"}[name] / "model.pt"
         assert cost["bytes"] == model.stat().st_size
         assert (cost["batch"], cost["threads"] > 0) == (128, True)
-        assert cost["fp32"]["milliseconds"] > 0
+        assert cost["fp32"]["milliseconds"] > 0 and "bf16" not in cost  # which a network may not bear
         assert cost["fp32"]["images_per_second"] > 0
         assert content[name]["parameters"] < 6e6 / factor
     for words in ((*flags, "--output-dir", copy), ("--report", "--output-dir", copy)):

@@ -223,6 +223,16 @@ def test_a_lock_left_by_a_killed_process_is_no_obstacle(tmp_path):
         pass
 
 
+@posix
+def test_a_file_system_without_locks_is_refused_and_not_locked_by_a_file_that_may_be_left(tmp_path, monkeypatch):
+    def flock(*words):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(Failure, match="is on a file system without locks. Choose another folder"), lock(tmp_path):
+        pass
+
+
 @posix  # Windows cannot send these signals to another process
 @pytest.mark.slow
 def test_signals_save_the_state_and_say_so(flags, tmp_path):

@@ -496,6 +496,13 @@ def test_the_output_folder_may_be_the_data_folder(load_small, archive, server, t
         assert len(load_small(tmp_path, server[0]).train_labels) == COUNTS[archive[2]][0]
 
 
+def test_an_image_folder_is_not_filled_with_cifar(cli, images, tmp_path):
+    before = sorted(images.rglob("*"))
+    got = cli("--data-dir", images, "--train-teacher", "--output-dir", tmp_path)
+    assert got.status == 1 and "holds a folder train, but nothing of CIFAR10" in got.err
+    assert "add --dataset folder." in got.err and sorted(images.rglob("*")) == before
+
+
 def test_two_processes_do_not_unpack_at_once(load_small, archive, tmp_path):
     (tmp_path / archive[0].name).write_bytes(archive[0].read_bytes())
     with lock(tmp_path, ".unpacking"), pytest.raises(Failure, match="in use by process"):

@@ -259,6 +259,12 @@ def test_links_to_what_would_not_be_read_otherwise(top):
         Loaded(top)
 
 
+def test_runs_do_not_lie_beside_classes(alone):
+    with pytest.raises(Failure, match="this program's runs must not lie beside them. Name an --output-dir"):
+        Loaded(alone, alone / "data", test_fraction=0.2)
+    assert sorted(each.name for each in alone.iterdir()) == ["blue", "green", "red"]
+
+
 def test_the_output_folder_is_no_class(alone, monkeypatch):
     monkeypatch.chdir(alone)
     for place in ("outputs", "outputs/pets"):

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -359,7 +361,52 @@ def test_a_plain_command_is_a_group_of_one(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     from runs.group import join
 
-    with join() as group, group.first(), group.once() as is_new, group.lock(tmp_path):
+    with join() as group, group.first(), group.once("all") as is_new, group.lock(tmp_path):
         assert is_new and group.leads and group.prefix == "" and group.agree(lambda: (1, 2)) == (1, 2)
         assert [*group.share("abc")] == [*"abc"]
         group.barrier()
+
+
+class Store(dict):
+    """What a Group asks of torch.distributed.Store, within one process."""
+
+    def __bool__(self):
+        return True
+
+    def check(self, keys):
+        return set(keys) <= self.keys()
+
+    def set(self, key, value):
+        self[key] = value
+
+
+def test_the_first_process_of_each_machine_loads_what_may_lie_on_its_own_disk(monkeypatch):
+    """Ranks 0 and 1 are on one machine, 2 and 3 on another."""
+    monkeypatch.setattr("runs.group.POLL", 0.01)
+    store, order = Store(), []
+
+    def run(rank):
+        group = Group(rank, 4, rank % 2, 2, store, store)
+        with group.first():
+            order.append(rank)
+            time.sleep(0.2)
+            order.append(rank)
+
+    ranks = [threading.Thread(target=run, args=[rank]) for rank in (3, 2, 1, 0)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert order[:2] == [0, 0]
+    for first, second in ((0, 1), (2, 3)):
+        assert order.index(second) > len(order) - 1 - order[::-1].index(first)
+
+
+def test_what_was_removed_once_is_not_removed_after_a_restart_of_fewer_steps():
+    launch = Store()
+    for steps, expected in ((2, True), (0, False)):
+        group = Group(0, 2, 0, 2, launch, Store())
+        for _ in range(steps):  # a sweep that was finished before takes none
+            group.agree(lambda: 1)
+        with group.once("kd-T4-a0.1-s0") as is_new:
+            assert is_new is expected

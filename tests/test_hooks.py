@@ -101,6 +101,10 @@ def test_one_byte_more_is_another_run_and_is_refused_by_name(cli, flags, hooked,
     digests = [Hook("--loss", each, "same", each.read_bytes()).sha256[:12] for each in (file, edited)]
     assert got.status == 1 and "the loss in own.py was edited since" in got.err and "--overwrite" in got.err
     assert all(each in got.err for each in digests) and digests[0] != digests[1]
+    other = tmp_path / "other.py"  # a function of that name, not the same one edited
+    other.write_text(SAME + "\n")
+    got = cli(*flags, "--output-dir", output, "--loss", f"{other}:same")
+    assert got.status == 1 and "a loss of that name in own.py, not other.py (rename a function to keep" in got.err
     moved = tmp_path / "moved.py"  # the same content elsewhere is the same run
     moved.write_text(SAME)
     assert "(finished before)" in cli(*flags, "--output-dir", output, "--loss", f"{moved}:same").out
@@ -128,6 +132,8 @@ ODD = {
     "def f(s, l, t, T, a): return 0 * s.sum()": "without a gradient",
     "def f(s, l, t, T, a): return t.requires_grad_().sum()": "without a gradient",
     "def f(s, l, t, T, a): return (s / 0).sum()": "is not finite",
+    "n = []\ndef f(s, l, t, T, a):\n    n.append(0)\n    return len(n) * s.pow(2).mean()": "not remember earlier calls",
+    "import torch\nf = torch.nn.Linear(3, 1)": "has parameters of its own, which would not be trained",
     "def f(s, l): return s.sum()": "takes 2 positional arguments but 5 were given",
     "def f(s, l, t, T, a):\n    return s @ t": "line 2, in f\n    return s @ t\n",
     "import nothing_of_this_name": "ModuleNotFoundError: No module named 'nothing_of_this_name'",

@@ -218,6 +218,14 @@ def test_it_is_tried_in_the_precision_of_the_training(tmp_path):
         try_network(found, "student", 3, 16, Machine(torch.device("cpu")))
 
 
+def test_weights_that_do_not_depend_on_the_seed_are_noted(file, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(HEAD + "import torch\ndef f(n):\n    torch.manual_seed(1)\n    return linear(n)\n")
+    machine = Machine(torch.device("cpu"))
+    assert "begins with the same weights whatever the seed" in try_network(hook(path, "f"), "student", 3, 16, machine)
+    assert try_network(hook(file, "tiny"), "student", 3, 16, machine) is None
+
+
 def test_it_is_trained_by_plain_sgd(small, file, tmp_path, monkeypatch):
     """Nesterov momentum 0.9, the weight decay of the settings, and a rate that rises before it falls."""
     made, sgd = [], torch.optim.SGD
@@ -343,6 +351,8 @@ ODD = {
     "    return a": "'mask' of its state_dict is not finite",
     "class f(nn.Module):\n    def __init__(self, n):\n        super().__init__()\n        self.a = linear(n)\n"
     "    def forward(self, x):\n        return self.a(x), 1": "gives tuple for 8 images",
+    "class f(nn.Module):\n    def __init__(self, n):\n        super().__init__()\n        self.a = linear(n)\n"
+    "    def forward(self, x):\n        return self.a(x if len(x) < 99 else 1 / 0)": "fails on 128 images of 16x16 at",
 }
 
 
