@@ -141,18 +141,19 @@ def parser():
     option("--export", "write a trained student as model.onnx, which runs without this program and PyTorch", **SWITCH)
     option("--model", "what --predict and --export use: a run's folder or model.pt [the only distilled student]",
            type=path, metavar="PATH")
-    option("--demo", "both steps on small drawn shapes, offline; other options override its settings", **SWITCH)
+    option("--demo", "teacher and students on small drawn shapes, without a download; other options override its "
+           "settings", **SWITCH)
 
     option = group("distillation")
-    option("--temperature", "softens teacher and student; several values are a sweep; --predict and --export divide "
-           "the logits by it, 1 if not given", [4.0],
+    option("--temperature", "softens teacher and student; several values are a sweep (with --predict and --export "
+           "what the logits are divided by, 1 unless given)", [4.0],
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
     option("--teacher", "a finished run's folder or model.pt, of a teacher or a student; of several, the mean of their "
            "logits is used [the output folder's teacher-s<seed>, or its only one]",
            type=path, nargs="+", action="extend", metavar="PATH")
-    option("--seeds", "pairs of students, or teachers, to train, from --seed up; more pairs give a narrower interval",
+    option("--seeds", "how many pairs of students, or teachers, to train: --seed, --seed + 1, and so on",
            1, type=integer(1, 1000), metavar="N")
     option("--loss", "a loss of your own, beside plain distillation and the baseline: called as distill.py's is",
            type=function, metavar="FILE.py:FUNCTION")
@@ -160,29 +161,30 @@ def parser():
            "(B, 3, S, S) to logits", type=function, metavar="FILE.py:FUNCTION")
     option("--teacher-network", "a teacher network of your own, likewise; to train it, and to use it as a teacher",
            type=function, metavar="FILE.py:FUNCTION")
-    option("--train-fraction", "students see this part of each class's training images, always the same ones", 1.0,
+    option("--train-fraction", "students are trained on this part of each class, always the same images", 1.0,
            type=number(0, 1, above=True), metavar="F")
     option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
            nargs="+", action="extend", metavar="NAME")
-    option("--val-fraction", "part of the training set on which a sweep is judged [0.1]; with --train-teacher, the "
-           "teacher is one for sweeps, which does not see that part",
+    option("--val-fraction", "part of the training set on which a sweep is judged [0.1]; with --train-teacher: train "
+           "a teacher for sweeps, without that part",
            type=number(0, 0.5, above=True), metavar="F")
 
     option = group("training")
     option("--epochs", "passes over the training set", 200, type=integer(1, 100_000), metavar="N")
     option("--batch-size", "images per step", 128, type=integer(1, 1_000_000), metavar="N")
-    option("--lr", "learning rate at the start; it falls to zero in a line [0.2 * sqrt(batch size / 128); of networks "
+    option("--lr", "learning rate at the start; it falls linearly to zero [0.2 * sqrt(batch size / 128); of networks "
            "of your own, after a short rise, 0.1 * batch size / 128]",
            type=number(0, 1e6, above=True), metavar="RATE")
     option("--weight-decay", "of the last layer's matrix, as convolutions are normalized instead; of all weights in "
            "networks of your own", 5e-4,
            type=number(0, 1), metavar="RATE")
-    option("--label-smoothing", "weight of the even distribution over the classes in the labels, for all networks that "
+    option("--label-smoothing", "replace each label by (1 - E) * label + E / classes, for all networks that "
            "the command trains", 0.0, type=number(0, 0.9), metavar="E")
     option("--padding", "random crops: each training image is moved by up to N pixels in both directions, its edges "
            "reflected [a sixteenth of the image size in trainings of up to 8 epochs, an eighth in longer ones]",
            type=integer(0, 255), metavar="N")
-    option("--seed", "of initial weights and order of images", 0, type=integer(0, 2**31 - 1), metavar="N")
+    option("--seed", "seed of the initial weights and of the order of images", 0,
+           type=integer(0, 2**31 - 1), metavar="N")
 
     option = group("images")
     option("--dataset", "CIFAR-10, CIFAR-100, images in folders, or drawn shapes", "cifar10",
@@ -207,7 +209,7 @@ def parser():
     option("--output-dir", "everything the program writes goes here", "outputs", type=path, metavar="DIR")
     option("--save-every", "seconds between saved states within an epoch", 120.0,
            type=number(0, 1e6), metavar="SECONDS")
-    option("--overwrite", "train again what this command trains, in place of what exists", **SWITCH)
+    option("--overwrite", "remove the runs of this command that exist, and train them again", **SWITCH)
     option("--debug", "show the traceback of an error", **SWITCH)
     # fmt: on
     return top

@@ -36,6 +36,7 @@ def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha
         return F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
     student = F.log_softmax(student_logits / temperature, dim=1)
+    # F.kl_div(log q, log p) is KL(p || q); the paper's cross-entropy is more by the entropy of p, a constant.
     soft = temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     if alpha == 1:
         return soft

@@ -109,11 +109,11 @@ def train_students(session, teachers):
     arguments, loaded = session.arguments, session.data
     with session.group.first():
         networks = digests_of(session, teachers)
-    teacher, targets = "+".join(networks), soft_targets(session, networks)
+    digest, targets = "+".join(networks), soft_targets(session, networks)
     if arguments.overwrite:
-        runs = plan.student_runs(arguments, loaded, teacher, plan.pairs(arguments), session.hooks)
+        runs = plan.student_runs(arguments, loaded, digest, plan.pairs(arguments), session.hooks)
         if arguments.sweep:
-            about = arguments, loaded, teacher, plan.pairs(arguments), session.hooks, plan.val_fraction(arguments)
+            about = arguments, loaded, digest, plan.pairs(arguments), session.hooks, plan.val_fraction(arguments)
             runs += plan.student_runs(*about)
         spare_teachers([path for path, _ in teachers], runs)
     if any(arguments.alpha) or session.hooks.loss:
@@ -121,8 +121,8 @@ def train_students(session, teachers):
     if session.group.leads:
         keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
 
-    pair = choose_pair(session, teachers, teacher, targets) if arguments.sweep else plan.pairs(arguments)[0]
-    runs = plan.student_runs(arguments, loaded, teacher, [pair], session.hooks)
+    pair = choose_pair(session, teachers, digest, targets) if arguments.sweep else plan.pairs(arguments)[0]
+    runs = plan.student_runs(arguments, loaded, digest, [pair], session.hooks)
     # With --overwrite the baselines of a sweep were removed before it.
     again = [run for run in runs if run.settings.role == "kd"] if arguments.sweep else runs
     prepare(session, again)
@@ -133,12 +133,12 @@ def train_students(session, teachers):
 
 def soft_targets(session, networks):
     """The distill.Ensemble of teachers, a dict of networks by digest, for the views of the command's students."""
-    loaded, shared = session.data, session.group.size > 1
+    loaded, several = session.data, session.group.size > 1
     views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=plan.padding(session.arguments))
     about = loaded.digest, views, Path(session.arguments.output_dir) / "targets", session.machine
     members = networks.items()
     return distill.Ensemble(
-        [distill.SoftTargets(network, digest, *about, shared, session.transfer_set) for digest, network in members]
+        [distill.SoftTargets(network, digest, *about, several, session.transfer_set) for digest, network in members]
     )
 
 
@@ -148,9 +148,9 @@ def say_size(session, targets, which=""):
     session.group.say(f"Soft targets{which}: {size / 1e6:.1f} MB in {folder}")
 
 
-def choose_pair(session, teachers, teacher, targets):
+def choose_pair(session, teachers, digest, targets):
     """The sweep: trains students for every pair of temperature and alpha on a part of the training images, and returns
-    the pair with the best accuracy on the rest. The `teachers`, whose digest is `teacher`, have seen that rest: where
+    the pair with the best accuracy on the rest. The `teachers`, whose digest is `digest`, have seen that rest: where
     the same ones trained without it are there, these give the soft targets, in place of `targets`."""
     arguments, loaded, pairs = session.arguments, session.data, plan.pairs(session.arguments)
     fraction = plan.val_fraction(arguments)
@@ -170,15 +170,15 @@ def choose_pair(session, teachers, teacher, targets):
         targets = soft_targets(session, others)
         say_size(session, targets, " of the sweep")
     other = "+".join(others) or None
-    selection = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks, fraction, other)
-    candidates = plan.student_runs(arguments, loaded, teacher, pairs, session.hooks)
+    selection = plan.student_runs(arguments, loaded, digest, pairs, session.hooks, fraction, other)
+    candidates = plan.student_runs(arguments, loaded, digest, pairs, session.hooks)
     if arguments.overwrite:
         # Which pair will be trained on everything is not known yet: of the candidates only the baselines are removed,
         # and those that would stop whoever resumes this command without --overwrite.
         conflicts = session.group.agree(lambda: [run.name for run in plan.check(candidates, session.machine)])
         candidates = [run for run in candidates if run.settings.role == "baseline" or run.name in conflicts]
     prepare(session, selection + candidates)
-    later = plan.student_runs(arguments, loaded, teacher, pairs[:1], session.hooks)
+    later = plan.student_runs(arguments, loaded, digest, pairs[:1], session.hooks)
     train_all(session, selection, targets, later=later)
     shared = selection[0].settings.shared
     pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments), shared))

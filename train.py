@@ -32,7 +32,7 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
     """
     settings, epoch = progress.settings, progress.epoch
     for batch in progress.batches(order):
-        images, targets = views.batch(epoch, batch), labels[batch]
+        images, batch_labels = views.batch(epoch, batch), labels[batch]
         for group in optimizer.param_groups:
             share = schedule(progress.steps_done, progress.total_steps, WARM_UP if settings.network else 0.0)
             group["lr"] = settings.learning_rate * share
@@ -41,14 +41,14 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
         with progress.machine.autocast():
             logits = model(images)
         if soft_targets is None:
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
+            loss = F.cross_entropy(logits.float(), batch_labels, label_smoothing=settings.label_smoothing)
         else:
             teacher_logits = soft_targets[batch].float()
-            loss = criterion(logits.float(), targets, teacher_logits, settings.temperature, settings.alpha)
+            loss = criterion(logits.float(), batch_labels, teacher_logits, settings.temperature, settings.alpha)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        progress.add(loss, logits, targets)  # every few seconds it shows, every few minutes it saves
+        progress.add(loss, logits, batch_labels)  # every few seconds it shows, every few minutes it saves
 
 
 def train(run, data, machine, options, teacher=None, title=None, later=0, tally=None):
@@ -213,15 +213,12 @@ def orthogonalize(matrix):
     in which Muon was published, the result is the same up to that type's rounding.
     """
     a, b, c = COEFFICIENTS
-    transposed = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if transposed else matrix
-    wide = wide / (wide.norm() + 1e-7)
-    gram, product = wide @ wide.T, None
+    matrix = matrix / (matrix.norm() + 1e-7)
+    gram, product = matrix @ matrix.T, None
     for iteration in range(ITERATIONS):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
         product = factor if product is None else factor @ product
         if iteration < ITERATIONS - 1:
             gram = factor @ gram @ factor
-    step = product @ wide
-    return step.T if transposed else step
+    return product @ matrix

@@ -10,7 +10,9 @@ Each difference is tested by itself (paired t-test), and p is also given correct
 """
 
 import argparse
+import glob
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,12 +20,13 @@ sys.path.insert(0, str(ROOT))
 
 from reports.statistics import holm, paired_test, spread
 from runs.files import Failure, read_json, write_json
-from runs.settings import RunRecord, complete
+from runs.settings import RunRecord
 
 
 def read_group(folders):
     """{seed: RunRecord} of the finished runs in `folders`; raises Failure unless they differ in the seed alone."""
     runs = {}
+    folders = [Path(found) for each in folders for found in sorted(glob.glob(str(each))) or [each]]  # as on Windows
     for folder in folders:
         record = read_json(folder / "run.json", RunRecord)
         if record.accuracy is None:
@@ -31,16 +34,18 @@ def read_group(folders):
         if record.settings.seed in runs:
             raise Failure(f"{folder}: there is a run with seed {record.settings.seed} in this group already.")
         runs[record.settings.seed] = record
-    apart = differing(*runs.values()) - {"seed"}
+    apart = differing("settings", *runs.values()) - {"seed"}
     if apart:
         raise Failure(f"the runs of one group differ in {', '.join(sorted(apart))}: {' '.join(map(str, folders))}")
     return dict(sorted(runs.items()))
 
 
-def differing(first, *others):
-    """The names of the settings in which RunRecords differ, and of what they were trained with."""
-    about = [complete(run.settings.as_dict()) | run.environment for run in (first, *others)]
-    return {name for each in about for name in each if each.get(name) != about[0].get(name)}
+def differing(what, *runs):
+    """The names of the "settings" in which RunRecords differ, or of what else is told of their "environment". A file
+    may be moved or renamed."""
+    about = [asdict(run.settings) if what == "settings" else run.environment for run in runs]
+    found = {name for each in about for name in each if each.get(name) != about[0].get(name)}
+    return {name for name in found if not name.endswith("_file")}
 
 
 def difference(one, other):
@@ -54,7 +59,8 @@ def difference(one, other):
     groups = [[runs[seed].accuracy for seed in seeds] for runs in (one, other)]
     return {
         "settings": [run.settings.as_dict() for run in (first, second)],
-        "differ_in": sorted(differing(first, second)),
+        "differ_in": sorted(differing("settings", first, second)),
+        "trained_with_other": sorted(differing("environment", *one.values(), *other.values())),
         "seeds": seeds,
         "accuracies": groups,
         "means": [sum(group) / len(group) for group in groups],
@@ -77,6 +83,8 @@ def main():
         each["points"]["p_holm"] = p_value
         names = " over ".join(str(group[0]) + (" …" if len(group) > 1 else "") for group in (arguments.runs, folders))
         print(f"{names}: they differ in {', '.join(each['differ_in']) or 'nothing'}")
+        if each["trained_with_other"]:
+            print(f"  (not all were trained with the same {', '.join(each['trained_with_other'])})")
         for group, mean in zip(each["accuracies"], each["means"], strict=True):
             print(f"  {' '.join(f'{accuracy:.4f}' for accuracy in group)}, mean {mean:.4f}")
         points = each["points"]

@@ -54,7 +54,7 @@ def differences(comparison):
             tests.append((f"{pair_name(first)} over {plain}{pair_name(entry)}", over, len(over["seeds"])))
     if not tests:
         return []
-    found = [("Differences in points", "mean", "95% from", "to", "p", "p, Holm", "n")]
+    found = [("Differences in points", "mean", "95% from", "to", "p", "p (Holm)", "n")]
     corrected = holm([test["p_value"] for _, test, _ in tests])
     for (name, test, seeds), p_value in zip(tests, corrected, strict=True):
         interval = (f"{points(end, '+')}" for end in test["ci95"] or ()) if test["ci95"] else (None, None)
@@ -64,8 +64,8 @@ def differences(comparison):
 
 
 DIFFERENCES = (
-    "paired t-test over the seeds that both have; interval and p are for each difference alone, p, Holm is corrected\n"
-    "for all of this table: those below 0.05 hold together"
+    "paired t-test over the seeds that both have; interval and p are for one difference alone, p (Holm) is corrected\n"
+    "for all of this table: all differences whose p (Holm) is below 0.05 hold together"
 )
 
 

@@ -3,6 +3,7 @@ tell roles apart in grey."""
 
 import csv
 import io
+import math
 
 import matplotlib
 import numpy as np
@@ -18,9 +19,14 @@ STYLES = {
     "kd": {"color": "#D55E00", "linestyle": "-", "hatch": None, "label": "student with KD"},
     "baseline": {"color": "#0072B2", "linestyle": "--", "hatch": "//", "label": "student, baseline"},
 }
-PAIRS = (("#D55E00", "-"), ("#E69F00", "-."), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (5, 1, 1, 1))))
+PAIRS = (
+    ("#D55E00", "-"), ("#E69F00", "-."), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (5, 1, 1, 1))),
+    ("#56B4E9", (0, (6, 2))),
+)  # fmt: skip
+MARKERS = "Dvp*"  # of the pairs of each round through PAIRS
 FEW = 20  # images in a bin of a reliability diagram, below which it is drawn pale
 EXAMPLES = 3
+TICKS = 12  # below a panel of gains
 
 
 def draw(comparison):
@@ -75,7 +81,10 @@ def curves(comparison):
         if settings.role == "kd":
             pair = pair_name(vars(settings))
             style["label"] = f"KD, {pair}"
-            style["color"], style["linestyle"] = PAIRS[pairs.index(pair) % len(PAIRS)]
+            number = pairs.index(pair)
+            style["color"], style["linestyle"] = PAIRS[number % len(PAIRS)]
+            if number >= len(PAIRS):
+                style["marker"] = MARKERS[number // len(PAIRS) % len(MARKERS)]
         group = style.pop("label")
         first = group not in groups
         groups += [group] if first else []
@@ -84,7 +93,9 @@ def curves(comparison):
         right.plot(epochs, accuracies, **style)
         beside = epochs[-1] * (1.03 + 0.03 * groups.index(group))
         right.plot(beside, run.accuracy, "D", markersize=5, color=style["color"], markerfacecolor="white")
-    left.set(xlabel="epoch", ylabel="training loss (with KD: of soft and hard targets)", yscale="log")
+    positive = all(line.get_ydata().min() > 0 for line in left.lines)  # a loss of the user's own may be negative
+    scale = "log" if positive else "linear"
+    left.set(xlabel="epoch", ylabel="training loss (with KD: soft and hard)", yscale=scale)
     right.set(xlabel="epoch", ylabel="accuracy (lines: training, ◇: test)")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -92,12 +103,15 @@ def curves(comparison):
     for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     lowest, highest = left.get_ylim()
-    if highest > 10 * lowest:
+    if positive and highest > 10 * lowest:
         left.yaxis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
     else:  # a logarithmic locator would find one or two ticks
         left.yaxis.set_major_locator(MaxNLocator(7))
         left.yaxis.set_minor_locator(NullLocator())
-    left.legend(frameon=False)
+    if len(groups) > 5:
+        _legend(figure, [left], 4)
+    else:
+        left.legend(frameon=False)
     figure.suptitle(f"Training curves of {len(runs)} runs")
     return figure
 
@@ -125,14 +139,16 @@ def cost(comparison):
     axes.axhline(teacher["accuracy"], color="black", linewidth=0.8, linestyle=":")
     axes.plot(teacher["macs"], teacher["accuracy"], "s", color="black", label="teacher")
     _number(axes, teacher["macs"], teacher["accuracy"])
-    groups = [("baseline", STYLES["baseline"]["color"], comparison.baseline)]
-    groups += [(f"KD, {pair_name(e)}", PAIRS[k % len(PAIRS)][0], e) for k, e in enumerate(comparison.kd)][::-1]
-    for position, (label, color, entry) in enumerate(groups):
+    groups = [("baseline", STYLES["baseline"]["color"], "D", comparison.baseline)]
+    for number, entry in reversed([*enumerate(comparison.kd)]):
+        marker = MARKERS[number // len(PAIRS) % len(MARKERS)]
+        groups.append((f"KD, {pair_name(entry)}", PAIRS[number % len(PAIRS)][0], marker, entry))
+    for position, (label, color, marker, entry) in enumerate(groups):
         place = student["macs"] * 1.12 ** (position - (len(groups) - 1) / 2)  # side by side, though they cost the same
         interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
         error = interval and [[entry["mean"] - interval[0]], [interval[1] - entry["mean"]]]
         axes.plot([place] * len(entry["seeds"]), entry["accuracies"], ".", color=color, alpha=0.4)
-        axes.errorbar(place, entry["mean"], error, fmt="D", color=color, capsize=5, label=label)
+        axes.errorbar(place, entry["mean"], error, fmt=marker, color=color, capsize=5, label=label)
         if position in (0, len(groups) - 1):
             _number(axes, place, entry["mean"], left=position == 0)
     ticks = [
@@ -189,7 +205,8 @@ def _gain_of_a_pair(axes, entry):
         else:
             axes.plot(place, improvement["mean"], "D", color="black", label="mean (no interval: all equal)")
         ticks.append("mean")
-    axes.set_xticks(range(len(ticks)), ticks)
+    labelled = [*range(0, len(positions), math.ceil(len(positions) / TICKS)), *range(len(positions), len(ticks))]
+    axes.set_xticks(labelled, [ticks[place] for place in labelled])
     axes.set(xlabel="student seed", xlim=(-0.6, len(ticks) - 0.4))
     axes.margins(y=0.2)
     axes.grid(axis="y", alpha=0.25)
@@ -312,22 +329,12 @@ def dark_knowledge(comparison):
             values = softmax(logits[index : index + 1], softness)[0][classes]
             style = STYLES[role]
             axes.barh(
-                range(shown),
-                values,
-                color=style["color"],
-                alpha=0.65,
-                hatch=style["hatch"],
-                edgecolor="black",
+                range(shown), values, color=style["color"], alpha=0.65, hatch=style["hatch"], edgecolor="black",
                 linewidth=0.4,
-            )
+            )  # fmt: skip
             for place, value in enumerate(values):
-                axes.text(
-                    value + 0.02,
-                    place,
-                    f"{value:.2f}" if value >= 0.005 else f"{value:.0e}",
-                    va="center",
-                    fontsize=7,
-                )
+                words = f"{value:.2f}" if value >= 0.005 else f"{value:.0e}"
+                axes.text(value + 0.02, place, words, va="center", fontsize=7)
             names = [comparison.classes[k][:14] for k in classes] if axes is row[1] else []
             axes.set_yticks(range(shown) if axes is row[1] else [], names, fontsize=8)
             axes.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])  # room for the number beside a full bar

@@ -47,10 +47,10 @@ def _special(settings):
     return "".join(lines)
 
 
-def _row(name, *cells):
-    if len(name) > 25:
-        name = f"{name}\n{'':25}"
-    return f"{name:<26}" + "".join(f"{'' if cell is None else cell:>12}" for cell in cells) + "\n"
+def _row(name, *cells, width=26, cell=12):
+    if len(name) > width - 1:
+        name = f"{name}\n{'':{width}}"
+    return f"{name:<{width}}" + "".join(f"{'' if each is None else each:>{cell}}" for each in cells) + "\n"
 
 
 def _std(entry):
@@ -84,7 +84,7 @@ def details(comparison):
     text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels), method(entry)) + "\n"
     tested = accuracy.differences(comparison)
     if len(tested) > 2:  # the only one is told above
-        text += "\n" + "".join(_row(*row) for row in tested) + f"({accuracy.DIFFERENCES})\n"
+        text += "\n" + "".join(_row(*row, width=40, cell=10) for row in tested) + f"({accuracy.DIFFERENCES})\n"
     notes = [*differently_trained(comparison), *comparison.notes()]
     return text + "".join(f"Note that {note}.\n" for note in notes)
 

@@ -208,6 +208,7 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
         for seed, accuracy in enumerate(accuracies, first_seed):
             record = json.loads((finished / name / "run.json").read_text()) | {"accuracy": accuracy}
             record["settings"] |= {"seed": seed} | settings
+            record["environment"]["threads"] = 1 + seed
             folders.append(tmp_path / f"group{len(list(tmp_path.iterdir()))}")
             folders[-1].mkdir()
             (folders[-1] / "run.json").write_text(json.dumps(record))
@@ -224,6 +225,8 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
         group("baseline-s0", values, label_smoothing=smoothing)
         for values, smoothing in (((0.92, 0.9, 0.91), 0.1), ((0.929, 0.92, 0.9405), 0.0))
     )
+    pattern = str(tmp_path / "group[0-2]")  # which not every shell expands
+    assert run([pattern], other) == run(one, other)
     found = run(one[::-1], smoothed, other)  # paired by seed, in whichever order they are named
     assert found[0]["points"]["mean"] == pytest.approx(2) and found[0]["seeds"] == [0, 1, 2]
     by_hand = [1 - t / (t * t + 2) ** 0.5 for t in (2 * 3**0.5, 1 / 3**0.5)]  # 1, 2, 3 points; 0.1, 0 and -0.05
@@ -231,7 +234,8 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
     assert found[0]["points"]["p_holm"] == pytest.approx(2 * by_hand[0])
     assert found[0]["differ_in"] == ["alpha", "label_smoothing", "role", "teacher", "temperature"]
     out = capsys.readouterr().out
-    assert "they differ in alpha, label_smoothing, role, teacher, temperature\n" in out and "+2.00 points (n = 3" in out
+    assert "they differ in alpha, label_smoothing, role, teacher, temperature\n" in out
+    assert "(not all were trained with the same threads)" in out and "+2.00 points (n = 3" in out
     for wrong, said in (
         ([*smoothed, *other], "seed 0 in this group already"), (smoothed[1:], "the other 1, 2"),
         ([smoothed[0], other[1]], "differ in label_smoothing"),
