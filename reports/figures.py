@@ -59,6 +59,11 @@ def _line(role):
     return {name: STYLES[role][name] for name in ("color", "linestyle", "label")}
 
 
+def _style(number):
+    """(color, line style, marker) of the pair of temperature and alpha with this number."""
+    return *PAIRS[number % len(PAIRS)], MARKERS[number // len(PAIRS) % len(MARKERS)]
+
+
 def _legend(figure, panels, columns):
     """One legend below all panels, each entry once."""
     entries = {}
@@ -81,10 +86,8 @@ def curves(comparison):
         if settings.role == "kd":
             pair = pair_name(vars(settings))
             style["label"] = f"KD, {pair}"
-            number = pairs.index(pair)
-            style["color"], style["linestyle"] = PAIRS[number % len(PAIRS)]
-            if number >= len(PAIRS):
-                style["marker"] = MARKERS[number // len(PAIRS) % len(MARKERS)]
+            style["color"], style["linestyle"], marker = _style(pairs.index(pair))
+            style["marker"] = style["marker"] if marker == MARKERS[0] else marker
         group = style.pop("label")
         first = group not in groups
         groups += [group] if first else []
@@ -141,8 +144,8 @@ def cost(comparison):
     _number(axes, teacher["macs"], teacher["accuracy"])
     groups = [("baseline", STYLES["baseline"]["color"], "D", comparison.baseline)]
     for number, entry in reversed([*enumerate(comparison.kd)]):
-        marker = MARKERS[number // len(PAIRS) % len(MARKERS)]
-        groups.append((f"KD, {pair_name(entry)}", PAIRS[number % len(PAIRS)][0], marker, entry))
+        color, _, marker = _style(number)
+        groups.append((f"KD, {pair_name(entry)}", color, marker, entry))
     for position, (label, color, marker, entry) in enumerate(groups):
         place = student["macs"] * 1.12 ** (position - (len(groups) - 1) / 2)  # side by side, though they cost the same
         interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
@@ -195,15 +198,10 @@ def _gain_of_a_pair(axes, entry):
     axes.plot(positions, improvement["by_seed"], "o", color=STYLES["kd"]["color"], label="one seed")
     ticks = [str(seed) for seed in entry["seeds"]]
     if len(ticks) > 1:
-        place = len(ticks)
-        interval = improvement["ci95"]
-        if interval is not None:
-            error = [[improvement["mean"] - interval[0]], [interval[1] - improvement["mean"]]]
-            axes.errorbar(
-                place, improvement["mean"], error, fmt="D", color="black", capsize=5, label="mean, 95% interval"
-            )
-        else:
-            axes.plot(place, improvement["mean"], "D", color="black", label="mean (no interval: all equal)")
+        mean, interval = improvement["mean"], improvement["ci95"]
+        error = interval and [[mean - interval[0]], [interval[1] - mean]]
+        label = "mean, 95% interval" if interval else "mean (no interval: all equal)"
+        axes.errorbar(len(ticks), mean, error, fmt="D", color="black", capsize=5, label=label)
         ticks.append("mean")
     labelled = [*range(0, len(positions), math.ceil(len(positions) / TICKS)), *range(len(positions), len(ticks))]
     axes.set_xticks(labelled, [ticks[place] for place in labelled])
@@ -271,9 +269,8 @@ def reliability_diagrams(comparison):
                 middle[bins], accuracy[bins], 1 / BINS, color=STYLES[role]["color"], alpha=alpha, edgecolor="black",
                 linewidth=0.6, hatch=STYLES[role]["hatch"], label=label if bins.any() else None,
             )  # fmt: skip
-        axes.plot(
-            confidence[there], confidence[there], "k--", linewidth=1, marker=".", label="mean confidence in the bin"
-        )
+        label = "mean confidence in the bin"
+        axes.plot(confidence[there], confidence[there], "k--", linewidth=1, marker=".", label=label)
         error = np.mean(errors[role])  # of each seed by itself, as in the table
         axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
         name = STYLES[role]["label"] + (f", {pair_name(comparison.kd[0])}" if role == "kd" else "")
@@ -321,7 +318,7 @@ def dark_knowledge(comparison):
     grid = figure.subplots(len(indices), 5, squeeze=False, width_ratios=(1, 1.5, 1.5, 1.5, 1.5))
     for number, (row, index) in enumerate(zip(grid, indices, strict=True)):
         row[0].imshow(comparison.images[index], interpolation="nearest")
-        row[0].set(xticks=[], yticks=[], ylabel="")
+        row[0].set(xticks=[], yticks=[])
         row[0].set_title(comparison.classes[comparison.labels[index]], fontsize=9)
         row[0].spines[:].set_visible(False)
         classes = comparison.teacher_logits[index].argsort()[::-1][:shown]
@@ -336,7 +333,7 @@ def dark_knowledge(comparison):
                 words = f"{value:.2f}" if value >= 0.005 else f"{value:.0e}"
                 axes.text(value + 0.02, place, words, va="center", fontsize=7)
             names = [comparison.classes[k][:14] for k in classes] if axes is row[1] else []
-            axes.set_yticks(range(shown) if axes is row[1] else [], names, fontsize=8)
+            axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])  # room for the number beside a full bar
             axes.spines.bottom.set_bounds(0, 1)
             axes.invert_yaxis()
@@ -345,9 +342,7 @@ def dark_knowledge(comparison):
                 axes.set_title(title, fontsize=9)
             if number == len(indices) - 1:
                 axes.set_xlabel("probability", fontsize=8)
-    figure.suptitle(
-        f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n"
-        "(picked to show it: first those that the baseline gets wrong, teacher and KD right; not a fair sample)",
-        fontsize=10,
-    )
+    title = f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n"
+    title += "(picked to show it: first those that the baseline gets wrong, teacher and KD right; not a fair sample)"
+    figure.suptitle(title, fontsize=10)
     return figure
