@@ -1,6 +1,7 @@
 """The command line: every option with its default, and which of them go together. Needs no PyTorch."""
 
 import argparse
+import difflib
 import math
 import re
 
@@ -52,7 +53,9 @@ class Usage(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Usage(message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        meant = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        raise Usage(message + f" (is {meant[0]} meant?)" if meant else message)
 
 
 def integer(low, high=None):
@@ -240,9 +243,10 @@ def parse(argv):
     if arguments.task:
         more, why = TASKS[arguments.task]
         allowed = {arguments.task, *more, "task", "output_dir", "debug", "sweep", "demo"}
+        typed = {word.partition("=")[0] for word in argv}
         for name, value in vars(arguments).items():
-            if name not in allowed and value != top.get_default(name):
-                option = f"--{name.replace('_', '-')}"
+            option = f"--{name.replace('_', '-')}"
+            if name not in allowed and (value != top.get_default(name) or option in typed):
                 raise Usage(f"{option} cannot be combined with --{arguments.task}, {why}")
         if arguments.sweep:
             raise Usage(f"several temperatures cannot be combined with --{arguments.task}, {why}")

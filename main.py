@@ -56,7 +56,7 @@ def main(arguments, stop):
             do_task(arguments)
         return
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
-    with join() as group:  # of one process, or of those that torchrun started
+    with join() as group:  # of those that torchrun started; a plain command is a group of one, and never waits
         with group.first():
             hooks = find_hooks(arguments)
             paths = [] if arguments.train_teacher or demo else find_teachers(arguments)

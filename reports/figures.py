@@ -238,7 +238,8 @@ def sweep(comparison):
     axes.set(xlabel="alpha (weight of the soft targets)", ylabel="temperature")
     axes.spines[:].set_visible(False)
     figure.colorbar(image, label="gain over baseline (points)")
-    figure.suptitle(f"Validation accuracy (baseline {reference[0]:.4f}; framed: best)", fontsize=9)
+    seen = "\nThe teacher was trained on these images, too." * comparison.sweep_teacher_has_seen
+    figure.suptitle(f"Validation accuracy (baseline {reference[0]:.4f}; framed: best){seen}", fontsize=9)
     return figure
 
 

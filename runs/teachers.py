@@ -1,6 +1,7 @@
 """Which teachers a command uses: found in their folders before PyTorch is imported, verified afterwards."""
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -51,10 +52,14 @@ def _find_teacher(arguments, named):
     if named and (inside := sorted(folder.glob("teacher-*/model.pt"))):
         found = " ".join(str(each.parent) for each in inside)
         raise Failure(f"--teacher {named} is not a teacher's folder, but it holds teachers. Name them: {found}")
-    if named:
+    own = re.fullmatch(r"teacher-(?:.*-)?s(\d+)", folder.name)  # the program's own name for it
+    if named and not own:
         raise Failure(f"{folder} holds no model.pt. --teacher takes the folder of a finished run, or its model.pt.")
+    changed = {"output_dir": str(folder.parent), "seed": int(own[1])} if named else {}
     what = f"teacher with the network {arguments.teacher_network}" if arguments.teacher_network else "teacher"
-    raise Failure(f"There is no {what} in {output} yet. Train one first:\n{teacher_command(arguments)}")
+    raise Failure(
+        f"There is no {what} in {named or output} yet. Train one first:\n{teacher_command(arguments, **changed)}"
+    )
 
 
 def _unfinished(arguments, folder, known=()):

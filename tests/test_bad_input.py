@@ -74,6 +74,8 @@ USAGE = {
     "empty path": ("--output-dir", ""),
     "report with a sweep": ("--report", "--temperature", "1", "2"),
     "report of a part": ("--report", "--seeds", "3"),
+    "report of the default": ("--report", "--alpha", "0.1"),
+    "sweep with the baseline": ("--alpha", "0", "0.5"),
     "batch norm of a single pixel": ("--batch-size", "1", "--image-size", "16"),
     "part of a teacher": ("--train-teacher", "--train-fraction", "0.1"),
     "class that a teacher omits": ("--train-teacher", "--omit-class", "bird"),

@@ -367,7 +367,7 @@ def test_what_ends_before_anything_is_removed_does_not_speak_of_overwrite(cli, f
 ANSWERS = {
     "help": (["--help"], 0, "usage: python main.py [options]"),
     "wrong": (["--epochs", "many"], 2, "'many' is not an integer"),
-    "typo": (["--epoch", "3"], 2, "unrecognized arguments: --epoch 3"),
+    "typo": (["--epoch", "3"], 2, "unrecognized arguments: --epoch 3 (is --epochs meant?)"),
     "no teacher": ([], 1, "There is no teacher in"),
     "absent teacher": (["--teacher", "nobody"], 1, "--teacher nobody does not exist."),
     "no report": (["--report"], 1, "does not exist: --report needs a folder with finished runs."),

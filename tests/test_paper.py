@@ -174,7 +174,7 @@ def test_every_table_of_the_page_has_its_own_note(without_red):
     tables = (without_red[0] / "report.html").read_text(encoding="utf-8").split("<h2>")[1:]
     notes = {part.split("</h2>")[0]: "".join(re.findall('<p class="note">(.*?)</p>', part, re.S)) for part in tables}
     for title, begins in (
-        ("Accuracy", "Agreement: same class"), ("Fidelity to the teacher", "KL: from teacher to student in nats"),
+        ("Test accuracy", "agreement: same class"), ("Fidelity to the teacher", "KL: from teacher to student in nats"),
         ("Not shown to students", "accuracy on test images of red; corrected: "), ("What it costs", "MB: of model.pt"),
         ("Accuracy by class", ""), ("Runs", ""),
     ):  # fmt: skip

@@ -359,6 +359,8 @@ def test_the_sweep_frames_the_best_pair_and_of_equals_the_chosen_one():
     for best, chosen in itertools.product([None, *pairs], pairs):
         entries = [{"role": "kd", "mean": 0.6 if pair == best else 0.5} | pair for pair in pairs]
         comparison = SimpleNamespace(selection=[{"role": "baseline", "mean": 0.4}, *entries], kd=[chosen])
+        comparison.sweep_teacher_has_seen = best is None
+        assert (SEEN in figures.sweep(comparison).get_suptitle().lower()) == (best is None)
         (frame,) = figures.sweep(comparison).axes[0].patches
         assert frame.get_xy() == corners[tuple((best or chosen).values())], (best, chosen)
 
