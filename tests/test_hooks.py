@@ -148,12 +148,12 @@ ODD = {
 def test_a_loss_that_cannot_be_trained_is_refused_before_images_are_read(cli, flags, finished, tmp_path, text, told):
     file = tmp_path / "odd.py"
     file.write_text(text)
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*-s0/*")}
     words = ("--output-dir", finished, "--data-dir", "nowhere", "--overwrite", "--loss", f"{file}:f")
     got = cli(*flags, *words)
     assert got.status == 1 and told in got.err and str(file) in got.err and "nowhere" not in got.err, got
     assert len(got.err.splitlines()) < 12 and "site-packages" not in got.err and not got.out
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*-s0/*")} == before
 
 
 @pytest.mark.parametrize(
