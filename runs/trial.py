@@ -105,7 +105,6 @@ def try_network(hook, role, classes, image_size, machine):
             )
     count = models.inference_batch(machine.device, image_size)
     with hook.explained(f"fails on {count} images of {image_size}x{image_size} at once, as it is evaluated"):
-        network.eval()
         many = torch.zeros(count, 3, image_size, image_size).to(**machine.place)
         models.predict(network, [many], contextlib.nullcontext())
         if role == "teacher":  # which is asked in the precision of the training

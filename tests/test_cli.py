@@ -320,9 +320,9 @@ def test_an_interrupted_overwrite_is_resumed_without_it(quick, flags, copy, monk
 
 def test_a_sweep_that_was_there_does_not_stop_who_resumes_the_demo(quick, flags, copy, monkeypatch):
     """Nor is a student of it overwritten that is named as a teacher."""
-    words = (*flags, "--output-dir", copy, "--alpha", 0.1, 0.9)
+    words = (*flags, "--output-dir", copy, "--alpha", 0.1, 0.9, "--train-fraction", 0.5)
     assert quick(*words).status == 0
-    got = quick(*words, "--overwrite", "--teacher", copy / "selection" / "kd-T4-a0.1-s0")
+    got = quick(*words, "--overwrite", "--teacher", copy / "selection" / "kd-T4-a0.1-f0.5-s0")
     assert got.status == 1 and "--overwrite would remove" in got.err
     words = (*words, "--demo", "--epochs", 1)
     with failing_at_the_end(monkeypatch, Interrupted(2)):

@@ -285,7 +285,7 @@ def test_damaged_files_do_not_count_for_the_fraction(alone, tmp_path, mapped_fil
     clean = Loaded(alone, test_fraction=0.3)
     for number in range(40):
         (alone / "red" / f"empty{number}.png").touch()
-        (alone / "blue" / f"text{number}.png").write_text(f"I am no image {number}")
+        (alone / "blue" / f"text{number}.png").write_text(f"no {number}")  # of which some would be test images
     (alone / "blue" / "dead.png").symlink_to(tmp_path / "nowhere")
     for _ in range(2):
         loaded = Loaded(alone, cache, test_fraction=0.3, skip_damaged=True)
