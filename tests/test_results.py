@@ -77,6 +77,24 @@ def test_the_prose_has_the_figures_of_the_records():
         rows = [row for row in csv.DictReader(file) if row["epochs"] == "6"]
     assert len(rows) == 9 and all(f"{float(row['val_accuracy']):.4f}" in measured for row in rows)
 
+    tests = {}
+    for path in (RECORD / "smoothed.json", SHORTER / "temperatures.json"):
+        for found in json.loads(path.read_text()):
+            one, other = map(np.array, found["accuracies"])
+            mean, half = 100 * (one - other).mean(), 277.6445 * (one - other).std(ddof=1) / 5**0.5  # as above
+            assert found["points"]["ci95"] == pytest.approx([mean - half, mean + half])
+            tests.setdefault(path.stem, []).append((mean, mean - half, mean + half, found["points"]["p_value"]))
+            for each in (one, other):
+                listed = ", ".join(f"{accuracy:.4f}" for accuracy in each)
+                assert f"| {listed} | {each.mean():.4f} ± {each.std(ddof=1):.4f} |" in measured
+    over = json.loads((RECORD / "fixed.json").read_text())["shared_over_fixed"]
+    for test in (*tests["temperatures"], (over["mean"], *over["ci95"], over["p_value"])):
+        assert "{:+.2f} points ({:+.2f} to {:+.2f}), p = {:.2g}".format(*test) in measured
+    (mean, low, high, p_value), softer = tests["smoothed"]  # of smoothed labels over alpha = 0.9, and over the baseline
+    assert f"{-mean:.2f} points below alpha = 0.9 ({-high:+.2f} to {-low:+.2f}), p = {p_value:.2g}" in measured
+    assert f"by {-mean:+.2f} ({-high:+.2f} to {-low:+.2f}), p = {p_value:.2g}" in readme.replace("+-", "-")
+    assert "{:+.2f} points over the baseline (interval {:+.2f} to {:+.2f})".format(*softer[:3]) in readme
+
     five = SHORTER.with_name("cifar10-5-epochs")
     fixed, longer = (json.loads((five / name).read_text()) for name in ("fixed.json", "longer_teacher.json"))
     shared, others = record(five)["kd"][0]["accuracies"], longer["kd"][0]["accuracies"]
