@@ -12,15 +12,14 @@ def rows(comparison):
     teacher, members = comparison.teacher, comparison.teacher["members"]
 
     def row(name, accuracy, std, balanced, n, agreement, error, likelihood):
-        balanced = () if comparison.is_balanced else (_decimals(balanced),)
-        return name, _decimals(accuracy), _decimals(std), *balanced, n, *map(_decimals, (agreement, error, likelihood))
+        balanced = () if comparison.is_balanced else (decimals(balanced),)
+        return name, decimals(accuracy), decimals(std), *balanced, n, *map(decimals, (agreement, error, likelihood))
 
     columns = ["accuracy", "std", "balanced", "n", "agreement", "ECE", "NLL"]
     found = [("Test accuracy", *(name for name in columns if name != "balanced" or not comparison.is_balanced))]
     name = f"Teacher, {len(members)} networks" if len(members) > 1 else "Teacher"
-    own = (teacher[key] for key in ("balanced_accuracy", "calibration_error", "negative_log_likelihood"))
-    balanced, *calibration = own
-    found.append(row(name, teacher["accuracy"], None, balanced, 1, None, *calibration))
+    calibration = teacher["calibration_error"], teacher["negative_log_likelihood"]
+    found.append(row(name, teacher["accuracy"], None, teacher["balanced_accuracy"], 1, None, *calibration))
     if len(members) > 1:
         alone = np.mean(members), spread(members), None, len(members), None, None, None
         found.append(row("  each alone", *alone))
@@ -57,7 +56,7 @@ def differences(comparison):
     found = [("Differences in points", "mean", "95% from", "to", "p", "p (Holm)", "n")]
     corrected = holm([test["p_value"] for _, test, _ in tests])
     for (name, test, seeds), p_value in zip(tests, corrected, strict=True):
-        interval = (f"{points(end, '+')}" for end in test["ci95"] or ()) if test["ci95"] else (None, None)
+        interval = (points(end, "+") for end in test["ci95"]) if test["ci95"] else (None, None)
         p_values = (None if p is None else plain_p(p) for p in (test["p_value"], p_value))
         found.append((name, points(test["mean"], "+"), *interval, *p_values, seeds))
     return found
@@ -75,9 +74,10 @@ def points(value, sign=""):
 
 
 def plain_p(value):
-    """A p-value with as many digits as it needs: 0.0012, 0.35, <0.0001."""
-    return "<0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
+    """A p-value with as many digits as it needs: 0.0012, 0.35, < 0.0001."""
+    return "< 0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
 
 
-def _decimals(value):
+def decimals(value):
+    """A share with four decimals; None stays None."""
     return None if value is None else f"{value:.4f}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 
 from reports import accuracy, calibration, costs, fidelity, omitted
-from reports.accuracy import points
+from reports.accuracy import decimals, points
 from reports.text import COLUMNS, claim, differently_trained, largest_class, method, run_values
 from runs.settings import UNFAIR_SWEEP
 
@@ -80,13 +80,13 @@ def _tables(comparison):
 
     accuracies = [each["class_accuracies"] for each in (comparison.teacher, comparison.kd[0], comparison.baseline)]
     classes = zip(comparison.classes, *accuracies, strict=True)
-    by_class = [(name, *map(_decimals, values)) for name, *values in classes]
+    by_class = [(name, *map(decimals, values)) for name, *values in classes]
     tables.append(("Accuracy by class", ("class", "teacher", "with KD", "baseline"), by_class, ""))
 
     if comparison.selection:
         columns = ("role", "temperature", "alpha", "validation accuracy", "std", "n")
         sweep = [
-            (e["role"], e["temperature"], e["alpha"], _decimals(e["mean"]), _decimals(e["std"]), len(e["seeds"]))
+            (e["role"], e["temperature"], e["alpha"], decimals(e["mean"]), decimals(e["std"]), len(e["seeds"]))
             for e in comparison.selection
         ]
         note = UNFAIR_SWEEP if comparison.sweep_teacher_has_seen else ""
@@ -95,12 +95,8 @@ def _tables(comparison):
     runs = []
     for run in comparison.runs:
         values = run_values(comparison, run)
-        values |= {name: _decimals(values[name]) for name in ("accuracy", "balanced_accuracy", "val_accuracy")}
+        values |= {name: decimals(values[name]) for name in ("accuracy", "balanced_accuracy", "val_accuracy")}
         values |= {"seconds": f"{run.seconds:,.0f}", "learning_rate": f"{run.settings.learning_rate:.4g}"}
         runs.append([values[name] for name in COLUMNS])
     tables.append(("Runs", [name.replace("_", " ") for name in COLUMNS], runs, ""))
     return tables
-
-
-def _decimals(value):
-    return None if value is None else f"{value:.4f}"

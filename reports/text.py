@@ -167,7 +167,8 @@ def claim(improvement, seeds, images, name="KD"):
 
 
 def _p(value):
-    return f"p {plain_p(value).replace('<', '< ')}" if value < 0.0001 else f"p = {plain_p(value)}"
+    text = plain_p(value)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 COLUMNS = (

@@ -88,7 +88,11 @@ def test_the_prose_has_the_figures_of_the_records():
                 listed = ", ".join(f"{accuracy:.4f}" for accuracy in each)
                 assert f"| {listed} | {each.mean():.4f} ± {each.std(ddof=1):.4f} |" in measured
     over = json.loads((RECORD / "fixed.json").read_text())["shared_over_fixed"]
-    for test in (*tests["temperatures"], (over["mean"], *over["ci95"], over["p_value"])):
+    low_temperature, (mean, low, high, p_value) = tests["temperatures"]  # T = 4 over 1, and over 16, told as 16 over 4
+    assert f"{-mean:.2f} points above T = 4 ({-high:+.2f} to {-low:+.2f}, p = {p_value:.2g}" in readme
+    assert "({:+.2f} to {:+.2f} points from T = 4)".format(*sorted(-end for end in low_temperature[1:3])) in readme
+    high_temperature = -mean, -high, -low, p_value
+    for test in (low_temperature, high_temperature, (over["mean"], *over["ci95"], over["p_value"])):
         assert "{:+.2f} points ({:+.2f} to {:+.2f}), p = {:.2g}".format(*test) in measured
     (mean, low, high, p_value), softer = tests["smoothed"]  # of smoothed labels over alpha = 0.9, and over the baseline
     assert f"{-mean:.2f} points below alpha = 0.9 ({-high:+.2f} to {-low:+.2f}), p = {p_value:.2g}" in measured
@@ -104,6 +108,16 @@ def test_the_prose_has_the_figures_of_the_records():
         half = 4.302653 * gains.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom, 97.5%
         assert f"{gains.mean():+.2f} points ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f})" in measured
     assert "{:.4f}, {:.4f}, {:.4f} against {:.4f}, {:.4f}, {:.4f}".format(*others, *shared) in measured
+
+
+def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
+    found = json.loads((ROOT / "results" / "throughput-cpu.json").read_text())
+    median = {name: statistics.median(each["ours"]) for name, each in found["seconds"].items()}
+    hours = {name: 200 * 50_000 / found["images"] * seconds / 3600 for name, seconds in median.items()}
+    first, second = hours["teacher epoch"], hours["KD epoch, first"] + hours["baseline epoch"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"about {first:.0f} hours for the first command and {second:.0f} for the second" in readme
+    assert max(first, second) * 24 / 200 < 1  # "with --epochs 24 less than one for each"
 
 
 def test_compute_is_counted_as_the_record_says():
