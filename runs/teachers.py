@@ -19,6 +19,8 @@ from runs.settings import (
     run_name,
 )
 
+TAKES = "--teacher takes the folder of a finished run, or its model.pt."
+
 
 def find_teachers(arguments):
     """The paths of the finished teachers' model.pt; raises Failure where one is missing. Needs no PyTorch."""
@@ -32,7 +34,7 @@ def _find_teacher(arguments, named):
         if folder.is_file():
             return folder
         if not folder.is_dir():
-            raise Failure(f"--teacher {folder} does not exist.")
+            raise Failure(f"--teacher {folder} does not exist. {TAKES}")
     else:
         own = arguments.teacher_network and (arguments.teacher_network.rpartition(":")[2],)
         folder = output / run_name("teacher", None, None, arguments.seed, shared=(1.0, (), own))
@@ -54,7 +56,7 @@ def _find_teacher(arguments, named):
         raise Failure(f"--teacher {named} is not a teacher's folder, but it holds teachers. Name them: {found}")
     own = re.fullmatch(r"teacher-(?:.*-)?s(\d+)", folder.name)  # the program's own name for it
     if named and not own:
-        raise Failure(f"{folder} holds no model.pt. --teacher takes the folder of a finished run, or its model.pt.")
+        raise Failure(f"{folder} holds no model.pt. {TAKES}")
     changed = {"output_dir": str(folder.parent), "seed": int(own[1])} if named else {}
     what = f"teacher with the network {arguments.teacher_network}" if arguments.teacher_network else "teacher"
     raise Failure(
