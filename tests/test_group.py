@@ -181,11 +181,16 @@ from runs.progress import Progress
 end_epoch = Progress.end_epoch
 def end_and_die(self, *words):
     end_epoch(self, *words)
-    if rank == 1 and self.epoch == 1 and not os.path.exists({marker!r}):
+    if os.path.exists({marker!r}):
+        return
+    if rank == 1:
         open({marker!r}, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
+    while not os.path.exists({marker!r}):
+        time.sleep(0.05)
+    time.sleep(1)
 Progress.end_epoch = end_and_die
-"""  # the last process, after the first epoch that it trains
+"""  # the last process, after the first epoch that it trains; the others wait for it, so that work is left
 
 
 def epochs_trained(*launches):
