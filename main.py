@@ -95,27 +95,19 @@ def train_teachers(session):
     if not arguments.train_teacher:  # --demo: the students follow
         later = plan.student_runs(arguments, loaded, None, plan.pairs(arguments), session.hooks)
         if arguments.overwrite:  # removed now, so that they never stop whoever resumes without --overwrite
-            prepare(session, later)
-            if arguments.sweep:
-                fraction = plan.val_fraction(arguments)
-                about = arguments, loaded, None, plan.pairs(arguments), session.hooks, fraction
-                prepare(session, plan.student_runs(*about))
+            prepare(session, plan.all_student_runs(arguments, loaded, session.hooks))
     train_all(session, runs, later=later)
 
 
 def train_students(session, teachers):
-    """Trains the students with distillation and without, after the sweep where there is one. Returns what to report:
-    the temperature, alpha and seeds. `teachers` are pairs of the path of a model.pt and its network."""
+    """Trains the students with distillation and without, after the sweep where there is one. Returns what to report
+    (reports.comparison.Comparison's `asked`). `teachers` are pairs of the path of a model.pt and its network."""
     arguments, loaded = session.arguments, session.data
     with session.group.first():
         networks = digests_of(session, teachers)
     digest, targets = "+".join(networks), soft_targets(session, networks)
     if arguments.overwrite:
-        runs = plan.student_runs(arguments, loaded, digest, plan.pairs(arguments), session.hooks)
-        if arguments.sweep:
-            about = arguments, loaded, digest, plan.pairs(arguments), session.hooks, plan.val_fraction(arguments)
-            runs += plan.student_runs(*about)
-        spare_teachers([path for path, _ in teachers], runs)
+        spare_teachers([path for path, _ in teachers], plan.all_student_runs(arguments, loaded, session.hooks))
     if any(arguments.alpha) or session.hooks.loss:
         say_size(session, targets)
     if session.group.leads:
@@ -175,7 +167,7 @@ def choose_pair(session, teachers, digest, targets):
     if arguments.overwrite:
         # Which pair will be trained on everything is not known yet: of the candidates only the baselines are removed,
         # and those that would stop whoever resumes this command without --overwrite.
-        conflicts = session.group.agree(lambda: [run.name for run in plan.check(candidates, session.machine)])
+        conflicts = session.group.agree(lambda: [run.name for run in plan.conflicts(candidates, session.machine)])
         candidates = [run for run in candidates if run.settings.role == "baseline" or run.name in conflicts]
     prepare(session, selection + candidates)
     later = plan.student_runs(arguments, loaded, digest, pairs[:1], session.hooks)
@@ -221,8 +213,8 @@ def train_all(session, runs, targets=None, later=()):
         print(f"{accuracy_of(run, run.finished_accuracy())} (finished before)", flush=True)
     if group.size > 1 and order:
         order.sort(key=lambda position: -left[position])  # the longest first
-        if any(runs[position].settings.asks_teacher for position in order):
-            targets.share(group, range(session.arguments.epochs - left[order[0]], session.arguments.epochs))
+        if asked := [left[position] for position in order if runs[position].settings.asks_teacher]:
+            targets.share(group, range(session.arguments.epochs - max(asked), session.arguments.epochs))
         tally = Tally(group, len(order), sum(left), afterwards)
     for position in group.share(order):
         run = runs[position]

@@ -181,21 +181,15 @@ def build(function, role, classes, seed):
         return Own(copy.deepcopy(function(classes)), classes).cpu()
 
 
-def costs(architecture, classes, image_size, network=None):
-    """The Costs of an architecture, or of a `network` of the user's own: parameters, and multiply-adds of convolutions
-    and matrix products for one image."""
-    if isinstance(network, Own):
-        return costs_of(network, image_size)
-    return _costs(architecture, classes, image_size)
-
-
 @functools.lru_cache
-def _costs(architecture, classes, image_size):
+def costs(architecture, classes, image_size):
+    """The Costs of one of this program's networks."""
     return costs_of(create(architecture, classes, seed=0), image_size)
 
 
 def costs_of(network, image_size):
-    """The Costs of any network on the CPU that takes images (B, 3, S, S)."""
+    """The Costs of any network on the CPU that takes images (B, 3, S, S): parameters, and multiply-adds of convolutions
+    and matrix products for one image."""
     count = layers_macs if isinstance(network, tuple(ARCHITECTURES.values())) else any_macs
     return Costs(sum(each.numel() for each in network.parameters()), count(network, image_size))
 

@@ -33,8 +33,8 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
     settings, epoch = progress.settings, progress.epoch
     for batch in progress.batches(order):
         images, batch_labels = views.batch(epoch, batch), labels[batch]
+        share = schedule(progress.steps_done, progress.total_steps, WARM_UP if settings.network else 0.0)
         for group in optimizer.param_groups:
-            share = schedule(progress.steps_done, progress.total_steps, WARM_UP if settings.network else 0.0)
             group["lr"] = settings.learning_rate * share
         if settings.loss or settings.network:  # which may draw: the same numbers whenever this step is taken
             torch.manual_seed(stream_seed("step", settings.seed, progress.steps_done))
@@ -68,7 +68,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     indices, validation = (part.to(machine.device) for part in parts)
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
     views = Views(data.train_images, data.mean, data.std, f"{stream}views", settings.padding)
-    network = new_network(settings, data, transfer_set, options.hooks)
+    network = new_network(settings, data, transfer_set, run.hooks)
     network = network.to(**machine.place).train()
     if settings.network:
         trained = [p for p in network.parameters() if p.requires_grad]
@@ -78,10 +78,10 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
         optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
     model = compile_network(network) if machine.compiled else network
     plain = partial(distillation_loss, label_smoothing=settings.label_smoothing)
-    criterion = options.hooks.loss.loaded if settings.loss else plain
+    criterion = run.hooks.loss.loaded if settings.loss else plain
 
     about = run, network, optimizer, machine, options, len(indices), title or run.name, later, tally
-    with options.hooks.explained(f"fails while {run.name} is trained"), Progress(*about) as progress:
+    with run.hooks.explained(f"fails while {run.name} is trained"), Progress(*about) as progress:
         while progress.epoch < settings.epochs:
             soft_targets = None
             if teacher is not None:

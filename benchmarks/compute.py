@@ -58,13 +58,12 @@ def record(folder):
     (teacher_epochs,) = lengths  # all alike
     cost = pflop(teacher["macs"] / len(members), teacher_epochs)
     points = [Point(f"teacher, {teacher_epochs} epochs", "teacher", cost, sum(members) / len(members), len(members))]
-    for role, entries in (("kd", found["kd"][:1]), ("baseline", [found["baseline"]])):
-        for entry in entries:
-            pair = f" {pair_name(entry)}," if role == "kd" else ""
-            interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
-            half = interval and (interval[1] - interval[0]) / 2
-            what = f"{STYLES[role]['label']},{pair} {epochs} epochs"
-            points.append(Point(what, role, pflop(macs, epochs), entry["mean"], len(entry["seeds"]), half))
+    for role, entry in (("kd", found["kd"][0]), ("baseline", found["baseline"])):
+        pair = f" {pair_name(entry)}," if role == "kd" else ""
+        interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
+        half = interval and (interval[1] - interval[0]) / 2
+        what = f"{STYLES[role]['label']},{pair} {epochs} epochs"
+        points.append(Point(what, role, pflop(macs, epochs), entry["mean"], len(entry["seeds"]), half))
     return points
 
 

@@ -44,8 +44,8 @@ def differing(what, *runs):
     """The names of the "settings" in which RunRecords differ, or of what else is told of their "environment". A file
     may be moved or renamed."""
     about = [asdict(run.settings) if what == "settings" else run.environment for run in runs]
-    found = {name for each in about for name in each if each.get(name) != about[0].get(name)}
-    return {name for name in found if not name.endswith("_file")}
+    names = {name for each in about for name in each if not name.endswith("_file")}
+    return {name for name in names if any(each.get(name) != about[0].get(name) for each in about)}
 
 
 def difference(one, other):

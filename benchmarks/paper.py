@@ -32,7 +32,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reports.statistics import paired_test
+import tables
+
+from reports.statistics import paired_test, spread
 from runs.files import make_folder, read_json, write, write_json
 
 COLUMNS = (
@@ -106,11 +108,6 @@ def read(path, settings):
     if not path.is_file():
         return {}
     kept = read_json(path)
-    if "seeds" in kept["settings"]:
-        sys.exit(
-            f"error: {path} was written by an earlier version of this script, which did not record the teacher. "
-            "Move it away, or choose another --results."
-        )
     kept["settings"] = {"padding": 4} | kept["settings"]  # as it was before it was recorded
     if kept["settings"] != settings:
         sys.exit(f"error: {path} is of other settings: {kept['settings']}. Move it away, or choose another --results.")
@@ -126,28 +123,7 @@ def same_teacher(path, done, found):
 
 
 def summary(values):
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
-    return {"mean": mean, "std": deviation}
-
-
-def markdown(found):
-    """The table of all rows."""
-
-    def share(row, name):
-        deviation = row[f"{name}_std"]
-        return f"{row[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
-
-    lines = ["| experiment | what | epochs | n | distilled | without, or plain | difference in points (95% interval) |"]
-    lines.append("| --- " * 7 + "|")
-    for row in found:
-        gain = f"{row['mean']:+.2f}"
-        if row["low"] is not None:
-            gain += f" ({row['low']:+.2f} to {row['high']:+.2f}), p = {row['p_value']:.2g}"
-        cells = [row[key] for key in ("experiment", "what", "epochs", "n")]
-        cells += [share(row, "distilled"), share(row, "other"), gain]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return {"mean": sum(values) / len(values), "std": spread(values)}
 
 
 def main():
@@ -200,7 +176,7 @@ def main():
         table.writeheader()
         table.writerows(found)
         write(arguments.results / "paper.csv", text.getvalue())
-    print(f"\n{markdown([row for each in done.values() for row in each['rows']])}")
+    print(f"\n{tables.paper(arguments.results / 'paper.csv')}")
 
 
 if __name__ == "__main__":

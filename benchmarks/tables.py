@@ -12,11 +12,15 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from reports.statistics import SIGNIFICANCE, holm
+from reports.text import block
+from runs.files import decode
+from runs.settings import Settings
 
 RESULTS = ROOT / "results"
 README, RECORD, SPEED = ROOT / "README.md", RESULTS / "cifar10", RESULTS / "throughput-cpu.json"
@@ -48,18 +52,9 @@ def record(folder=RECORD):
 
 def printed():
     """The block that the program printed for the record's first pair."""
-    found, settings = record(), record()["settings"]
-    kd = found["kd"][0]
-    return (
-        "```text\nTraining Parameters:\n"
-        f"- Temperature: {kd['temperature']}\n- Alpha: {kd['alpha']}\n"
-        f"- Epochs: {settings['epochs']}\n- Batch Size: {settings['batch_size']}\n\n"
-        "Final Test Accuracies:\n"
-        f"- Teacher Network: {found['teacher']['accuracy']:.4f}\n"
-        f"- Student Network (with KD): {kd['mean']:.4f}\n"
-        f"- Student Network (Baseline): {found['baseline']['mean']:.4f}\n\n"
-        f"Improvement with KD: {kd['improvement']['mean']:.2f}%\n```"
-    )
+    found = record()
+    settings = decode(found["settings"], Settings, RECORD)
+    return f"```text\n{block(SimpleNamespace(**found | {'settings': settings}))}```"
 
 
 def results():
@@ -92,16 +87,16 @@ def speed():
     return table(["", "times as fast"], *rows) + (
         f"\n\n{made_with['device']}, {made_with['precision']}, torch {made_with['torch']}; networks of recipe "
         f"{found['recipe']}; medians, both loops measured in turn in one process: "
-        f"`{found['command'].replace('--pictures', '--images')}`."
+        f"`{found['command']}`."
     )
 
 
 NUMBERS = ("distilled", "distilled_std", "other", "other_std", "mean", "low", "high")
 
 
-def paper():
+def paper(path=None):
     """The paper's own questions, and losses of others: each variant over what it is paired with."""
-    with open(RESULTS / "paper.csv", newline="") as file:
+    with open(path or RESULTS / "paper.csv", newline="") as file:
         found = list(csv.DictReader(file))
     rows, p_values = [], [float(row["p_value"]) if row["p_value"] else None for row in found]
     shown = [p is not None and p < SIGNIFICANCE for p in holm(p_values)]
@@ -129,9 +124,9 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README.md differs")
     check = parser.parse_args().check
     before = new = README.read_text()
-    for name, block in BLOCKS.items():
+    for name, make in BLOCKS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = block().replace("\\", "\\\\")
+        text = make().replace("\\", "\\\\")
         new, count = re.subn(pattern, rf"\1{text}\n\2", new, flags=re.DOTALL)
         if count != 1:
             sys.exit(f"error: README.md has {count} blocks <!-- {name} -->, but one is needed.")

@@ -35,7 +35,7 @@ import data
 import models
 from distill import SoftTargets, distillation_loss
 from runs.files import Failure
-from runs.machine import DTYPES, start_machine
+from runs.machine import start_machine
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import RECIPE, Settings
@@ -164,32 +164,28 @@ class Ours:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def matmul_peak(device, precision):
+def matmul_peak(machine):
     """Multiply-adds a second of a large matrix product in the precision that is trained in."""
-    side = 2048 if device.type == "cpu" else 8192
-    dtype = DTYPES[precision]
-    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = min(seconds(lambda: one @ other, device) for _ in range(8))
+    side = 2048 if machine.device.type == "cpu" else 8192
+    one, other = (torch.randn(side, side, device=machine.device, dtype=machine.dtype) for _ in range(2))
+    best = min(seconds(lambda: one @ other, machine) for _ in range(8))
     return side**3 / best
 
 
-def seconds(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def seconds(function, machine):
+    machine.synchronize()
     started = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    machine.synchronize()
     return time.perf_counter() - started
 
 
 def student_step(machine, compiled):
     """Milliseconds of a student's forward and backward pass for one batch, the median of 20; None where it cannot be
     compiled."""
-    device = machine.device
     network = models.create("student", CLASSES, 0).to(**machine.place).train()
     images = torch.randn(BATCH, 3, SIZE, SIZE).to(**machine.place)
-    labels = torch.arange(BATCH, device=device) % CLASSES
+    labels = torch.arange(BATCH, device=machine.device) % CLASSES
 
     def step():
         with machine.autocast():
@@ -199,7 +195,7 @@ def student_step(machine, compiled):
 
     try:
         forward = compile_network(network) if compiled else network
-        return 1000 * statistics.median([seconds(step, device) for _ in range(25)][5:])
+        return 1000 * statistics.median([seconds(step, machine) for _ in range(25)][5:])
     except Exception as error:  # a missing C++ compiler, say, must not cost the other measurements
         if not compiled:
             raise
@@ -314,10 +310,10 @@ def main():
                 continue
             for loop, function in (("textbook", textbook), ("ours", own)):
                 if function is not None:
-                    taken = seconds(function, device)
+                    taken = seconds(function, machine)
                     if repeat:
                         times[name][loop].append(taken)
-        peaks.append(matmul_peak(device, precision))
+        peaks.append(matmul_peak(machine))
         print(f"repeat {repeat} of {repeats} done", file=sys.stderr, flush=True)
     times["KD epoch, targets kept"]["textbook"] = times["KD epoch, first"]["textbook"]
 

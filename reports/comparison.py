@@ -9,7 +9,7 @@ import numpy as np
 from reports.calibration import calibration
 from reports.fidelity import fidelity
 from reports.omitted import omitted_classes
-from reports.records import all_finished_runs, comparable, load_speed, load_test_set
+from reports.records import Key, all_finished_runs, comparable, load_speed, load_test_set
 from reports.statistics import (
     balanced_accuracy,
     class_accuracies,
@@ -23,8 +23,14 @@ from sources import survey
 
 
 def _key(way, seed):
-    """The FinishedRun.key of a student distilled in a `way`, (temperature, alpha, criterion)."""
-    return ("kd", *way[:2], seed, way[2])
+    """The Key of a student distilled in a `way`, (temperature, alpha, criterion)."""
+    temperature, alpha, criterion = way
+    return Key("kd", temperature, alpha, seed, criterion)
+
+
+def _baseline(seed):
+    """The Key of a baseline."""
+    return Key("baseline", None, None, seed, None)
 
 
 class Comparison:
@@ -44,7 +50,7 @@ class Comparison:
         first, seeds = (asked["temperature"], asked["alpha"], asked["criterion"]), asked["seeds"]
         self.first = runs.get(_key(first, seeds[0]))
         matching = {k: run for k, run in runs.items() if self.first and comparable(self.first.settings, run.settings)}
-        wanted = [key for seed in seeds for key in (_key(first, seed), ("baseline", None, None, seed, None))]
+        wanted = [key for seed in seeds for key in (_key(first, seed), _baseline(seed))]
         missing = next((key for key in wanted if key not in matching), None)
         if missing:
             raise Failure(
@@ -58,25 +64,21 @@ class Comparison:
         self.teacher_logits = np.mean(self.member_logits, axis=0)  # as distill.Ensemble has them for views
         self.counts = np.bincount(self.labels, minlength=len(self.classes))  # test images by class
         self.balanced = {}  # balanced accuracy of a run, by its folder
-        baselines = {key[3]: run for key, run in matching.items() if key[0] == "baseline"}
-        students = {key: run for key, run in matching.items() if key[0] == "kd"}
+        baselines = {key.seed: run for key, run in matching.items() if key.role == "baseline"}
+        students = {key: run for key, run in matching.items() if key.role == "kd"}
         self.runs = self._teacher_runs(everything)
         self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds], first[0])
         self.kd, self.kd_logits = [], []
         self._add(first, seeds, students, baselines)
-        ways = {(*key[1:3], key[4]) for key in students} - {first}
+        ways = {key.way for key in students} - {first}
         for way in sorted(ways, key=lambda way: (way != (*first[:2], None), way[:2], way[2] or ())):
             shared = [seed for seed in sorted(baselines) if _key(way, seed) in students]
             if shared:
                 self._add(way, shared, students, baselines)
-        costs = vars(self.first.costs["teacher"])
-        costs = {name: len(self.member_logits) * count for name, count in costs.items()}
-        if "teachers" in self.first.costs:
-            costs = vars(self.first.costs["teachers"])
         self.teacher = {
             "accuracy": float((self.teacher_logits.argmax(1) == self.labels).mean()),
             "members": [float((each.argmax(1) == self.labels).mean()) for each in self.member_logits],
-            **costs,
+            **vars(self.first.costs.get("teachers", self.first.costs["teacher"])),
             **self._by_class(self.teacher_logits),
             **calibration(self.teacher_logits, self.labels),
         }
@@ -126,16 +128,16 @@ class Comparison:
             raise Failure(f"{self.output} holds no finished students to report on.")
         shared = min((run.settings.shared for run in students), key=lambda shared: (shared != PLAIN, str(shared)))
         runs = {run.key: run for run in runs if run.settings.shared == shared}
-        students = sorted((key[1:] for key in runs if key[0] == "kd"), key=lambda each: (each[3] or (), each[:3]))
+        students = sorted((key for key in runs if key.role == "kd"), key=lambda key: (key.criterion or (), key[:4]))
         with_baseline = []
-        for *pair, seed, criterion in students:
-            baseline = runs.get(("baseline", None, None, seed, None))
-            if baseline and comparable(runs["kd", *pair, seed, criterion].settings, baseline.settings):
-                with_baseline.append((*pair, seed, criterion))
-        temperature, alpha, seed, criterion = (with_baseline or students)[0]
-        seeds = [each[2] for each in with_baseline if each[:2] == (temperature, alpha) and each[3] == criterion]
-        asked = {"temperature": temperature, "alpha": alpha, "seeds": seeds or [seed]}
-        return asked | {"criterion": criterion, "shared": shared}
+        for key in students:
+            baseline = runs.get(_baseline(key.seed))
+            if baseline and comparable(runs[key].settings, baseline.settings):
+                with_baseline.append(key)
+        first = (with_baseline or students)[0]
+        seeds = [key.seed for key in with_baseline if key.way == first.way] or [first.seed]
+        asked = {"temperature": first.temperature, "alpha": first.alpha, "seeds": seeds}
+        return asked | {"criterion": first.criterion, "shared": shared}
 
     def _by_class(self, logits):
         by_class = class_accuracies(logits, self.labels, len(self.classes))
@@ -221,16 +223,16 @@ class Comparison:
         runs = {key: run for key, run in runs.items() if comparable(self.settings, run.settings, apart)}
         chosen = ("kd", self.settings.temperature, self.settings.alpha)
         found = [run for key, run in runs.items() if key[:3] == chosen]
-        found = found or [run for key, run in runs.items() if key[0] == "kd"] or list(runs.values())
+        found = found or [run for key, run in runs.items() if key.role == "kd"] or list(runs.values())
         if not found:
             return []
         sweeps = [(run.settings.val_fraction, run.settings.split, run.settings.sweep_teacher) for run in found]
         *part, teacher = max(sweeps, key=sweeps.count)  # the first of equals
         groups = {}
         for key, run in runs.items():
-            taught_alike = key[0] == "baseline" or run.settings.sweep_teacher == teacher
+            taught_alike = key.role == "baseline" or run.settings.sweep_teacher == teacher
             if [run.settings.val_fraction, run.settings.split] == part and taught_alike:
-                groups.setdefault(key[:3], {})[key[3]] = run
+                groups.setdefault(key[:3], {})[key.seed] = run
         seeds, found = self.kd[0]["seeds"], groups.get(chosen) or max(groups.values(), key=len)
         seeds = seeds if set(seeds) <= set(found) else sorted(found)
         digests = (teacher or "").split("+")

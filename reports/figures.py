@@ -40,7 +40,7 @@ def draw(comparison):
     make_folder(folder)
     drawn = []
     for name, function in {
-        "curves": curves, "cost": cost, "gain": gain, "sweep": sweep, "reliability": reliability_diagrams,
+        "cost": cost, "gain": gain, "curves": curves, "sweep": sweep, "reliability": reliability_diagrams,
         "dark_knowledge": dark_knowledge,
     }.items():  # fmt: skip
         path = folder / f"{name}.png"

@@ -35,8 +35,7 @@ def page(comparison, figures):
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    order = list(CAPTIONS)
-    drawn = sorted((path for path in figures if path.stem in order), key=lambda path: order.index(path.stem))
+    drawn = [path for path in figures if path.stem in CAPTIONS]
     entry = comparison.kd[0]
     return environment.get_template("report.html.jinja").render(
         entry=entry,

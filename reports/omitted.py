@@ -6,6 +6,7 @@ it once the bias of that class is raised.
 
 import numpy as np
 
+from reports.accuracy import decimals
 from reports.statistics import spread
 from runs.settings import pair_name
 
@@ -45,8 +46,7 @@ def rows(comparison):
         given = entry["omitted"]
         cells = []
         for values in (given["accuracies"], given["corrected_accuracies"]):
-            deviation = spread(values)
-            cells += [f"{np.mean(values):.4f}", "" if deviation is None else f"{deviation:.4f}"]
+            cells += [decimals(np.mean(values)), decimals(spread(values))]
         all_of_them = np.mean(given["corrected_accuracies_on_all"])
         found.append((name, *cells, f"{all_of_them:.4f}", f"{np.mean(given['bias']):+.2f}"))
     return found

@@ -4,6 +4,7 @@ import hashlib
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,21 @@ from runs.files import (
 from runs.settings import PLAIN, RunRecord, SpeedRecord
 
 
+class Key(NamedTuple):
+    """What tells a finished run from the others of its comparison."""
+
+    role: str
+    temperature: float | None
+    alpha: float | None
+    seed: int
+    criterion: tuple | None
+
+    @property
+    def way(self):
+        """How a student is distilled, apart from the seed."""
+        return self.temperature, self.alpha, self.criterion
+
+
 @dataclass(frozen=True)
 class FinishedRun(RunRecord):
     """The content of a finished run's run.json, and its folder."""
@@ -30,7 +46,7 @@ class FinishedRun(RunRecord):
     @property
     def key(self):
         s = self.settings
-        return s.role, s.temperature, s.alpha, s.seed, s.criterion
+        return Key(s.role, s.temperature, s.alpha, s.seed, s.criterion)
 
     def logits(self, shape):
         """The run's float32 test logits; raises Damaged unless they have `shape` and are finite."""
@@ -39,7 +55,7 @@ class FinishedRun(RunRecord):
 
 
 def finished_runs(folder, shared=PLAIN):
-    """{(role, temperature, alpha, seed, criterion): FinishedRun} of those in `folder` with this Settings.shared."""
+    """{Key: FinishedRun} of those in `folder` with this Settings.shared."""
     return {run.key: run for run in all_finished_runs(folder) if run.settings.shared == shared}
 
 
@@ -84,9 +100,8 @@ def best_pair(output, pairs, seeds, shared=PLAIN):
 def comparable(one, other, apart=frozenset()):
     """Whether the settings of two students differ only in the seed and in what belongs to distillation (and in the
     names `apart`), and have the same teacher where both have one."""
-    varied = {"role", "temperature", "alpha", "teacher", "seed", "loss", "loss_file", "loss_sha256"} | apart
-    varied |= {"network_file"}
-    same = all(getattr(other, name) == value for name, value in vars(one).items() if name not in varied)
+    varied = {"role", "temperature", "alpha", "teacher", "seed", "loss", "loss_file", "loss_sha256", "network_file"}
+    same = all(getattr(other, name) == value for name, value in vars(one).items() if name not in varied | apart)
     return same and len({one.teacher, other.teacher} - {None}) < 2
 
 

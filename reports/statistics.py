@@ -1,6 +1,5 @@
 """Statistics of test logits and of paired runs: pure NumPy and SciPy, each with its source.
 
-- Agreement: the share of test images for which student and teacher choose the same class.
 - Expected calibration error: Guo et al., arXiv 1706.04599, equation 3, with 15 bins of equal width.
 - Balanced accuracy: the mean of the accuracies by class.
 - Negative log-likelihood: the mean of -log p(label), in nats.

@@ -5,7 +5,7 @@ import io
 from dataclasses import asdict
 
 from reports import accuracy, calibration, costs, fidelity, omitted
-from reports.accuracy import plain_p, points
+from reports.accuracy import decimals, plain_p, points
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
 from runs.settings import UNFAIR_SWEEP, pair_name
 
@@ -53,10 +53,6 @@ def _row(name, *cells, width=26, cell=12):
     return f"{name:<{width}}" + "".join(f"{'' if each is None else each:>{cell}}" for each in cells) + "\n"
 
 
-def _std(entry):
-    return "" if entry["std"] is None else f"{entry['std']:.4f}"
-
-
 def details(comparison):
     """The table below the block, the gain with its interval, and what can be claimed."""
     baseline, entry = comparison.baseline, comparison.kd[0]
@@ -74,7 +70,7 @@ def details(comparison):
         for each in sorted(comparison.selection, key=lambda each: -each["mean"]):
             name = f"KD, {pair_name(each)}" if each["role"] == "kd" else each["role"].capitalize()
             name = "Teachers, each alone" if name == "Teacher" and len(each["seeds"]) > 1 else name
-            text += _row(name, f"{each['mean']:.4f}", _std(each), len(each["seeds"]))
+            text += _row(name, decimals(each["mean"]), decimals(each["std"]), len(each["seeds"]))
         text += f"({UNFAIR_SWEEP})\n" * comparison.sweep_teacher_has_seen
     text += "\n" + _row("Costs", "parameters", "MACs, M", "MB", "ms / image", "images / s")
     for name, parameters, macs, *measured in costs.rows(comparison):

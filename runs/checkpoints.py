@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from runs.files import Damaged, is_out_of_memory, verified_archive, write
+from runs.files import Damaged, first_line, is_out_of_memory, verified_archive, write
 from runs.settings import Share
 
 SMALLEST_IMAGE, LARGEST_IMAGE = 16, 256
@@ -64,8 +64,7 @@ def load_plain(path):
     except Exception as error:  # the checksums matched, so this archive is not one of PyTorch's
         if is_out_of_memory(error):
             raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Damaged(f"{path} is damaged: {first}.") from None
+        raise Damaged(f"{path} is damaged: {first_line(error)}.") from None
 
 
 def has_format(checkpoint, version):

@@ -51,6 +51,11 @@ def reason(error):
     return error.strerror or str(error)
 
 
+def first_line(error):
+    """What an exception says first, or its type where it says nothing."""
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+
+
 def make_folder(path):
     """Creates a folder and its parents; raises Failure where that is impossible."""
     try:

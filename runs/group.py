@@ -21,7 +21,7 @@ from datetime import timedelta
 from tqdm import tqdm
 
 import runs.lock
-from runs.files import Failure
+from runs.files import Failure, first_line
 
 POLL = 0.2  # seconds between two looks at the store
 BEAT = 2.0  # seconds between two signs of life
@@ -158,7 +158,7 @@ class Group:
         try:
             return getattr(store or self.store, method)(*words)
         except RuntimeError as error:
-            raise Failure(f"the store of the group does not answer: {_first_line(error)}.") from None
+            raise Failure(f"the store of the group does not answer: {first_line(error)}.") from None
 
     def _key(self, kind):
         return f"{kind} {next(self.steps)}"
@@ -257,7 +257,7 @@ def join(timeout=300):
 
 def is_first():
     """Whether this process is a plain command, or the first of those that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK") == "0"
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _torchrun_keeps_the_store():
@@ -313,7 +313,7 @@ def _meet(size, timeout):
             start = store.get(f"welcome {me}").decode()
             store.add(f"{start} came", 1)
     except (RuntimeError, ValueError) as error:
-        raise Failure(f"the processes cannot meet at {host}:{port}: {_first_line(error)}.") from None
+        raise Failure(f"the processes cannot meet at {host}:{port}: {first_line(error)}.") from None
     local = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size)))
     return Group(rank, size, *local, store, PrefixStore(start, store))
 
@@ -324,7 +324,3 @@ def _answers(host, port):
         return True
     except OSError:
         return False
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

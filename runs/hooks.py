@@ -59,29 +59,22 @@ class Hook:
             raise Failure(f"{self.option} {self.path} has no function '{self.function}'. {has}")
         return function
 
-    def explained(self, what):
+    @contextlib.contextmanager
+    def explained(self, what, inside=False):
         """A context in which the user's own code runs: an error in it becomes a Failure that says `what` happened and
-        ends with the error's own traceback, as far as it is about the user's file."""
-        return _Explained(self, what)
-
-
-@dataclass(frozen=True)
-class _Explained:
-    hook: Hook
-    what: str
-    inside: bool = False  # whether only errors that pass through the file are explained, and not those of memory
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, Failure):
-            frames = [each for each in traceback.extract_tb(trace) if each.filename == str(self.hook.path)]
-            if self.inside and (not frames or is_out_of_memory(error)):
-                return
+        ends with the error's own traceback, as far as it is about the user's file. If `inside`, only errors that pass
+        through that file do, and not those of memory."""
+        try:
+            yield
+        except Failure:
+            raise
+        except (Exception, SystemExit) as error:
+            frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename == str(self.path)]
+            if inside and (not frames or is_out_of_memory(error)):
+                raise
             lines = "".join(traceback.format_list(frames[-FRAMES:])).splitlines()
             lines += "".join(traceback.format_exception_only(error)).splitlines()[:LINES]
-            raise Failure("\n".join([f"{self.hook} {self.what}:", *lines])) from error
+            raise Failure("\n".join([f"{self} {what}:", *lines])) from error
 
 
 @dataclass(frozen=True)
@@ -107,8 +100,8 @@ class Hooks:
         """A context in which they are called among much else: an error that comes out of one of their files becomes a
         Failure that names it and says `what` happened; all others stay what they are."""
         with contextlib.ExitStack() as stack:
-            for hook in self.named:
-                stack.enter_context(_Explained(hook, what, inside=True))
+            for hook in reversed(self.named):  # where two are in one file, the teacher is the last to blame
+                stack.enter_context(hook.explained(what, inside=True))
             yield
 
     def check_alike(self, group):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runs.files import Failure, is_out_of_memory
+from runs.files import Failure, first_line, is_out_of_memory
 from runs.settings import VERSION
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt, from its malloc.h
@@ -127,7 +127,7 @@ def _usable(device):
     try:
         torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
-        why = f"{error}\n".splitlines()[0] or type(error).__name__
+        why = first_line(error)
         kind = NoKernels if "no kernel image" in why else Failure
         raise kind(f"The device {device} cannot be used: {why}.") from None
     if device.index is not None and device.type == "cuda":
@@ -156,7 +156,7 @@ def check_arithmetic(device):
     except (RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        why = f"{error}\n".splitlines()[0] or type(error).__name__
+        why = first_line(error)
         raise Failure(f"The device {device} cannot compute a step of a training: {why}.\n{remedy}") from error
     for name, value in found.items():
         error = ((value - expected[name]).abs().max() / expected[name].abs().max()).item()

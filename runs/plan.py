@@ -1,5 +1,5 @@
 """Which runs a command needs, and whether what exists of them can be used; nothing is trained or changed here but by
-`remove`."""
+`prepare`."""
 
 import itertools
 from pathlib import Path
@@ -90,6 +90,12 @@ def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_tea
     return runs
 
 
+def all_student_runs(arguments, data, hooks):
+    """All runs of students that a command may train, its sweep's too, as far as their folders tell them apart."""
+    fractions = [0.0, val_fraction(arguments)] if arguments.sweep else [0.0]
+    return [run for each in fractions for run in student_runs(arguments, data, None, pairs(arguments), hooks, each)]
+
+
 def epochs_left(runs):
     """How many epochs each of `runs` has still to train: 0 for a finished one."""
     left = []
@@ -106,23 +112,22 @@ def are_finished(runs):
     return all(run.is_finished and run.record.is_file() and read_json(run.record, RunRecord).finished for run in runs)
 
 
-def check(runs, machine):
-    """The runs of `runs` that can be neither reused nor resumed, each with the Failure that says why: a dict."""
-    conflicts = {}
+def conflicts(runs, machine):
+    """Those of `runs` that can be neither reused nor resumed."""
+    found = []
     for run in runs:
         try:
             run.check(machine)
-        except Failure as error:
-            conflicts[run] = error
-    return conflicts
+        except Failure:
+            found.append(run)
+    return found
 
 
 def prepare(runs, machine, overwrite):
-    """Before any of `runs` is trained: removes what exists of them with `overwrite`, or else raises the first Failure
-    of `check`."""
-    if overwrite:
-        for run in runs:
+    """Before any of `runs` is trained: removes what exists of them with `overwrite`, or else raises Failure at the
+    first that can be neither reused nor resumed."""
+    for run in runs:
+        if overwrite:
             run.remove()
-        return
-    for conflict in check(runs, machine).values():
-        raise conflict
+        else:
+            run.check(machine)

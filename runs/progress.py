@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 import models
 from runs.files import Damaged, Failure, make_folder, remove, save_array, write, write_json
-from runs.hooks import Hooks
 from runs.machine import describe
 from runs.settings import RunRecord
 from runs.signals import Interrupted, Stop
@@ -25,14 +24,13 @@ REFRESH = 0.25  # seconds between progress figures
 @dataclass(frozen=True)
 class Options:
     """What all runs of a command share besides the machine: seconds between saved states within an epoch, the signal
-    handler, what run.json records without comparing it (what was typed, and what the images are), functions of the
-    user's own, and the Costs of "teacher" and "student", and of all "teachers" together, if they are known."""
+    handler, what run.json records without comparing it (what was typed, and what the images are), and the Costs of
+    "teacher" and "student", and of all "teachers" together, if they are known."""
 
     save_every: float = 120.0
     stop: Stop = field(default_factory=Stop)
     recorded: dict = field(default_factory=dict)
     images: dict | None = None
-    hooks: Hooks = field(default_factory=Hooks)
     costs: dict | None = None
 
 

@@ -11,6 +11,7 @@ from arguments import FOLDER_OPTIONS
 from runs import plan, trial
 from runs.costs import describe_memory
 from runs.group import Group
+from runs.hooks import Hooks
 from runs.machine import Machine, describe, start_machine
 from runs.progress import Options
 from sources import survey
@@ -26,10 +27,7 @@ class Session:
     machine: Machine
     options: Options
     group: Group
-
-    @property
-    def hooks(self):
-        return self.options.hooks
+    hooks: Hooks
 
 
 def choose_machine(arguments, group):
@@ -84,7 +82,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
         millions = f"{costs[name].macs / 1e6:,.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
     if loaded.image_size > models.FULL_BATCH:
-        largest = "teacher" if arguments.train_teacher or arguments.demo else "student"
+        largest = "student" if teachers else "teacher"  # of what this command trains
         batch = min(arguments.batch_size, len(loaded.train_labels))
         network = own.get(largest) or models.create(largest, len(loaded.classes), seed=0)
         group.say(describe_memory(largest, network, loaded.image_size, batch, machine, group.local_size))
@@ -93,8 +91,8 @@ def start(arguments, stop, group, hooks, machine, teachers):
     typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "student", "teacher_network", "device")
     typed += ("precision", "compile", *FOLDER_OPTIONS)
     recorded = {name: getattr(arguments, name) for name in typed}
-    options = Options(arguments.save_every, stop, recorded, images, hooks, costs)
-    return Session(arguments, loaded, transfer_set, machine, options, group)
+    options = Options(arguments.save_every, stop, recorded, images, costs)
+    return Session(arguments, loaded, transfer_set, machine, options, group, hooks)
 
 
 def own_networks(hooks, classes):
@@ -106,8 +104,9 @@ def own_networks(hooks, classes):
 def costs_of(own, teachers, classes, image_size):
     """The Costs of "teacher" and "student", and of the `teachers` together where there are any yet; `own` as from
     `own_networks`."""
-    found = {role: models.costs(role, classes, image_size, own.get(role)) for role in models.ARCHITECTURES}
+    found = {role: models.costs(role, classes, image_size) for role in models.ARCHITECTURES if role not in own}
+    found |= {role: models.costs_of(network, image_size) for role, network in own.items()}
     if teachers:
-        members = [models.costs(network.architecture, classes, image_size, network) for network in teachers]
+        members = [models.costs_of(network, image_size) for network in teachers]
         found |= {"teacher": members[0], "teachers": sum(members[1:], members[0])}
     return found

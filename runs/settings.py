@@ -135,7 +135,7 @@ class SpeedRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of run.json. What is None in an unfinished run comes after `recorded`."""
+    """The content of run.json. What follows `images` is None in an unfinished run."""
 
     finished: bool
     epochs_done: NotNegative

@@ -1,4 +1,5 @@
-"""Where images come from. Each source gives (classes, train images, train labels, test images, test labels)."""
+"""Where images come from. Each source gives (classes, train images, train labels, test images, test labels), folders
+these and their Facts."""
 
 from dataclasses import dataclass, field
 

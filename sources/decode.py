@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from runs.files import Damaged, Failure, reason
+from runs.files import Damaged, Failure, first_line, reason
 from sources import one_line
 
 DECODER_VERSION = 4  # of `decode`: raise it with any change of what it returns
@@ -159,8 +159,7 @@ def decode(path, image_size, ranges):
             raise NotDecoded(path, f"cannot be read: {reason(error)}.", lasting=False) from None
         if "out of memory" in str(error):  # Pillow's decoders, without a number
             raise no_memory(path) from None
-        why = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise NotDecoded(path, f"cannot be decoded as an image: {why}.") from error
+        raise NotDecoded(path, f"cannot be decoded as an image: {first_line(error)}.") from error
 
 
 def _unknown(path):

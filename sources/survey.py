@@ -125,7 +125,7 @@ def _find_copies(data, path):
         training = [label for number, _, label in found if number == 0]
         tests = [label for number, _, label in found if number == 1]
         labels = {*training, *tests}
-        if len(found) == 1 or not (len(labels) > 1 or (training and tests)):
+        if len(labels) == 1 and not (training and tests):
             continue
         counts["under_two_classes"] += len(labels) > 1
         if training:

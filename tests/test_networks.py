@@ -155,9 +155,8 @@ def tiny_run(small, folder, file, stop=None):
         "baseline", small.digest, 2, 16, 0.05, 5e-4, 0, 16,
         network="tiny", network_file=found.file, network_sha256=found.sha256,
     )  # fmt: skip
-    hooks = Hooks(student=found)
-    run = Run(folder, settings, hooks)
-    return train.train(run, small, Machine(torch.device("cpu")), Options(stop=stop or Stop(), hooks=hooks))
+    run = Run(folder, settings, Hooks(student=found))
+    return train.train(run, small, Machine(torch.device("cpu")), Options(stop=stop or Stop()))
 
 
 def test_interrupted_between_dropouts_the_bits_are_the_same(small, file, tmp_path, monkeypatch):
@@ -404,7 +403,7 @@ def test_the_resnets_are_those_of_the_paper(name, parameters, macs):
     network = models.build(hook(ROOT / "examples" / "resnet_cifar.py", name).loaded, "student", 10, 0)
     layers = [layer for layer in network.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
     assert f"resnet{len(layers)}" == name
-    found = models.costs("student", 10, 32, network)
+    found = models.costs_of(network, 32)
     assert found.parameters == parameters and round(found.macs / 1e6, 2) == macs
     for size in (16, 32):
         assert network(torch.randn(2, 3, size, size)).shape == (2, 10)

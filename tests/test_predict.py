@@ -56,6 +56,8 @@ def test_several_processes_predict_once(cli, finished, images, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         result = cli("--predict", images / "test" / "red" / "00.png", "--output-dir", finished, "--device", "cpu")
         assert result.status == 0 and len(result.out.splitlines()) == (0 if rank else 2)
+    monkeypatch.delenv("RANK")  # left behind by something else
+    assert cli("--list", "--output-dir", finished).out.count("teacher-s0") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a name that is not UTF-8")

@@ -4,6 +4,7 @@ import csv
 import json
 import statistics
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,6 +269,12 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "they differ in alpha, label_smoothing, role, teacher, temperature\n" in out
     assert "(not all were trained with the same threads)" in out and "+2.00 points (n = 3" in out
+    bare, more = (SimpleNamespace(environment={"torch": "2.14"} | extra) for extra in ({}, {"compiled": True}))
+    assert (
+        difference.differing("environment", bare, more)
+        == difference.differing("environment", more, bare)
+        == {"compiled"}
+    )
     for wrong, said in (
         ([*smoothed, *other], "seed 0 in this group already"), (smoothed[1:], "the other 1, 2"),
         ([smoothed[0], other[1]], "differ in label_smoothing"),

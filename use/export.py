@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from reports.records import find_test_images
-from runs.files import Failure, write
+from runs.files import Failure, first_line, write
 from runs.hooks import find_hooks
 from runs.settings import VERSION
 from use.find import find_model
@@ -110,7 +110,7 @@ def to_onnx(network, temperature=1.0):
         onnx.helper.set_model_props(proto, _metadata(network, models.digest(network.state_dict()), temperature))
         onnx.checker.check_model(proto)
     except Exception as error:  # the exporter and its packages raise nearly every kind
-        first = str(error).partition("\n")[0] or type(error).__name__
+        first = first_line(error)
         raise Failure(f"PyTorch {torch.__version__} cannot export to ONNX, opset {OPSET}: {first}") from error
     return proto.SerializeToString()
 
@@ -155,6 +155,6 @@ def compare(network, content, images, temperature=1.0):
                 same += int((found.argmax(1) == expected.argmax(1)).sum())
                 bar.update(len(batch))
     except Exception as error:  # ONNX Runtime's own kinds, which have no base but Exception
-        first = str(error).partition("\n")[0]
+        first = first_line(error)
         raise Failure(f"ONNX Runtime {onnxruntime.__version__} cannot run the model, opset {OPSET}: {first}") from error
     return largest, same
