@@ -60,8 +60,8 @@ def main():
     temperature, alpha, output = arguments.temperature, arguments.alpha, arguments.output
 
     runs = finished_runs(output)
-    pairs = {key[3]: runs[key] for key in runs if (*key[:3], key[4]) == ("kd", temperature, alpha, None)}
-    baselines = {key[3]: run for key, run in runs.items() if key[0] == "baseline"}
+    pairs = {key.seed: run for key, run in runs.items() if key.way == (temperature, alpha, None)}
+    baselines = {key.seed: run for key, run in runs.items() if key.role == "baseline"}
     seeds = sorted(pairs.keys() & baselines.keys() & set(arguments.seeds or pairs))
     seeds = [seed for seed in seeds if comparable(pairs[seed].settings, baselines[seed].settings)]
     missing = sorted(set(arguments.seeds or ()) - set(seeds))
