@@ -7,6 +7,7 @@ is cropped, flipped and normalized at a time, on the device, without workers.
 import functools
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -100,9 +101,12 @@ def from_arrays(classes, train_images, train_labels, test_images, test_labels, f
     content = hashlib.sha256(json.dumps(described).encode())
     for array in (train_images, train_labels, test_images, test_labels):
         content.update(np.ascontiguousarray(array))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is any of these tensors
+        tensors = [torch.from_numpy(array) for array in (train_images, train_labels, test_images, test_labels)]
     return Data(
         tuple(classes),
-        *(torch.from_numpy(array) for array in (train_images, train_labels, test_images, test_labels)),
+        *tensors,
         tuple(mean.tolist()),
         tuple(np.maximum(std, 1 / 255).tolist()),  # images of a single colour have no spread to divide by
         content.hexdigest(),

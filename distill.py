@@ -19,6 +19,7 @@ from runs.files import Damaged, Failure, load_arrays, make_folder, save_arrays
 from runs.machine import describe
 from runs.settings import VIEWS_VERSION
 
+ROWS = 1 << 12  # of an ensemble's logits that are averaged at a time
 SPARE_DISK = 256 << 20  # bytes that soft targets leave free
 
 
@@ -81,8 +82,11 @@ class Ensemble:
 
     def epoch(self, epoch, description="soft targets"):
         """float16 (N, classes) on the views' device: the targets of all images of the full training set."""
-        logits = [member.epoch(epoch, description).float() for member in self.members]
-        return compress(torch.stack(logits).mean(0))
+        logits = [member.epoch(epoch, description) for member in self.members]
+        if len(logits) == 1:
+            return logits[0]
+        parts = zip(*(each.split(ROWS) for each in logits), strict=True)  # in parts, so that not all is held in float32
+        return torch.cat([compress(torch.stack([each.float() for each in part]).mean(0)) for part in parts])
 
     def share(self, group, epochs):
         """Before students of a `group` of processes need them: computes and keeps the targets of `epochs`, each in one
@@ -172,7 +176,7 @@ class SoftTargets:
         batches = self.indices.split(inference_batch(self.machine.device, self.views.size))
         with tqdm(batches, desc=description, unit="batch", leave=False, disable=self.shared or None) as bar:
             views = (self.views.batch(epoch, indices) for indices in bar)
-            return compress(predict(self.teacher, views, self.machine.autocast()))
+            return predict(self.teacher, views, self.machine.autocast(), compress)
 
     def has_room(self, size):
         """Whether the disk has room for `size` bytes of targets; warns once where it has not."""

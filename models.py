@@ -222,11 +222,12 @@ def _for_rows(mean, std, width, device):
 
 
 @torch.inference_mode()
-def predict(network, batches, autocast):
+def predict(network, batches, autocast, finish=None):
     """The float32 logits (N, classes) of `batches`, an iterable of normalized images (B, 3, S, S), computed in the
-    context `autocast`."""
+    context `autocast`; of each batch what `finish` makes of them, so that never all of them are held wider."""
     with autocast:
-        return torch.cat([network(batch).float() for batch in batches])
+        logits = (network(batch).float() for batch in batches)
+        return torch.cat([finish(each) if finish else each for each in logits])
 
 
 def digest(state_dict):

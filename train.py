@@ -129,7 +129,8 @@ def validate(network, data, indices):
     """The accuracy on the training images `indices`, or None where there are none."""
     if not len(indices):
         return None
-    logits = evaluate(network, data.train_images[indices], data.mean, data.std)
+    parts = indices.split(inference_batch(indices.device, data.image_size))  # a copy of a batch at a time, not of all
+    logits = torch.cat([evaluate(network, data.train_images[part], data.mean, data.std) for part in parts])
     return accuracy(logits, data.train_labels[indices])
 
 

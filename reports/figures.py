@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from reports.statistics import BINS, paired_test, reliability, softmax
+from reports.statistics import BINS, by_confidence, paired_test, softmax
 from runs.files import Damaged, make_folder, read, remove, write
 from runs.settings import pair_name
 
@@ -256,12 +256,11 @@ def reliability_diagrams(comparison):
     errors = {"teacher": comparison.teacher, "kd": comparison.kd[0], "baseline": comparison.baseline}
     errors = {role: entry["calibration_error"] for role, entry in errors.items()}
     for axes, (role, logits) in zip(panels, models.items(), strict=True):
-        labels = np.tile(comparison.labels, len(logits))
-        probabilities = softmax(np.concatenate(logits))
-        share, confidence, accuracy = reliability(probabilities, labels)
+        answers = [(each.max(1), each.argmax(1) == comparison.labels) for each in map(softmax, logits)]  # one at a time
+        share, confidence, accuracy = by_confidence(*map(np.concatenate, zip(*answers, strict=True)))
         there = share > 0
         middle = (np.arange(BINS) + 0.5) / BINS
-        many = share * len(labels) >= FEW
+        many = share * len(logits) * len(comparison.labels) >= FEW
         for bins, alpha, label in (
             (many, 0.55, "accuracy in the bin"),
             (there & ~many, 0.15, f"accuracy, fewer than {FEW} images"),
@@ -324,19 +323,17 @@ def dark_knowledge(comparison):
         row[0].spines[:].set_visible(False)
         classes = comparison.teacher_logits[index].argsort()[::-1][:shown]
         for axes, (title, role, logits, softness) in zip(row[1:], columns, strict=True):
-            values = softmax(logits[index : index + 1], softness)[0][classes]
-            style = STYLES[role]
-            axes.barh(
-                range(shown), values, color=style["color"], alpha=0.65, hatch=style["hatch"], edgecolor="black",
-                linewidth=0.4,
-            )  # fmt: skip
+            found, style = softmax(logits[indices], softness), STYLES[role]
+            values, end = found[number][classes], 1.0 if found.max() > 0.5 else round(float(found.max()), 2)
+            look = {"color": style["color"], "hatch": style["hatch"], "alpha": 0.65, "edgecolor": "black"}
+            axes.barh(range(shown), values, linewidth=0.4, **look)
             for place, value in enumerate(values):
-                words = f"{value:.2f}" if value >= 0.005 else f"{value:.0e}"
-                axes.text(value + 0.02, place, words, va="center", fontsize=7)
+                words = f"{value:.{2 if end > 0.5 else 3}f}" if value >= 0.005 else f"{value:.0e}"
+                axes.text(value + 0.02 * end, place, words, va="center", fontsize=7)
             names = [comparison.classes[k][:14] for k in classes] if axes is row[1] else []
             axes.set_yticks(range(len(names)), names, fontsize=8)
-            axes.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])  # room for the number beside a full bar
-            axes.spines.bottom.set_bounds(0, 1)
+            axes.set(xlim=(0, 1.2 * end), xticks=[0, end / 2, end])  # room for the number beside a full bar
+            axes.spines.bottom.set_bounds(0, end)
             axes.invert_yaxis()
             axes.tick_params(axis="x", labelsize=7)
             if number == 0:

@@ -25,13 +25,17 @@ def softmax(logits, temperature=1.0):
 def reliability(probabilities, labels, bins=BINS):
     """(share of images, mean confidence, accuracy) of each of `bins` equal bins of confidence: three arrays (bins,),
     0 where a bin is empty."""
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    return by_confidence(probabilities.max(1), probabilities.argmax(1) == labels, bins)
+
+
+def by_confidence(confidence, right, bins=BINS):
+    """`reliability` from each image's confidence and whether it is right, two arrays (N,)."""
     # Bin m holds the confidences in ((m - 1) / bins, m / bins].
     number = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(number, minlength=bins)
     sums = (np.bincount(number, values, bins) for values in (confidence, right))
     mean_confidence, mean_accuracy = (total / np.maximum(count, 1) for total in sums)
-    return count / len(labels), mean_confidence, mean_accuracy
+    return count / len(right), mean_confidence, mean_accuracy
 
 
 def calibration_error(probabilities, labels, bins=BINS):

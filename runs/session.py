@@ -64,6 +64,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
         test_fraction=arguments.test_fraction,
         skip_damaged=arguments.skip_damaged,
         say=group.say,
+        agree=group.agree,
     )
     group.say(
         f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
@@ -77,7 +78,8 @@ def start(arguments, stop, group, hooks, machine, teachers):
     if not teachers:
         try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size, machine, group.say)
     own = own_networks(hooks, len(loaded.classes))
-    costs = costs_of(own, teachers, len(loaded.classes), loaded.image_size)
+    with hooks.explained("fails on the CPU, where its multiply-adds are counted whatever --device says"):
+        costs = costs_of(own, teachers, len(loaded.classes), loaded.image_size)
     for name in ("teacher", "student"):
         millions = f"{costs[name].macs / 1e6:,.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")

@@ -1,6 +1,9 @@
 """Ctrl-C and SIGTERM: at once, or at the next training step, after the state was saved."""
 
 import contextlib
+import time
+
+DOUBLE = 2.0  # seconds within which a further signal is the same one: torchrun and what stops it both send it
 
 
 class Interrupted(BaseException):
@@ -14,7 +17,7 @@ class Interrupted(BaseException):
 
 class Stop:
     """Raises Interrupted at once, or, within `deferred()`, only notes the signal in `signal_number` for the training
-    loop to act on at its next step; a second signal does not wait."""
+    loop to act on at its next step; one that comes DOUBLE seconds later does not wait."""
 
     signal_number = None
     runs_removed = False  # whether --overwrite has removed earlier runs, so that resuming is to repeat without it
@@ -22,9 +25,11 @@ class Stop:
 
     def handle(self, signal_number, frame=None):
         """A handler for signal.signal."""
-        if not self._deferring or self.signal_number is not None:
+        now = time.monotonic()
+        if not self._deferring or (self.signal_number is not None and now - self._noted > DOUBLE):
             raise Interrupted(signal_number)
-        self.signal_number = signal_number
+        if self.signal_number is None:
+            self.signal_number, self._noted = signal_number, now
 
     def raise_pending(self):
         """Raises Interrupted where a signal was noted."""

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import socket
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,18 @@ NAMED = 20  # damaged images named on the screen
 
 
 def load(
-    directory, image_size=32, workers=2, cache=None, *, test_fraction=None, skip_damaged=False, say=lambda line: None
-):
+    directory, image_size=32, workers=2, cache=None, *, test_fraction=None, skip_damaged=False, say=lambda line: None,
+    agree=lambda find: find(),
+):  # fmt: skip
     """The images of `directory`, decoded by `workers` threads, as (arrays, Facts): the arrays are (classes, training
     images, training labels, test images, test labels).
 
     Decoded images are kept in the folder `cache` and memory-mapped from there; an image file whose name, size and time
     are unchanged is not decoded again. Without `cache` they are held in memory. `test_fraction` of each class's images
     become the test set of a folder that has none; with `skip_damaged` images that cannot be decoded are left out. What
-    was found is told to `say`, line by line. Raises Failure where the folders are not as they should be, and Damaged
-    where images cannot be decoded.
+    was found is told to `say`, line by line; `agree` gives what the first of a group of processes finds
+    (runs.group.Group). Raises Failure where the folders are not as they should be, and Damaged where images cannot be
+    decoded.
     """
     directory, cache = Path(directory), cache and Path(cache)
     places = _places(directory, test_fraction, say)
@@ -41,6 +44,9 @@ def load(
     place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:12]
     paths = _paths(splits)
     keys = dict(zip(paths, kept.file_keys(directory, paths), strict=True))
+    here = hashlib.sha256("".join(keys.values()).encode()).hexdigest()
+    if agree(lambda: here) != here:  # a machine with a copy of its own, whose files have other times: kept apart
+        place += f"-{socket.gethostname()}"
     file = cache and cache / f"images-{place}-{image_size}.npy"
 
     def decode(splits):

@@ -102,7 +102,7 @@ def load(paths, keys, image_size, workers, file=None):
     write_json(file.with_suffix(".json"), asdict(record))
     if stopped:
         raise stopped
-    return Kept(np.load(file, mmap_mode="c"), record, damaged)
+    return Kept(np.load(file, mmap_mode="r"), record, damaged)
 
 
 def _are_in_order(keys, wanted):
@@ -163,7 +163,7 @@ def _read(file, image_size):
         if kept is None:
             return None
         try:
-            images = np.load(file, mmap_mode="c")
+            images = np.load(file, mmap_mode="r")
         except OSError as error:
             raise Failure(f"cannot read {file}: {reason(error)}.") from None
         except Exception:  # NumPy raises many kinds for a broken header, TokenError among them
