@@ -227,7 +227,8 @@ def predict(network, batches, autocast, finish=None):
     context `autocast`; of each batch what `finish` makes of them, so that never all of them are held wider."""
     with autocast:
         logits = (network(batch).float() for batch in batches)
-        return torch.cat([finish(each) if finish else each for each in logits])
+        parts = [finish(each) if finish else each for each in logits]
+    return torch.cat(parts)  # outside: autocast on CPUs knows no float16
 
 
 def digest(state_dict):
