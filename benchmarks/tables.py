@@ -65,7 +65,7 @@ def results():
     rows = [["teacher", epochs, 1, f"{teacher['accuracy']:.4f}", ""]]
     for each in (found, record(SHORTER)):
         epochs = each["settings"]["epochs"]
-        for kd in each["kd"]:
+        for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"])):
             name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
             rows.append([name, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
         without = each["baseline"]

@@ -40,9 +40,9 @@ def network(classes, size):
 def test_parity(classes, size):
     student = network(classes, size)
     session = onnxruntime.InferenceSession(export.to_onnx(student))
-    images = np.random.default_rng(1).integers(0, 256, (1000, size, size, 3), np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (300, size, size, 3), np.uint8)
     expected = evaluate(student, torch.from_numpy(images), student.mean, student.std).softmax(1).numpy()
-    for count in (1, 1000):
+    for count in (1, 300):
         (found,) = session.run(None, {"images": images[:count]})
         assert found.shape == (count, classes)
         assert found.dtype == np.float32
