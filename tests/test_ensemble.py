@@ -236,7 +236,8 @@ class Fixed:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_the_softened_mean_is_the_geometric_mean_of_the_softened(temperature):
+def test_the_softened_mean_is_the_geometric_mean_of_the_softened(temperature, monkeypatch):
+    monkeypatch.setattr("distill.ROWS", 8)  # 20 images in three parts
     random = np.random.default_rng(0)
     members = random.normal(0, 3, (3, 20, 5))
     ensemble = Ensemble([Fixed(torch.tensor(each, dtype=torch.float32)) for each in members])

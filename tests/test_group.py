@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -177,6 +179,22 @@ def test_targets_that_do_not_fit_the_disk_are_computed_by_each(students, output,
     got = launch(*students, code=code)
     assert got.status == 0 and got.err.count("The soft targets are not kept") == 1, got
     assert not list(output.rglob("epoch-*.npz")) and digests(output).items() <= digests(plain / "one").items()
+
+
+def test_a_group_asks_the_teacher_only_about_epochs_that_a_student_needs(monkeypatch):
+    """Of 200 epochs the distilled student has 50 left and its baseline all: 150 targets would be for nobody."""
+    import main
+
+    runs = [
+        SimpleNamespace(settings=SimpleNamespace(role=role, asks_teacher=role == "kd")) for role in ("kd", "baseline")
+    ]
+    group = SimpleNamespace(size=2, leads=True, agree=lambda find: find(), share=lambda order: ())
+    session = SimpleNamespace(group=group, transfer_set=range(48), arguments=SimpleNamespace(epochs=200))
+    monkeypatch.setattr(main.plan, "epochs_left", lambda asked: [50, 200] if asked else [])
+    monkeypatch.setattr(main, "Tally", Mock())
+    targets = Mock()
+    main.train_all(session, runs, targets)
+    targets.share.assert_called_once_with(group, range(150, 200))
 
 
 # Killed, stopped, lost -----------------------------------------------------------------------------------------------

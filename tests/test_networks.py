@@ -204,6 +204,14 @@ def test_errors_of_others_and_of_memory_stay_what_they_are(file, tmp_path):
         hooks.loss.loaded(ValueError("odd"))
 
 
+def test_of_two_networks_in_one_file_the_one_in_training_is_named(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def large(error):\n    raise error\n\n\nsmall = large\n")
+    hooks = Hooks(student=hook(path, "small"), teacher=hook(path, "large", "--teacher-network"))
+    with pytest.raises(Failure, match=r"^--student .*own.py:small fails:"), hooks.explained("fails"):
+        hooks.student.loaded(ValueError("odd"))
+
+
 def test_it_is_tried_in_the_precision_of_the_training(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(

@@ -125,7 +125,10 @@ def test_the_prose_has_the_figures_of_the_records():
     assert "(Holm), p = {:.3f}, {:.3f} and {:.3f}".format(*corrected) in readme
     p = sorted(test[3] for test in record_tests)
     assert sorted(corrected) == pytest.approx(np.maximum.accumulate([3 * p[0], 2 * p[1], p[2]]), abs=1e-6)
-    assert "as above, p = {:.2g} and {:.2g})".format(*(test[4] for test in shorter_tests[:2])) in readme
+    assert (
+        "corrected for these two and T = 16, p = {:.2g} and {:.2g})".format(*(test[4] for test in shorter_tests[:2]))
+        in readme
+    )
 
     five = SHORTER.with_name("cifar10-5-epochs")
     fixed, longer = (json.loads((five / name).read_text()) for name in ("fixed.json", "longer_teacher.json"))

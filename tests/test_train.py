@@ -54,6 +54,16 @@ def train_run(loaded, folder, wanted=None, machine=CPU, options=None, **rest):
     return train.train(Run(folder, wanted or settings(loaded)), loaded, machine, options or Options(), **rest)
 
 
+def test_validation_judges_each_of_its_images_once(loaded, monkeypatch):
+    monkeypatch.setitem(models.INFERENCE_BATCH, "cpu", 4)
+    network, indices = models.create("student", 3, seed=0), torch.randperm(47, generator=models.generator("test"))
+    images = models.normalize(loaded.train_images[indices], loaded.mean, loaded.std)
+    with torch.inference_mode():
+        answers = network.eval()(images).argmax(1)
+    right = sum(int(a) == int(loaded.train_labels[k]) for a, k in zip(answers, indices, strict=True))
+    assert 0 < right < 47 and train.validate(network, loaded, indices) == pytest.approx(right / 47)
+
+
 class Teacher:
     """Answers with random logits, always the same for an epoch: what train() asks of a distill.Ensemble."""
 
