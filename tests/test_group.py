@@ -187,7 +187,7 @@ def test_a_group_asks_the_teacher_only_about_epochs_that_a_student_needs(monkeyp
 
     main.import_modules()
     settings = [SimpleNamespace(role=role, asks_teacher=role == "kd") for role in ("kd", "baseline")]
-    runs = [SimpleNamespace(settings=each) for each in settings]
+    runs = [Mock(settings=each) for each in settings]
     group = Mock(size=2, leads=True, agree=lambda find: find(), share=lambda order: ())
     session = SimpleNamespace(group=group, transfer_set=range(48), arguments=SimpleNamespace(epochs=200))
     monkeypatch.setattr(main.plan, "epochs_left", lambda asked: [50, 200] if asked else [])
