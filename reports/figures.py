@@ -101,7 +101,8 @@ def curves(comparison):
     left.set(xlabel="epoch", ylabel="training loss (with KD: soft and hard)", yscale=scale)
     right.set(xlabel="epoch", ylabel="accuracy (lines: training, ◇: test)")
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(0, 1.02 * axes.get_xlim()[1])  # from 0, so that a single epoch has a whole number beside it
         axes.grid(alpha=0.25)
     for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
