@@ -27,6 +27,7 @@ examples:
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
   python main.py --loss examples/dkd.py:dkd --alpha 0.9 --seeds 3    does that loss beat plain distillation?
   python main.py --dataset folder --data-dir pets --output-dir outputs/pets --train-teacher    your own images
+  python main.py --unlabeled photos --alpha 0.9 --seeds 3   what do images without labels add to distillation?
   python main.py --predict photo.jpg holiday/ > classes.csv    what the distilled student sees, in images and folders
   python main.py --export --model outputs/kd-T4-a0.1-s0        that student for ONNX Runtime, in one file
 """
@@ -160,6 +161,8 @@ def parser():
            1, type=integer(1, 1000), metavar="N")
     option("--loss", "a loss of your own, beside plain distillation and the baseline: called as distill.py's is",
            type=function, metavar="FILE.py:FUNCTION")
+    option("--unlabeled", "a folder of images without labels, of any folders within: a student that learns from the "
+           "teacher's answers to them, too, beside plain distillation and the baseline", type=path, metavar="DIR")
     option("--student", "a student network of your own: FUNCTION(classes) returns a module from normalized images "
            "(B, 3, S, S) to logits", type=function, metavar="FILE.py:FUNCTION")
     option("--teacher-network", "a teacher network of your own, likewise; to train it, and to use it as a teacher",
@@ -196,7 +199,8 @@ def parser():
            "CLASS/ alone for --test-fraction", "data", type=path, metavar="DIR")
     option("--test-fraction", "part of each class that is split off as the test set, of --dataset folder without test/",
            type=number(0, 0.9, above=True), metavar="F")
-    option("--skip-damaged", "train without the images of --dataset folder that cannot be decoded", **SWITCH)
+    option("--skip-damaged", "train without the images of --dataset folder and --unlabeled that cannot be decoded",
+           **SWITCH)
     option("--data-url", "a mirror to download the CIFAR archive from", metavar="URL")
     option("--image-size", "height and width that images are resized to, and in folders cropped to, 16 to 256", 32,
            type=integer(16, 256), metavar="N")
@@ -233,6 +237,7 @@ def parse(argv):
         for name, given in (
             ("--report", arguments.report), ("--teacher", arguments.teacher), ("--loss", arguments.loss),
             ("--student", arguments.student), ("--omit-class", arguments.omit_class),
+            ("--unlabeled", arguments.unlabeled),
             ("--train-fraction", arguments.train_fraction != top.get_default("train_fraction")),  # --demo has its own
         ):  # fmt: skip
             if given:
@@ -256,14 +261,23 @@ def parse(argv):
         raise Usage("--val-fraction needs a sweep, several values of --temperature or --alpha, or --train-teacher")
     if len(arguments.alpha) > 1 and 0 in arguments.alpha:
         raise Usage("--alpha 0 is the baseline, which every sweep trains: leave it out")
-    if arguments.loss and arguments.sweep:
-        raise Usage("--loss is compared at one temperature and alpha: choose these by a sweep without it first")
+    for name in ("loss", "unlabeled"):
+        if getattr(arguments, name) and arguments.sweep:
+            raise Usage(f"--{name} is compared at one temperature and alpha: choose these by a sweep without it first")
+    if arguments.unlabeled:
+        if arguments.loss:
+            raise Usage("--unlabeled is for the loss of distill.py: one of your own may need all labels")
+        if arguments.omit_class:
+            raise Usage("--unlabeled may show students the classes of --omit-class")
+        if not arguments.alpha[0]:
+            raise Usage("--unlabeled needs an --alpha above 0: without soft targets those images teach nothing")
     if arguments.loss and arguments.label_smoothing:
         raise Usage("--label-smoothing does not reach a loss of your own: smooth the labels there")
     if arguments.omit_class and arguments.label_smoothing:
         raise Usage("--label-smoothing would show students the classes of --omit-class")
     for name in FOLDER_OPTIONS:
-        if getattr(arguments, name) and arguments.dataset != "folder":
+        has_folder = arguments.dataset == "folder" or (name == "skip_damaged" and arguments.unlabeled)
+        if getattr(arguments, name) and not has_folder:
             raise Usage(f"--{name.replace('_', '-')} is for --dataset folder")
     if arguments.data_url is not None:
         if arguments.dataset not in ("cifar10", "cifar100"):

@@ -17,7 +17,7 @@ import models
 from models import generator
 from runs.files import Failure
 from runs.settings import VIEWS_VERSION
-from sources import Facts
+from sources import Facts, Unlabeled
 
 PART = 1 << 24  # bytes of images that are summed at a time
 
@@ -25,7 +25,8 @@ PART = 1 << 24  # bytes of images that are summed at a time
 @dataclass(frozen=True)
 class Data:
     """Images as uint8 (N, S, S, 3), labels as int64 (N,); `mean` and `std` per channel, of the training images on a
-    scale of 0 to 1; `digest`, the SHA-256 of all of it; `facts`, what else the source knows."""
+    scale of 0 to 1; `digest`, the SHA-256 of all of it; `facts`, what else the source knows; `unlabeled`, the images
+    without labels, where there are any, which neither statistics nor digest cover."""
 
     classes: tuple[str, ...]
     train_images: torch.Tensor
@@ -36,6 +37,7 @@ class Data:
     std: tuple[float, ...]
     digest: str
     facts: Facts = field(default_factory=Facts)
+    unlabeled: Unlabeled | None = None
 
     @property
     def image_size(self):
@@ -44,7 +46,8 @@ class Data:
     def to(self, device):
         """The same data with its tensors on `device`."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        unlabeled = self.unlabeled and replace(self.unlabeled, images=self.unlabeled.images.to(device))
+        return replace(self, unlabeled=unlabeled, **{name: getattr(self, name).to(device) for name in names})
 
     def transfer_set(self, fraction=1.0, omitted=()):
         """The training images that students see, as sorted indices: `fraction` of each class, at least one image, and
@@ -64,13 +67,24 @@ class Data:
         return torch.cat(chosen).sort().values
 
 
-def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None, processes=1, **folder):
-    """The Data of `dataset` ("cifar10", "cifar100", "folder" or "shapes").
+def load(
+    dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None, processes=1, unlabeled=None,
+    **folder,
+):  # fmt: skip
+    """The Data of `dataset` ("cifar10", "cifar100", "folder" or "shapes"), with the images of the folder `unlabeled`.
 
-    `cache` is the folder where decoded images of a "folder" are kept, `processes` how many on this machine are going to
+    `cache` is the folder where decoded images of folders are kept, `processes` how many on this machine are going to
     hold the data, `folder` further arguments of sources.folders.load. Raises Failure where the data cannot be read or
     are damaged, with the path and what to do.
     """
+    if unlabeled:
+        from sources import unlabeled as source
+
+        about = {"data_dir": data_dir, "data_url": data_url, "image_size": image_size, "workers": workers}
+        loaded = load(dataset, **about, cache=cache, processes=processes, **folder)
+        rest = {name: value for name, value in folder.items() if name != "test_fraction"}
+        found = source.load(unlabeled, image_size, workers, cache, loaded.facts.ranges, **rest)
+        return replace(loaded, unlabeled=replace(found, images=_tensor(found.images)))
     if dataset in ("cifar10", "cifar100"):
         from sources import cifar  # only here, since importing torchvision takes a second
 
@@ -101,17 +115,20 @@ def from_arrays(classes, train_images, train_labels, test_images, test_labels, f
     content = hashlib.sha256(json.dumps(described).encode())
     for array in (train_images, train_labels, test_images, test_labels):
         content.update(np.ascontiguousarray(array))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is any of these tensors
-        tensors = [torch.from_numpy(array) for array in (train_images, train_labels, test_images, test_labels)]
     return Data(
         tuple(classes),
-        *tensors,
+        *map(_tensor, (train_images, train_labels, test_images, test_labels)),
         tuple(mean.tolist()),
         tuple(np.maximum(std, 1 / 255).tolist()),  # images of a single colour have no spread to divide by
         content.hexdigest(),
         facts,
     )
+
+
+def _tensor(array):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is the tensor
+        return torch.from_numpy(array)
 
 
 class Views:
@@ -145,17 +162,71 @@ class Views:
         half = torch.rand(self.count, generator=generator(self.stream, VIEWS_VERSION, "flip")) < 0.5
         return rows, columns, (half ^ bool(epoch % 2)).to(self.device)
 
+    @property
+    def recipe(self):
+        """All that the views depend on besides the images and the epoch, for the name of what is kept of them."""
+        return [self.stream, VIEWS_VERSION, self.size, self.padding, self.mean, self.std]
+
+    def numbers(self, epoch, indices):
+        """Which images the views `indices` (B,) of `epoch` show: those of the same numbers."""
+        return indices
+
     def batch(self, epoch, indices):
         """The views of the images `indices` (B,) in `epoch`: float32 (B, 3, S, S) in the device's memory format."""
         rows, columns, flips = (each[indices] for each in self.draws(epoch))
         rows, columns = self.windows[rows], self.windows[columns]  # (B, S): where each pixel of the view comes from
         columns = torch.where(flips[:, None], self.size - 1 - columns, columns)
-        pixels = ((indices[:, None] * self.size + rows)[:, :, None] * self.size + columns[:, None, :]).flatten()
+        lines = self.numbers(epoch, indices)[:, None] * self.size + rows
+        pixels = (lines[:, :, None] * self.size + columns[:, None, :]).flatten()
         source = self.images.view(-1, 3)
         # Before PyTorch 2.14 index_select on MPS gives zeros beyond 2^31 elements, and no error (pytorch issue 188756).
         views = source[pixels] if self.device.type == "mps" else source.index_select(0, pixels)
         views = views.view(-1, self.size, self.size, 3)
         return models.normalize(views, self.mean, self.std)
+
+
+class UnlabeledViews(Views):
+    """The views of images without labels: `count` in every epoch, of the next images in turn, in another order whenever
+    all have had their turn. Like all views they are the same for every seed."""
+
+    def __init__(self, images, mean, std, padding, count):
+        super().__init__(images, mean, std, "unlabeled views", padding)
+        self.count = count
+        self.chosen = functools.lru_cache(maxsize=1)(self._chosen)
+
+    @property
+    def recipe(self):
+        return [*super().recipe, self.count]
+
+    def _chosen(self, epoch):
+        """The numbers of the images whose turn it is in `epoch`: (count,)."""
+        images, start = len(self.images), epoch * self.count
+        first, last = start // images, (start + self.count - 1) // images
+        turns = (generator(self.stream, VIEWS_VERSION, "turn", turn) for turn in range(first, last + 1))
+        order = torch.cat([torch.randperm(images, generator=draws) for draws in turns])
+        return order[start - first * images :][: self.count].to(self.device)
+
+    def numbers(self, epoch, indices):
+        return self.chosen(epoch)[indices]
+
+
+def unlabeled_views(data, padding, images, batch_size):
+    """The UnlabeledViews of students that see `images` images with labels: as many in a batch as of these."""
+    batch = min(batch_size, images)
+    return UnlabeledViews(data.unlabeled.images, data.mean, data.std, padding, images // batch * batch)
+
+
+class JoinedViews:
+    """The views of batches that hold first `labeled` images with labels, and then images without, whose numbers follow
+    those of all images with labels."""
+
+    def __init__(self, views, unlabeled_views, labeled):
+        self.views, self.unlabeled_views, self.labeled = views, unlabeled_views, labeled
+
+    def batch(self, epoch, indices):
+        """As Views.batch."""
+        own, others = indices[: self.labeled], indices[self.labeled :] - self.views.count
+        return torch.cat([self.views.batch(epoch, own), self.unlabeled_views.batch(epoch, others)])
 
 
 def split(labels, fraction, transfer_set=None):

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from models import inference_batch, predict
 from runs.files import Damaged, Failure, load_arrays, make_folder, save_arrays
 from runs.machine import describe
-from runs.settings import VIEWS_VERSION
 
+UNLABELED = -100  # the label of an image without one, which PyTorch's cross-entropy ignores
 ROWS = 1 << 12  # of an ensemble's logits that are averaged at a time
 SPARE_DISK = 256 << 20  # bytes that soft targets leave free
 
@@ -26,11 +26,12 @@ SPARE_DISK = 256 << 20  # bytes that soft targets leave free
 def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha, label_smoothing=0.0):
     """alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * CE(student, labels).
 
-    `student_logits` and `teacher_logits` are (B, classes), `labels` (B,). The KL is summed over classes and averaged
-    over the batch; the factor T^2 keeps its gradients at one size for all temperatures (arXiv 1503.02531, section 2).
-    Computed in float32 whatever the logits' type; no gradient flows to the teacher. At `alpha` 0 this is the
-    cross-entropy alone, and `teacher_logits` may be None; at 1 the labels are not used. `label_smoothing` is the weight
-    of the even distribution over the classes in the labels (arXiv 1512.00567, section 7). Returns a scalar.
+    `student_logits` and `teacher_logits` are (B, classes), `labels` (B,), UNLABELED where an image has none. The KL is
+    summed over classes and averaged over the batch, the cross-entropy averaged over the images with labels; the factor
+    T^2 keeps the KL's gradients at one size for all temperatures (arXiv 1503.02531, section 2). Computed in float32
+    whatever the logits' type; no gradient flows to the teacher. At `alpha` 0 this is the cross-entropy alone, and
+    `teacher_logits` may be None; at 1 the labels are not used. `label_smoothing` is the weight of the even distribution
+    over the classes in the labels (arXiv 1512.00567, section 7). Returns a scalar.
     """
     student_logits = student_logits.float()
     if alpha == 0:
@@ -41,7 +42,7 @@ def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha
     soft = temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     if alpha == 1:
         return soft
-    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    hard = F.cross_entropy(student_logits, labels, ignore_index=UNLABELED, label_smoothing=label_smoothing)
     return alpha * soft + (1 - alpha) * hard
 
 
@@ -72,13 +73,18 @@ class Ensemble:
     section 1, names for ensembles. The logits of each teacher are computed and kept as if it were the only one.
     """
 
-    def __init__(self, members):
-        """`members` are SoftTargets of the same views; their order decides last bits."""
-        self.members = members
+    def __init__(self, members, unlabeled=None):
+        """`members` are SoftTargets of the same views; their order decides last bits. `unlabeled` is the Ensemble of
+        the same teachers for the images without labels, where there are any."""
+        self.members, self.unlabeled = members, unlabeled
+
+    @property
+    def all_members(self):
+        return self.members + (self.unlabeled.members if self.unlabeled else [])
 
     @property
     def bytes_per_epoch(self):
-        return sum(member.bytes_per_epoch for member in self.members)
+        return sum(member.bytes_per_epoch for member in self.all_members)
 
     def epoch(self, epoch, description="soft targets"):
         """float16 (N, classes) on the views' device: the targets of all images of the full training set."""
@@ -91,7 +97,7 @@ class Ensemble:
     def share(self, group, epochs):
         """Before students of a `group` of processes need them: computes and keeps the targets of `epochs`, each in one
         of the processes. Where the disk is too full for all of them, each process computes what it needs."""
-        targets = [(member, epoch) for epoch in epochs for member in self.members]
+        targets = [(member, epoch) for epoch in epochs for member in self.all_members]
         size = group.agree(lambda: sum(m.bytes_per_epoch for m, epoch in targets if not m.path(epoch).is_file()))
         if group.agree(lambda: not size or self.members[0].has_room(size)):
             for member, epoch in group.share(targets):
@@ -120,7 +126,7 @@ class SoftTargets:
             | {
                 "teacher": teacher_digest,
                 "data": data_digest,
-                "views": [views.stream, VIEWS_VERSION, views.size, views.padding, views.mean, views.std],
+                "views": views.recipe,
                 "precision": machine.precision,
                 "device": describe(machine.device),
                 "torch": str(torch.__version__),

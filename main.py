@@ -125,13 +125,20 @@ def train_students(session, teachers):
 
 def soft_targets(session, networks):
     """The distill.Ensemble of teachers, a dict of networks by digest, for the views of the command's students."""
-    loaded, several = session.data, session.group.size > 1
-    views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=plan.padding(session.arguments))
-    about = loaded.digest, views, Path(session.arguments.output_dir) / "targets", session.machine
-    members = networks.items()
-    return distill.Ensemble(
-        [distill.SoftTargets(network, digest, *about, several, session.transfer_set) for digest, network in members]
-    )
+    arguments, loaded, several = session.arguments, session.data, session.group.size > 1
+    place = Path(arguments.output_dir) / "targets", session.machine, several
+
+    def ensemble(data_digest, views, transfer_set, unlabeled=None):
+        about = data_digest, views, *place, transfer_set
+        members = [distill.SoftTargets(network, digest, *about) for digest, network in networks.items()]
+        return distill.Ensemble(members, unlabeled)
+
+    padding, others = plan.padding(arguments), None
+    if loaded.unlabeled:
+        views = data.unlabeled_views(loaded, padding, len(session.transfer_set), arguments.batch_size)
+        others = ensemble(loaded.unlabeled.digest, views, None)
+    views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=padding)
+    return ensemble(loaded.digest, views, session.transfer_set, others)
 
 
 def say_size(session, targets, which=""):
@@ -208,6 +215,7 @@ def train_all(session, runs, targets=None, later=()):
     students = runs[0].settings.role != "teacher"
     group, images, tally = session.group, len(session.transfer_set if students else session.data.train_labels), None
     left, afterwards = group.agree(lambda: [plan.epochs_left(runs), sum(plan.epochs_left(later))])
+    work = [count * run.settings.images_per_label for count, run in zip(left, runs, strict=True)]
     order = [position for position in range(len(runs)) if left[position]]
     for run in (runs[position] for position in range(len(runs)) if group.leads and not left[position]):
         print(f"{accuracy_of(run, run.finished_accuracy())} (finished before)", flush=True)
@@ -222,7 +230,7 @@ def train_all(session, runs, targets=None, later=()):
         accuracy = train(
             run, session.data, session.machine, session.options,
             teacher=targets if run.settings.asks_teacher else None, title=group.prefix + title,
-            later=(sum(left[position + 1 :]) + afterwards) * images, tally=tally,
+            later=(sum(work[position + 1 :]) + afterwards) * images, tally=tally,
         )  # fmt: skip
         print(f"{group.prefix}{accuracy_of(run, accuracy)}", flush=True)
     group.barrier()

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import models
-from data import Views, split
-from distill import distillation_loss, omitted_bias
+from data import JoinedViews, Views, split, unlabeled_views
+from distill import UNLABELED, distillation_loss, omitted_bias
 from models import generator, inference_batch, predict, stream_seed
 from runs.progress import Progress
 
@@ -25,7 +25,8 @@ ITERATIONS = 3
 
 
 def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress):
-    """Trains `model` on the images `order` (a tensor of indices), or on what is left of them after a resume.
+    """Trains `model` on the images `order` (a tensor of indices, batch after batch), or on what is left of them after a
+    resume.
 
     `labels` are (N,) and `soft_targets` the teacher's logits (N, classes) for this epoch's `views`, or None for a
     network without a teacher. `criterion` is distillation_loss, or a loss of the user's own that is called like it.
@@ -55,7 +56,8 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     """Trains a Run, resumes it, or returns what it reached if it is finished: its accuracy on the test set, or on the
     validation part of a run that has one.
 
-    `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student that needs them;
+    `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student that needs them; where it
+    sees images without labels, too, as many of them stand in each batch;
     `options` are runs.progress.Options; `later` is how many images the command trains on after this run, `tally` the
     runs.group.Tally of a group of processes. Raises Failure where the folder holds a run with other settings or the
     training diverges, and Interrupted, with the state saved, on a signal.
@@ -82,17 +84,28 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
 
     about = run, network, optimizer, machine, options, len(indices), title or run.name, later, tally
     with run.hooks.explained(f"fails while {run.name} is trained"), Progress(*about) as progress:
+        labels, others = data.train_labels, None
+        if settings.unlabeled:
+            others = unlabeled_views(data, settings.padding, len(indices), settings.batch_size)
+            views = JoinedViews(views, others, progress.batch_size)
+            labels = torch.cat([labels, labels.new_full((others.count,), UNLABELED)])
         while progress.epoch < settings.epochs:
             soft_targets = None
             if teacher is not None:
                 with progress.time_of_teacher():
-                    soft_targets = teacher.epoch(
-                        progress.epoch, f"{run.name}: soft targets of epoch {progress.epoch + 1}"
-                    )
+                    about = progress.epoch, f"{run.name}: soft targets of epoch {progress.epoch + 1}"
+                    soft_targets = teacher.epoch(*about)
+                    if others:
+                        soft_targets = torch.cat([soft_targets, teacher.unlabeled.epoch(*about)])
             draws = generator(f"{stream}order", settings.seed, progress.epoch)
             order = indices[torch.randperm(len(indices), generator=draws).to(machine.device)]
+            if others:  # beside the very batches of plain distillation and of the baseline
+                draws = generator("unlabeled order", settings.seed, progress.epoch)
+                more = len(data.train_labels) + torch.randperm(others.count, generator=draws).to(machine.device)
+                batches = order[: others.count].view(progress.steps, -1), more.view(progress.steps, -1)
+                order = torch.cat(batches, 1).flatten()
             with options.stop.deferred():  # a signal waits for the end of a step; then the state is saved
-                train_one_epoch(model, optimizer, views, data.train_labels, order, soft_targets, criterion, progress)
+                train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress)
                 progress.end_epoch(validate(network, data, validation))
             options.stop.raise_pending()
 

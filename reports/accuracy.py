@@ -3,7 +3,7 @@
 import numpy as np
 
 from reports.statistics import holm, spread
-from runs.settings import pair_name
+from runs.settings import pair_name, special_of
 
 
 def rows(comparison):
@@ -49,7 +49,7 @@ def differences(comparison):
     for entry in comparison.kd[1:]:
         over = entry["first_over_this"]
         if over:
-            plain = "plain " if first.get("loss") and not entry.get("loss") else ""
+            plain = "plain " if special_of(first) and not special_of(entry) else ""
             tests.append((f"{pair_name(first)} over {plain}{pair_name(entry)}", over, len(over["seeds"])))
     if not tests:
         return []

@@ -173,7 +173,7 @@ class Comparison:
 
     def _add(self, way, seeds, students, baselines):
         """Adds the entry of a way to distil, (temperature, alpha, criterion)."""
-        temperature, alpha, criterion = way
+        temperature, alpha, _ = way
         entry, logits = self._several([students[_key(way, seed)] for seed in seeds], temperature)
         without = [baselines[seed] for seed in seeds]
         self.runs += [run for run in without if run not in self.runs]
@@ -189,8 +189,9 @@ class Comparison:
         else:
             improvement = paired_test(gains)
         improvement["by_seed"] = gains
-        loss = {"loss": criterion[0], "loss_sha256": criterion[1]} if criterion else {}
-        entry = {"temperature": temperature, "alpha": alpha, **loss, **entry, "improvement": improvement}
+        settings, names = students[_key(way, seeds[0])].settings, ("loss", "loss_sha256", "unlabeled")
+        special = {name: value for name in names if (value := getattr(settings, name))}
+        entry = {"temperature": temperature, "alpha": alpha, **special, **entry, "improvement": improvement}
         if self.kd:
             entry["first_over_this"] = self._over(self.kd[0], entry)
         self.kd.append(entry)

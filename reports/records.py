@@ -101,6 +101,7 @@ def comparable(one, other, apart=frozenset()):
     """Whether the settings of two students differ only in the seed and in what belongs to distillation (and in the
     names `apart`), and have the same teacher where both have one."""
     varied = {"role", "temperature", "alpha", "teacher", "seed", "loss", "loss_file", "loss_sha256", "network_file"}
+    varied |= {"unlabeled"}
     same = all(getattr(other, name) == value for name, value in vars(one).items() if name not in varied | apart)
     return same and len({one.teacher, other.teacher} - {None}) < 2
 

@@ -22,7 +22,7 @@ def block(comparison):
         f"- Alpha: {entry['alpha']}\n"
         f"- Epochs: {settings.epochs}\n"
         f"- Batch Size: {settings.batch_size}\n"
-        f"{_special(settings)}"
+        f"{_special(comparison)}"
         "\n"
         "Final Test Accuracies:\n"
         f"- Teacher Network: {comparison.teacher['accuracy']:.4f}\n"
@@ -33,11 +33,14 @@ def block(comparison):
     )
 
 
-def _special(settings):
+def _special(comparison):
     """What the students of this comparison have that others have not, a line each."""
+    settings = comparison.settings
     lines = [f"- Student: {settings.network} in {settings.network_file}\n"] if settings.network else []
     if settings.loss:
         lines.append(f"- Loss: {settings.loss} in {settings.loss_file}\n")
+    if settings.unlabeled:
+        lines.append(f"- Images without labels: {comparison.first.images['unlabeled']['count']:,}\n")
     if settings.label_smoothing:
         lines.append(f"- Label Smoothing: {settings.label_smoothing:g}\n")
     if settings.train_fraction != 1:
@@ -126,6 +129,8 @@ def differently_trained(comparison):
 
 def method(entry):
     """What an entry of comparison.json was distilled with, as the sentence about its gain names it."""
+    if entry.get("unlabeled"):
+        return "KD with images without labels"
     return f"KD by {entry['loss']}" if entry.get("loss") else "KD"
 
 

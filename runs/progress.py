@@ -43,12 +43,13 @@ class Progress:
     """
 
     def __init__(self, run, network, optimizer, machine, options, images, title, later=0, tally=None):
-        """`images` is the number of images in an epoch, `later` how many the command trains on after this run;
-        `tally` counts the runs of a group of processes."""
+        """`images` is the number of images with labels in an epoch, `later` how many the command trains on after this
+        run; `tally` counts the runs of a group of processes."""
         self.run, self.settings, self.machine, self.options = run, run.settings, machine, options
         self.network, self.optimizer, self.title, self.later, self.tally = network, optimizer, title, later, tally
         self.batch_size = min(self.settings.batch_size, images)
         self.steps = images // self.batch_size
+        self.images_per_step = self.batch_size * self.settings.images_per_label
         self.machines = [describe(machine.device)]
         self.epoch, self.step, self.history = 0, 0, []
         self.saved = None  # (epoch, step) of the state on the disk
@@ -67,8 +68,9 @@ class Progress:
             raise Interrupted(error.signal_number, self._how_far()) from None
         self.started, self.started_at = time.monotonic(), self.steps_done
         self.bar = tqdm(
-            desc=self.title, total=self.total_steps * self.batch_size, initial=self.steps_done * self.batch_size,
-            unit=" images", unit_scale=True, disable=self.tally is not None or None, mininterval=REFRESH,
+            desc=self.title, total=self.total_steps * self.images_per_step,
+            initial=self.steps_done * self.images_per_step, unit=" images", unit_scale=True,
+            disable=self.tally is not None or None, mininterval=REFRESH,
         )  # fmt: skip
         if self.tally:
             self.tally.add("started")
@@ -113,7 +115,7 @@ class Progress:
         self.epoch_started = time.perf_counter() - self.seconds
         self.shown = 0.0
         for step in range(self.step, self.steps):
-            yield order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield order[step * self.images_per_step : (step + 1) * self.images_per_step]
 
     def add(self, loss, logits, labels):
         """Adds a step's result, without waiting for the device except when it is time to show or to save it."""
@@ -129,7 +131,7 @@ class Progress:
             first_bad = (sums["first_bad"] < 0) & ~loss.isfinite()
             sums["first_bad"] = torch.where(first_bad, self.step, sums["first_bad"])
         self.step += 1
-        self.bar.update(self.batch_size)
+        self.bar.update(self.images_per_step)
         now, stop = time.monotonic(), self.options.stop
         if now - self.shown >= REFRESH:
             self.shown = now
@@ -160,7 +162,7 @@ class Progress:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             seconds=self.seconds,
             teacher_seconds=self.teacher_seconds,
-            images_per_second=images / self.seconds,
+            images_per_second=self.steps * self.images_per_step / self.seconds,
         )
         self.history = [*self.history, row]
         self.epoch, self.step = self.epoch + 1, 0
@@ -210,8 +212,8 @@ class Progress:
     def _log(self, row):
         parts = "" if row.soft_loss is None else f" (soft {row.soft_loss:.4f}, hard {row.hard_loss:.4f})"
         validation = "" if row.val_accuracy is None else f", validation accuracy {row.val_accuracy:.4f}"
-        done = (self.steps_done - self.started_at) * self.batch_size
-        left = (self.total_steps - self.steps_done) * self.batch_size + self.later
+        done = (self.steps_done - self.started_at) * self.images_per_step
+        left = (self.total_steps - self.steps_done) * self.images_per_step + self.later
         left = tqdm.format_interval(left * (time.monotonic() - self.started) / done)
         left += " left for all runs" if self.later else " left"
         left = self.tally.words() if self.tally else left

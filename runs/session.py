@@ -61,6 +61,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
         workers=arguments.num_workers,
         cache=Path(arguments.output_dir) / "data",
         processes=group.local_size if group.leads else 1,  # the others come when the memory of the first is taken
+        unlabeled=arguments.unlabeled,
         test_fraction=arguments.test_fraction,
         skip_damaged=arguments.skip_damaged,
         say=group.say,
@@ -71,6 +72,8 @@ def start(arguments, stop, group, hooks, machine, teachers):
         f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
     )
     images = survey.look(loaded, arguments.output_dir, group.say)
+    if loaded.unlabeled:
+        images["unlabeled"] = survey.look_at_unlabeled(loaded, arguments.output_dir, group.say)
     loaded = loaded.to(machine.device)
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
     if len(transfer_set) < len(loaded.train_labels):
@@ -85,13 +88,13 @@ def start(arguments, stop, group, hooks, machine, teachers):
         group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
     if loaded.image_size > models.FULL_BATCH:
         largest = "student" if teachers else "teacher"  # of what this command trains
-        batch = min(arguments.batch_size, len(loaded.train_labels))
+        batch = min(arguments.batch_size, len(loaded.train_labels)) * (2 if loaded.unlabeled else 1)
         network = own.get(largest) or models.create(largest, len(loaded.classes), seed=0)
         group.say(describe_memory(largest, network, loaded.image_size, batch, machine, group.local_size))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "student", "teacher_network", "device")
-    typed += ("precision", "compile", *FOLDER_OPTIONS)
+    typed += ("precision", "compile", "unlabeled", *FOLDER_OPTIONS)
     recorded = {name: getattr(arguments, name) for name in typed}
     options = Options(arguments.save_every, stop, recorded, images, costs)
     return Session(arguments, loaded, transfer_set, machine, options, group, hooks)

@@ -27,8 +27,9 @@ class Settings:
 
     A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it.
     Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and
-    `network` are the names of functions of the user's own, in files of these names and digests. What is in OPTIONAL is
-    recorded only where it differs from that default, as older runs have none of it."""
+    `network` are the names of functions of the user's own, in files of these names and digests; `unlabeled` is the
+    SHA-256 of the images without labels that a distilled student sees, too. What is in OPTIONAL is recorded only where
+    it differs from that default, as older runs have none of it."""
 
     role: Literal["teacher", "kd", "baseline"]
     data: str
@@ -56,6 +57,7 @@ class Settings:
     network: str | None = None
     network_file: str | None = None
     network_sha256: str | None = None
+    unlabeled: str | None = None
 
     def __post_init__(self):
         if self.padding is None:
@@ -67,13 +69,20 @@ class Settings:
 
     @property
     def name(self):
-        """The name of the run's folder: teacher-s0, kd-T4-a0.1-s0, baseline-s0, baseline-f0.03-without-bird-s0."""
+        """The name of the run's folder: teacher-s0, kd-T4-a0.1-s0, kd-unlabeled-T4-a0.9-s0, baseline-s0,
+        baseline-f0.03-without-bird-s0."""
         return run_name(self.role, self.temperature, self.alpha, self.seed, self.criterion, self.shared)
 
     @property
     def criterion(self):
-        """Of a loss of the user's own its name and digest, else None."""
-        return self.loss and (self.loss, self.loss_sha256)
+        """What a student has besides plain distillation: a loss of the user's own, by its name and digest, or images
+        without labels, by "unlabeled" and their digest; else None."""
+        return (self.loss, self.loss_sha256) if self.loss else self.unlabeled and ("unlabeled", self.unlabeled)
+
+    @property
+    def images_per_label(self):
+        """How many images a step takes for each with a label."""
+        return 2 if self.unlabeled else 1
 
     @property
     def asks_teacher(self):
@@ -91,12 +100,13 @@ class Settings:
 
 
 # Of the settings: what a run has that records nothing of them.
-OPTIONAL = {"sweep_teacher": None, "split": None, "label_smoothing": 0.0, "train_fraction": 1.0, "omit_class": []} | {
-    f"{what}{more}": None for what in ("loss", "network") for more in ("", "_file", "_sha256")
-}
+OPTIONAL = {"label_smoothing": 0.0, "train_fraction": 1.0, "omit_class": []} | dict.fromkeys(
+    ["sweep_teacher", "split", "unlabeled"]
+    + [f"{what}{more}" for what in ("loss", "network") for more in ("", "_file", "_sha256")]
+)
 OTHERS = {  # what to say where two runs differ in what is no number
     "data": "another data set", "teacher": "another teacher", "sweep_teacher": "another teacher for the sweep",
-    "split": "another validation part",
+    "split": "another validation part", "unlabeled": "other images without labels",
 }  # fmt: skip
 # Said of a sweep that is not fair, while it runs and in its report.
 UNFAIR_SWEEP = "The teacher was trained on these images, too: this can favour students that follow it closely."
@@ -195,10 +205,15 @@ def _short(number):
 
 
 def pair_name(entry):
-    """How tables and figures name a way to distil, a dict of temperature, alpha and the loss, if it is the user's own:
-    "T=4, alpha=0.1" or "dkd, T=4, alpha=0.1"."""
-    loss = f"{entry['loss']}, " if entry.get("loss") else ""
-    return f"{loss}T={entry['temperature']:g}, alpha={entry['alpha']:g}"
+    """How tables and figures name a way to distil, a dict of temperature, alpha and what is special of it:
+    "T=4, alpha=0.1", "dkd, T=4, alpha=0.1" or "unlabeled, T=4, alpha=0.1"."""
+    words = [special] if (special := special_of(entry)) else []
+    return ", ".join([*words, f"T={entry['temperature']:g}", f"alpha={entry['alpha']:g}"])
+
+
+def special_of(entry):
+    """What a way to distil, as in `pair_name`, has besides plain distillation, or None."""
+    return entry.get("loss") or ("unlabeled" if entry.get("unlabeled") else None)
 
 
 def complete(settings):

@@ -20,6 +20,17 @@ class Facts:
     sizes: dict = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Unlabeled:
+    """Images without labels: `images`, uint8 (N, S, S, 3), in data.Data a tensor; their `names`, paths below their
+    folder; `digest`, the SHA-256 of them; how many files were `skipped` since they cannot be decoded."""
+
+    images: object
+    names: list[str]
+    digest: str
+    skipped: int = 0
+
+
 def one_line(name):
     """A file's name for a list of one file a line: as Python writes it where it holds an end of line or the like."""
     return name if name.isprintable() else repr(name)

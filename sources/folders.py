@@ -41,12 +41,9 @@ def load(
     if names != list(splits[-1]):
         odd = ", ".join(sorted(splits[0].keys() ^ splits[1].keys()))
         raise Failure(f"the classes in {places[0]} and {places[1]} differ: {odd} is in one only.")
-    place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:12]
     paths = _paths(splits)
     keys = dict(zip(paths, kept.file_keys(directory, paths), strict=True))
-    here = hashlib.sha256("".join(keys.values()).encode()).hexdigest()
-    if agree(lambda: here) != here:  # a machine with a copy of its own, whose files have other times: kept apart
-        place += f"-{socket.gethostname()}"
+    place = place_of(directory, keys.values(), agree)
     file = cache and cache / f"images-{place}-{image_size}.npy"
 
     def decode(splits):
@@ -69,26 +66,35 @@ def load(
     labels = np.repeat(np.tile(np.arange(len(names)), 2), [*counts[0], *counts[1]])
     is_test = np.arange(len(paths)) >= sum(counts[0])
     ranges = decoded.record.ranges
-    _say_ranges(decoded.record, say)
+    say_ranges(decoded.record, say)
     identity = {"test_fraction": test_fraction} if test_fraction else {}
     record = {**identity} or {"test_folder": places[1].name}
     if ranges:
         record["ranges"] = ranges
     whole = np.array([keys[path] not in decoded.damaged for path in paths])
     bad = {path: decoded.damaged[keys[path]] for path in itertools.compress(paths, ~whole)}
-    listed = _list_damaged(bad, cache)
+    listed = list_damaged(bad, cache and cache / "damaged.txt")
     if bad:
         if not skip_damaged:
-            raise Damaged(_damage(bad, len(paths), listed))
+            raise Damaged(damage(bad, len(paths), listed))
         record["skipped"] = _skipped(names, labels, is_test, whole)
-        record["skipped_files"] = sorted(_relative(path, directory) for path in bad)
+        record["skipped_files"] = sorted(relative(path, directory) for path in bad)
         say(_left_out(record["skipped"], len(bad), len(paths), listed))
 
     images, labels, train = decoded.images, labels[whole], int((whole & ~is_test).sum())
     arrays = ([_readable(name) for name in names], images[:train], labels[:train], images[train:], labels[train:])
-    good = [_relative(path, directory) for path in itertools.compress(paths, whole)]
+    good = [relative(path, directory) for path in itertools.compress(paths, whole)]
     sizes = dict(Counter(decoded.record.sizes).most_common())
     return arrays, Facts(identity, ranges, record, (good[:train], good[train:]), sizes)
+
+
+def place_of(directory, keys, agree):
+    """What the names of the files begin with that keep what was decoded of `directory`, whose files have these `keys`
+    (kept.file_keys); `agree` as in `load`."""
+    place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:12]
+    here = hashlib.sha256("".join(keys).encode()).hexdigest()
+    # A machine with a copy of its own, whose files have other times, keeps apart what it decodes.
+    return place if agree(lambda: here) == here else f"{place}-{socket.gethostname()}"
 
 
 def _readable(name):
@@ -96,7 +102,8 @@ def _readable(name):
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _relative(path, directory):
+def relative(path, directory):
+    """The path of a file below `directory` as seen from there, as other programs can read it."""
     return _readable(kept.relative(path, directory)).replace(os.sep, "/")
 
 
@@ -251,7 +258,7 @@ def _split(listing, hashes, fraction, bad):
 # In words -------------------------------------------------------------------------------------------------------------
 
 
-def _say_ranges(record, say):
+def say_ranges(record, say):
     """One line for each kind of samples of more than 8 bits."""
     for kind, (black, white) in record.ranges.items():
         found = [(low, high) for each in record.samples.values() for other, low, high in each if other == kind]
@@ -263,12 +270,11 @@ def _say_ranges(record, say):
         )
 
 
-def _list_damaged(bad, cache):
-    """Writes the list of damaged images, {path: why}, to damaged.txt in `cache`, or removes it where there are none;
-    returns its path, or None without `cache`."""
-    if cache is None:
+def list_damaged(bad, path):
+    """Writes the list of damaged images, {path: why}, to the file `path`, unless that is None, or removes it where
+    there are none; returns `path`."""
+    if path is None:
         return None
-    path = cache / "damaged.txt"
     if bad:
         content = "".join(f"{one_line(each)} {why}\n" for each, why in bad.items()).encode(errors="backslashreplace")
         if not (path.is_file() and path.read_bytes() == content):  # of a group one process writes
@@ -278,8 +284,9 @@ def _list_damaged(bad, cache):
     return path
 
 
-def _damage(bad, count, listed):
-    """What to say of images that cannot be decoded."""
+def damage(bad, count, listed):
+    """What to say of the images that cannot be decoded, {path: why}, of `count` in all; `listed` is the file that names
+    them, or None."""
     lines = [f"  {one_line(path)} {why}" for path, why in itertools.islice(bad.items(), NAMED)]
     return "\n".join(
         [

@@ -75,28 +75,31 @@ def file_keys(directory, paths):
     return keys
 
 
-def load(paths, keys, image_size, workers, file=None):
+def load(paths, keys, image_size, workers, file=None, given=None):
     """The Kept of the image files `paths` with their `keys`, decoded by `workers` threads where they are not in `file`,
     which then holds those of these paths alone; without `file` they are held in memory. Where the decoding is stopped,
-    `file` holds what was decoded until then, and what it held before."""
+    `file` holds what was decoded until then, and what it held before. Kinds of samples that have a range in `given`,
+    {kind: (black, white)}, are scaled by that one and not by their own."""
+    given = given or {}
     old = _read(file, image_size) if file else None
     if old:
         there = {*old.record.keys, *old.record.damaged}
         new = [(key, path) for key, path in zip(keys, paths, strict=True) if key not in there]
         same = not old.record.waiting and _are_in_order(keys, old.record.keys)
+        same = same and all(tuple(span) == tuple(given.get(kind, span)) for kind, span in old.record.ranges.items())
         if same and (found := _all_damaged(new, image_size)) is not None:
             return _unchanged(file, keys, old, found)
     old = old or Kept(np.empty((0, image_size, image_size, 3), np.uint8), Record(), {})
     if file is None:
         output = io.BytesIO()
-        record, damaged, stopped = _write(output, paths, keys, image_size, workers, old)
+        record, damaged, stopped = _write(output, paths, keys, image_size, workers, old, given)
         if stopped:
             raise stopped
         output.seek(0)
         return Kept(np.load(output), record, damaged)
     make_folder(file.parent)
     with replacing(file) as temporary, open(temporary, "wb+") as output:
-        record, damaged, stopped = _write(output, paths, keys, image_size, workers, old)
+        record, damaged, stopped = _write(output, paths, keys, image_size, workers, old, given)
         old = None  # Windows replaces no file that is mapped
         remove(file.with_suffix(".json"))  # which would call the new images damaged, if this process ended in between
     write_json(file.with_suffix(".json"), asdict(record))
@@ -193,8 +196,9 @@ def _header(output, image_size, count=0):
     return output.tell()
 
 
-def _write(output, paths, keys, image_size, workers, old):
-    """Writes the images of `paths` to a file as .npy, what `old` holds of them not decoded again. Returns the Record,
+def _write(output, paths, keys, image_size, workers, old, given):
+    """Writes the images of `paths` to a file as .npy, what `old` holds of them not decoded again; `given` are ranges
+    that are not to be decided here. Returns the Record,
     {key: why} of the damaged ones, and what stopped it, an exception, or None. Then the Record is that of the images
     decoded until then, and of those in `old`; the exception is raised here where these are all."""
     rows = {key: row for row, key in enumerate(old.record.keys)}
@@ -250,7 +254,8 @@ def _write(output, paths, keys, image_size, workers, old):
     record.samples = {key: samples for key, samples in record.samples.items() if key in written}
     waiting &= written.keys()
     if not stopped:
-        record.ranges = decide(itertools.chain.from_iterable(record.samples.values()))
+        decided = decide(itertools.chain.from_iterable(record.samples.values()))
+        record.ranges = decided | {kind: tuple(span) for kind, span in given.items() if kind in decided}
         changed = {kind for kind, span in record.ranges.items() if old.record.ranges.get(kind) != span}
         waiting |= {key for key, samples in record.samples.items() if changed & {kind for kind, _, _ in samples}}
         places = dict(files)

@@ -28,6 +28,17 @@ class Copies:
     listed: str | None = None
 
 
+@dataclass(frozen=True)
+class UnlabeledCopies:
+    """Of the images without labels: their `count`, how many files were `skipped` as damaged, how many are `test_images`
+    in every pixel as they are trained on, and the file in the output folder that names these."""
+
+    count: NotNegative
+    skipped: NotNegative = 0
+    test_images: NotNegative = 0
+    listed: str | None = None
+
+
 def look(data, output, say):
     """Tells `say` what `data` (a data.Data on the CPU) are, and returns what run.json says of them.
 
@@ -50,6 +61,38 @@ def look(data, output, say):
     return {**data.facts.record, "copies": asdict(copies)}
 
 
+def look_at_unlabeled(data, output, say):
+    """Tells `say` how many of the images of `data` (on the CPU) without labels are test images, too, in the folder
+    `output`/data a list of them, and returns what run.json says of the images without labels."""
+    unlabeled, lines = data.unlabeled, []
+    places = {_digest(image): position for position, image in enumerate(data.test_images.numpy())}
+    for name, image in zip(unlabeled.names, unlabeled.images.numpy(), strict=True):
+        if (position := places.get(_digest(image))) is not None:
+            splits = (), ("test", data.test_images, data.test_labels)
+            label = data.test_labels[position].item()
+            lines.append(f"{one_line(name)} = {_name(data, splits, 1, position, label)}\n")
+    path = Path(output) / "data" / f"unlabeled-duplicates-{unlabeled.digest[:16]}-{data.digest[:16]}.txt"
+    if lines:
+        make_folder(path.parent)
+        write(path, "".join(lines))
+    listed = f"{path.parent.name}/{path.name}" if lines else None
+    found = UnlabeledCopies(len(unlabeled.names), unlabeled.skipped, len(lines), listed)
+    for warning in _unlabeled_warnings(found, output):
+        say(f"Warning: {warning}")
+    return asdict(found)
+
+
+def _unlabeled_warnings(found, output):
+    if not found.test_images:
+        return []
+    path = Path(output) / found.listed
+    listed = f" (listed in {path})" if path.is_file() else ""
+    return [
+        f"{found.test_images:,} of {found.count:,} images without labels are test images, too{listed}: test accuracies "
+        "with them are not those on new images"
+    ]
+
+
 def notes(record, tests, output):
     """What a comparison on `tests` test images must say of its images, lines, from what `look` returned; raises
     msgspec.ValidationError where that is not such a record."""
@@ -57,7 +100,9 @@ def notes(record, tests, output):
     skipped = msgspec.convert(record.get("skipped", {}), dict[str, dict[str, int]])
     counts = [f"{sum(lost.values()):,} {split}" for split, lost in skipped.items() if lost]
     left_out = [f"images that cannot be decoded were left out: {', '.join(counts)}"] if counts else []
-    return _warnings(copies, tests, output) + left_out
+    unlabeled = record.get("unlabeled")
+    more = _unlabeled_warnings(msgspec.convert(unlabeled, UnlabeledCopies), output) if unlabeled else []
+    return _warnings(copies, tests, output) + more + left_out
 
 
 def _warnings(copies, tests, output):
@@ -118,8 +163,7 @@ def _find_copies(data, path):
     places, splits = {}, (("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels))
     for number, (_, images, labels) in enumerate(splits):
         for position, (image, label) in enumerate(zip(images.numpy(), labels.tolist(), strict=True)):
-            key = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
-            places.setdefault(key, []).append((number, position, label))
+            places.setdefault(_digest(image), []).append((number, position, label))
     counts, lines = Counter(), []
     for found in places.values():
         training = [label for number, _, label in found if number == 0]
@@ -137,6 +181,10 @@ def _find_copies(data, path):
         make_folder(path.parent)
         write(path, "".join(f"{line}\n" for line in lines))
     return Copies(*(counts[name] for name in names), f"{path.parent.name}/{path.name}" if lines else None)
+
+
+def _digest(image):
+    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
 
 
 def _name(data, splits, split, position, label):

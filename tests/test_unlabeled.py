@@ -1,0 +1,320 @@
+"""Images without labels: the loss, whose turn it is, the very batches of plain distillation, and what is refused."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import leave_out
+from PIL import Image
+from scipy.special import log_softmax, softmax
+from test_group import THREADS, launch
+
+import data
+import models
+import train
+from data import JoinedViews, UnlabeledViews, Views
+from distill import UNLABELED, distillation_loss
+from runs.command import exit_status
+from sources import unlabeled
+
+pytestmark = pytest.mark.usefixtures("nothing_slow")
+
+NAME = "kd-unlabeled-T4-a0.9-s0"
+
+
+def write_noise(folder, count, size=16, seed=9):
+    """`count` images of noise in two folders below `folder`."""
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        place = folder / ("a" if number % 3 else "b/c")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(place / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 100 images without labels; not to be changed."""
+    return write_noise(tmp_path_factory.mktemp("photos"), 100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """As many threads as each of two processes has: on a CPU the last bits depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def words(flags, photos):
+    return (*flags, "--alpha", 0.9, "--unlabeled", photos)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, finished, words):
+    """An output folder with two pairs of students and those with images without labels; not to be changed."""
+    import main
+
+    output = Path(shutil.copytree(finished, tmp_path_factory.mktemp("taught") / "out"))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch)
+        command = [str(word) for word in (*words, "--output-dir", output, "--seeds", 2)]
+        assert exit_status(main.main, command) == 0
+    return output
+
+
+def digest(path):
+    return models.digest(models.load(path / "model.pt").state_dict())
+
+
+# The loss and the views -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_soft_targets_count_for_all_images_and_labels_for_those_that_have_one(alpha, smoothing):
+    random = np.random.default_rng(0)
+    student, teacher = random.normal(0, 3, (2, 5, 4))
+    labels = np.array([2, UNLABELED, 0, UNLABELED, UNLABELED])
+    p, log_p, log_q = softmax(teacher / 3, 1), log_softmax(teacher / 3, 1), log_softmax(student / 3, 1)
+    soft = 9 * (p * (log_p - log_q)).sum() / 5
+    log_q = log_softmax(student, 1)
+    target = np.eye(4)[[2, 0]] * (1 - smoothing) + smoothing / 4
+    hard = -(target * log_q[[0, 2]]).sum() / 2
+    got = distillation_loss(
+        torch.tensor(student), torch.tensor(labels), torch.tensor(teacher), 3, alpha, label_smoothing=smoothing
+    )
+    assert got.item() == pytest.approx(alpha * soft + (1 - alpha) * hard, rel=1e-5)
+
+
+@pytest.mark.parametrize(("images", "count"), [(10, 4), (10, 10), (3, 8), (1, 2)])
+def test_all_images_have_their_turn_before_one_comes_again(images, count):
+    pixels = torch.arange(images, dtype=torch.uint8)[:, None, None, None].expand(-1, 16, 16, 3).contiguous()
+    views = UnlabeledViews(pixels, (0, 0, 0), (1, 1, 1), padding=2, count=count)
+    seen = [views.batch(epoch, torch.arange(count)) for epoch in range(10)]
+    shown = torch.cat(seen)[:, 0, 0, 0].mul(255).round().int().tolist()  # each image is of one colour
+    whole = len(shown) // images * images
+    turns = np.reshape(shown[:whole], (-1, images))
+    assert (np.sort(turns, 1) == np.arange(images)).all()
+    assert images < 10 or len({*map(tuple, turns)}) == len(turns)  # each time in another order
+    again = UnlabeledViews(pixels, (0, 0, 0), (1, 1, 1), padding=2, count=count)
+    assert torch.equal(again.batch(7, torch.tensor([count - 1, 0])), seen[7][[count - 1, 0]])  # of the epoch alone
+
+
+def test_a_batch_holds_the_labeled_views_and_then_the_others():
+    random = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(0, 256, (n, 16, 16, 3), generator=random, dtype=torch.uint8) for n in (6, 9))
+    views = Views(first, (0.5,) * 3, (0.2,) * 3, padding=2)
+    others = UnlabeledViews(second, (0.5,) * 3, (0.2,) * 3, padding=2, count=4)
+    batch = JoinedViews(views, others, 2).batch(3, torch.tensor([5, 1, 6 + 2, 6 + 0]))
+    assert torch.equal(batch[:2], views.batch(3, torch.tensor([5, 1])))
+    assert torch.equal(batch[2:], others.batch(3, torch.tensor([2, 0])))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+# Training and comparing ----------------------------------------------------------------------------------------------
+
+
+def test_plain_distillation_and_baseline_are_those_without_the_option(cli, flags, taught, copy):
+    assert cli(*flags, "--output-dir", copy, "--alpha", 0.9).status == 0
+    for name in ("kd-T4-a0.9-s0", "baseline-s0"):
+        assert digest(taught / name) == digest(copy / name) != digest(taught / NAME)
+
+
+def test_the_comparison_has_all_three(cli, taught):
+    text, found = cli("--report", "--output-dir", taught).out, json.loads((taught / "comparison.json").read_text())
+    assert "- Images without labels: 100\n" in text and "Gain with KD with images without labels: " in text
+    ours, plain, *_ = found["kd"]
+    assert ours["unlabeled"] == found["settings"]["unlabeled"] and len(ours["unlabeled"]) == 64
+    assert "unlabeled" not in plain and ours["seeds"] == plain["seeds"] == [0, 1]
+    gains = [100 * (a - b) for a, b in zip(ours["accuracies"], plain["accuracies"], strict=True)]
+    assert plain["first_over_this"]["by_seed"] == pytest.approx(gains)
+    assert "unlabeled, T=4, alpha=0.9 over plain T=4, alpha=0.9" in text
+    assert "unlabeled, T=4, alpha=0.9" in (taught / "report.html").read_text()
+
+
+def test_a_step_takes_the_batch_of_plain_distillation_and_as_many_others(cli, words, finished, tmp_path, monkeypatch):
+    seen, train_one_epoch, labels_seen = {}, train.train_one_epoch, []
+
+    class Recorded:
+        def __init__(self, views, batches):
+            self.views, self.batches = views, batches
+
+        def batch(self, epoch, indices):
+            images = self.views.batch(epoch, indices)
+            self.batches.append((epoch, images))
+            return images
+
+    def record(model, optimizer, views, labels, order, *rest):
+        recorded = Recorded(views, seen.setdefault(rest[-1].run.name, []))
+        if rest[-1].run.name == NAME:
+            labels_seen.append(labels[order])
+        train_one_epoch(model, optimizer, recorded, labels, order, *rest)
+
+    monkeypatch.setattr(train, "train_one_epoch", record)
+    assert cli(*words, "--output-dir", tmp_path, "--teacher", finished / "teacher-s0").status == 0
+    ours, plain = seen[NAME], seen["kd-T4-a0.9-s0"]
+    assert len(ours) == len(plain) == 6
+    for (epoch, both), (plain_epoch, images) in zip(ours, plain, strict=True):
+        assert epoch == plain_epoch and len(both) == 32 and torch.equal(both[:16], images)
+    unlabeled_views = [view for _, both in ours for view in both[16:]]
+    assert len({view.numpy().tobytes() for view in unlabeled_views}) == 96  # of 100 images: none twice
+    for labels in labels_seen:
+        assert (labels.view(3, 32)[:, 16:] == UNLABELED).all() and (labels.view(3, 32)[:, :16] >= 0).all()
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(cli, words, finished, taught, tmp_path, monkeypatch):
+    command, steps = (*words, "--output-dir", tmp_path, "--teacher", finished / "teacher-s0"), []
+    batch = JoinedViews.batch
+
+    def interrupted(self, epoch, indices):
+        steps.append(epoch)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, epoch, indices)
+
+    monkeypatch.setattr(JoinedViews, "batch", interrupted)
+    got = cli(*command)
+    assert got.status == 143 and f"{NAME}; its state after epoch 1 of 2 and step 2 of 3 of the next is saved" in got.err
+    assert cli(*command).status == 0 and steps == [0, 0, 0, 1, 1, 1]
+    assert digest(tmp_path / NAME) == digest(taught / NAME)
+    assert (tmp_path / NAME / "test_logits.npy").read_bytes() == (taught / NAME / "test_logits.npy").read_bytes()
+
+
+def test_the_teacher_is_asked_about_each_of_these_views_once(cli, words, taught, tmp_path):
+    """A repeated command reads what is kept; targets of other images or of another batch size are others."""
+    before = sorted(path.relative_to(taught) for path in taught.glob("targets/*/*"))
+    output = Path(shutil.copytree(taught, tmp_path / "out"))
+    shutil.rmtree(output / NAME)
+    assert cli(*words, "--output-dir", output).status == 0 and digest(output / NAME) == digest(taught / NAME)
+    assert sorted(path.relative_to(output) for path in output.glob("targets/*/*")) == before
+    got = cli(*words, "--output-dir", tmp_path / "other", "--batch-size", 8, "--teacher", taught / "teacher-s0")
+    assert got.status == 0 and "damaged" not in got.err
+
+
+def test_other_images_are_another_run(cli, flags, taught, tmp_path):
+    others = write_noise(tmp_path / "photos", 20, seed=1)
+    got = cli(*flags, "--alpha", 0.9, "--unlabeled", others, "--output-dir", taught)
+    assert got.status == 1 and "other images without labels" in got.err and "--overwrite" in got.err
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_bits(words, taught, tmp_path):
+    got = launch(*words, "--teacher", taught / "teacher-s0", "--output-dir", tmp_path)
+    assert got.status == 0 and digest(tmp_path / NAME) == digest(taught / NAME), got
+    assert len(list(tmp_path.glob("targets/*/*.npz"))) == 4  # two epochs, with labels and without
+
+
+# The images -----------------------------------------------------------------------------------------------------------
+
+
+def load_unlabeled(folder, cache=None, **rest):
+    said = []
+    return unlabeled.load(folder, 16, 2, cache, say=said.append, **rest), said
+
+
+def test_images_in_any_folders_are_found_and_kept(photos, tmp_path, monkeypatch):
+    found, said = load_unlabeled(photos, tmp_path / "data")
+    assert found.images.shape == (100, 16, 16, 3) and said == [f"{photos}: 100 images without labels"]
+    for name, image in zip(found.names, found.images, strict=True):
+        assert np.array_equal(image, np.array(Image.open(photos / name)))
+    monkeypatch.setattr(unlabeled.kept, "decode", None)  # nothing is decoded again
+    again, _ = load_unlabeled(photos, tmp_path / "data")
+    assert again.digest == found.digest and again.names == found.names
+
+
+def test_data_that_are_no_folder_can_have_them(photos):
+    loaded = data.load("shapes", image_size=16, unlabeled=photos)
+    assert len(loaded.unlabeled.images) == 100 and loaded.digest == data.load("shapes", image_size=16).digest
+
+
+def test_samples_of_16_bits_are_scaled_as_those_of_the_data_set_are(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.fromarray(np.full((16, 16), 100 * number, np.uint16)).save(tmp_path / "photos" / f"{number}.png")
+    alone, said = load_unlabeled(tmp_path / "photos", tmp_path / "data")
+    assert alone.images[:, 0, 0, 0].tolist() == [0, 100, 200] and "255 white" in said[1]
+    ranges = {"16-bit": (0, 1023)}
+    for _ in range(2):  # decoded by other ranges before; then read as kept
+        scaled, said = load_unlabeled(tmp_path / "photos", tmp_path / "data", ranges=ranges)
+        assert scaled.images[:, 0, 0, 0].tolist() == [0, 25, 50] and "1,023 white" in said[1]
+
+
+def test_test_images_among_them_are_a_warning_with_a_list(cli, flags, words, images, photos, finished, tmp_path):
+    mixed = Path(shutil.copytree(photos, tmp_path / "photos"))
+    shutil.copy(images / "test" / "red" / "01.png", mixed / "copy.png")
+    output = tmp_path / "out"
+    command = (*flags, "--alpha", 0.9, "--unlabeled", mixed, "--output-dir", output)
+    got = cli(*command, "--teacher", finished / "teacher-s0")
+    warned = re.search(r"Warning: 1 of 101 images without labels are test images, too \(listed in (.*)\): ", got.out)
+    assert Path(warned[1]).read_text() == "copy.png = test/red/01.png\n"
+    assert (
+        "Note that 1 of 101 images without labels are test images, too" in cli("--report", "--output-dir", output).out
+    )
+    clean = cli(*words, "--output-dir", tmp_path / "clean", "--teacher", finished / "teacher-s0")
+    assert "Warning" not in clean.out
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_images_are_refused_by_name_or_left_out(cli, flags, photos, finished, tmp_path):
+    mixed = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (mixed / "a" / "broken.jpg").write_bytes(b"no image")
+    command = (*flags, "--alpha", 0.9, "--unlabeled", mixed, "--output-dir", tmp_path / "out")
+    command = (*command, "--teacher", finished / "teacher-s0")
+    got = cli(*command)
+    assert got.status == 1 and "1 of 101 images cannot be decoded" in got.err and "broken.jpg" in got.err
+    assert "broken.jpg" in (tmp_path / "out/data/damaged-unlabeled.txt").read_text()
+    got = cli(*command, "--skip-damaged")
+    assert got.status == 0 and "Left out, since they cannot be decoded: 1 of these" in got.out
+    record = json.loads((tmp_path / "out" / NAME / "run.json").read_text())
+    assert record["images"]["unlabeled"] == {"count": 100, "skipped": 1, "test_images": 0, "listed": None}
+    assert record["recorded"]["unlabeled"] == str(mixed)
+
+
+def test_folders_that_hold_no_images_to_learn_from(cli, flags, photos, copy, tmp_path):
+    empty, broken, inside = tmp_path / "empty", tmp_path / "broken", tmp_path / "inside"
+    empty.mkdir()
+    (empty / "clip.mp4").touch()
+    broken.mkdir()
+    (broken / "one.png").write_bytes(b"")
+    shutil.copytree(photos, inside)
+    for words, message in (
+        ((tmp_path / "none", "--output-dir", copy), "none does not exist. --unlabeled needs a folder of images"),
+        ((empty, "--output-dir", copy), "empty holds no images; passed over: 1 .mp4 (videos: export single frames)."),
+        ((broken, "--output-dir", copy, "--skip-damaged"), "none of the images in"),
+        ((inside, "--output-dir", inside / "out", "--teacher", copy / "teacher-s0"), "Name another --output-dir."),
+    ):
+        got = cli(*flags, "--alpha", 0.9, "--unlabeled", *words)
+        assert got.status == 1 and message in got.err, got
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--train-teacher",), "--unlabeled is for students and cannot be combined with --train-teacher"),
+        (("--alpha", "0"), "--unlabeled needs an --alpha above 0"),
+        (("--alpha", "0.1", "0.9"), "--unlabeled is compared at one temperature and alpha"),
+        (("--loss", "own.py:loss"), "--unlabeled is for the loss of distill.py"),
+        (("--omit-class", "red"), "--unlabeled may show students the classes of --omit-class"),
+        (("--report",), "--unlabeled cannot be combined with --report"),
+    ],
+)
+def test_what_does_not_go_together(cli, words, message):
+    got = cli("--unlabeled", "photos", *words)
+    assert got.status == 2 and message in got.err
+
+
+def test_the_data_are_the_same_with_and_without(images, photos):
+    """So a teacher that was trained before serves, and a baseline is reused."""
+    plain, more = (data.load("folder", data_dir=images, image_size=16, unlabeled=each) for each in (None, photos))
+    assert plain.digest == more.digest and plain.unlabeled is None and len(more.unlabeled.images) == 100
+    assert torch.equal(plain.train_images, more.train_images) and plain.mean == more.mean
