@@ -10,6 +10,7 @@ import models
 from arguments import FOLDER_OPTIONS
 from runs import plan, trial
 from runs.costs import describe_memory
+from runs.files import Failure, is_out_of_memory
 from runs.group import Group
 from runs.hooks import Hooks
 from runs.machine import Machine, describe, start_machine
@@ -74,7 +75,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
     images = survey.look(loaded, arguments.output_dir, group.say)
     if loaded.unlabeled:
         images["unlabeled"] = survey.look_at_unlabeled(loaded, arguments.output_dir, group.say)
-    loaded = loaded.to(machine.device)
+    loaded = put(loaded, machine.device)
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
     if len(transfer_set) < len(loaded.train_labels):
         group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
@@ -98,6 +99,20 @@ def start(arguments, stop, group, hooks, machine, teachers):
     recorded = {name: getattr(arguments, name) for name in typed}
     options = Options(arguments.save_every, stop, recorded, images, costs)
     return Session(arguments, loaded, transfer_set, machine, options, group, hooks)
+
+
+def put(loaded, device):
+    """The Data on a device; raises Failure where they do not fit into its memory."""
+    try:
+        return loaded.to(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    images = [loaded.train_images, loaded.test_images, *([loaded.unlabeled.images] if loaded.unlabeled else [])]
+    raise Failure(
+        f"the images, {sum(each.nbytes for each in images) / 1e9:.1f} GB decoded, do not fit into the memory of "
+        f"{describe(device)}, which holds all of them. Try a smaller --image-size, or --device cpu."
+    )
 
 
 def own_networks(hooks, classes):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import re
 import socket
 from collections import Counter
 from functools import partial
@@ -16,7 +17,8 @@ from sources.decode import ALPHA, plain
 from sources.listing import Found, class_folders, find_images, inside, is_class_folder, is_image, is_walked
 
 HELD_OUT = ("test", "val", "valid", "validation")  # the first that exists holds the test images
-NO_CLASSES = {"train", "training", "testing", *HELD_OUT}  # names of a data set's parts, however they are written
+# Words of names of a data set's parts, however they are written: Training, seg_test, pred.
+NO_CLASSES = {"train", "training", "testing", "pred", *HELD_OUT}
 NAMED = 20  # damaged images named on the screen
 
 
@@ -131,7 +133,7 @@ def _places(directory, test_fraction, say):
                 f"{directory} does not exist. --test-fraction needs one folder of classes: {directory}/CLASS/IMAGE"
             )
         names = class_folders(directory)
-        if names and {name.lower() for name in names} <= NO_CLASSES:
+        if names and all(NO_CLASSES & {*re.split("[^a-z]+", name.lower())} for name in names):
             raise Failure(f"{train} does not exist, only {', '.join(names)} beside it. {layout}".rstrip())
         for place in held_out:
             if {*names} & {*class_folders(place)}:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import make_images
 from PIL import Image
 
+import data
 import models
 import runs.machine
 import train
@@ -634,6 +635,16 @@ def test_an_unexpected_error_becomes_a_sentence(cli, flags, tmp_path, monkeypatc
 )
 def test_too_little_memory_is_met_with_options_that_the_command_has(words, told):
     assert explain(MemoryError(), parse(words.split()), Stop()) == f"there is not enough memory. {told}"
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_images_that_do_not_fit_on_the_device_are_said_to_be_too_many(cli, flags, tmp_path, monkeypatch, fits):
+    error = ValueError("something else") if fits else torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(data.Data, "to", Mock(side_effect=error))
+    got = cli(*flags, "--train-teacher", "--output-dir", tmp_path)
+    told = "ValueError: something else" if fits else "the images, 0.0 GB decoded, do not fit into the memory of "
+    assert got.status == 1 and got.err.startswith(f"error: {told}"), got
+    assert ("Try a smaller --image-size, or --device cpu." in got.err) != fits
 
 
 def test_debug_shows_the_traceback(cli, tmp_path):

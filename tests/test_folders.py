@@ -219,11 +219,12 @@ def test_a_class_may_be_called_train(alone):
     assert Loaded(alone, test_fraction=0.2).classes == ["blue", "green", "train"]
 
 
-def test_the_parts_of_a_data_set_are_no_classes(top):
+@pytest.mark.parametrize(("train", "test"), [("Training", "Testing"), ("seg_train", "seg_test")])
+def test_the_parts_of_a_data_set_are_no_classes(top, train, test):
     """Training and Testing, say, each with folders of classes, must not be told from each other."""
-    (top / "train").rename(top / "Training")
-    (top / "test").rename(top / "Testing")
-    with pytest.raises(Failure, match=r"train does not exist, only Testing, Training beside it"):
+    (top / "train").rename(top / train)
+    (top / "test").rename(top / test)
+    with pytest.raises(Failure, match=rf"train does not exist, only {test}, {train} beside it"):
         Loaded(top, test_fraction=0.2)
 
 
