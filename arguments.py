@@ -161,8 +161,8 @@ def parser():
            1, type=integer(1, 1000), metavar="N")
     option("--loss", "a loss of your own, beside plain distillation and the baseline: called as distill.py's is",
            type=function, metavar="FILE.py:FUNCTION")
-    option("--unlabeled", "a folder of images without labels, of any folders within: a student that learns from the "
-           "teacher's answers to them, too, beside plain distillation and the baseline", type=path, metavar="DIR")
+    option("--unlabeled", "a folder of images without labels: one more student learns from the teacher's answers to "
+           "them, too, and is compared with plain distillation and the baseline", type=path, metavar="DIR")
     option("--student", "a student network of your own: FUNCTION(classes) returns a module from normalized images "
            "(B, 3, S, S) to logits", type=function, metavar="FILE.py:FUNCTION")
     option("--teacher-network", "a teacher network of your own, likewise; to train it, and to use it as a teacher",

@@ -67,24 +67,13 @@ class Data:
         return torch.cat(chosen).sort().values
 
 
-def load(
-    dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None, processes=1, unlabeled=None,
-    **folder,
-):  # fmt: skip
-    """The Data of `dataset` ("cifar10", "cifar100", "folder" or "shapes"), with the images of the folder `unlabeled`.
+def load(dataset, *, data_dir="data", data_url=None, image_size=32, workers=2, cache=None, processes=1, **folder):
+    """The Data of `dataset` ("cifar10", "cifar100", "folder" or "shapes").
 
-    `cache` is the folder where decoded images of folders are kept, `processes` how many on this machine are going to
+    `cache` is the folder where decoded images of a "folder" are kept, `processes` how many on this machine are going to
     hold the data, `folder` further arguments of sources.folders.load. Raises Failure where the data cannot be read or
     are damaged, with the path and what to do.
     """
-    if unlabeled:
-        from sources import unlabeled as source
-
-        about = {"data_dir": data_dir, "data_url": data_url, "image_size": image_size, "workers": workers}
-        loaded = load(dataset, **about, cache=cache, processes=processes, **folder)
-        rest = {name: value for name, value in folder.items() if name != "test_fraction"}
-        found = source.load(unlabeled, image_size, workers, cache, loaded.facts.ranges, **rest)
-        return replace(loaded, unlabeled=replace(found, images=_tensor(found.images)))
     if dataset in ("cifar10", "cifar100"):
         from sources import cifar  # only here, since importing torchvision takes a second
 
@@ -97,6 +86,15 @@ def load(
     from sources import shapes
 
     return from_arrays(*shapes.load(image_size))
+
+
+def with_unlabeled(data, directory, **rest):
+    """The Data with the images of a folder, without labels; `rest` are further arguments of sources.unlabeled.load,
+    whose failures it raises."""
+    from sources import unlabeled
+
+    found = unlabeled.load(directory, data.image_size, ranges=data.facts.ranges, **rest)
+    return replace(data, unlabeled=replace(found, images=_tensor(found.images)))
 
 
 def from_arrays(classes, train_images, train_labels, test_images, test_labels, facts=None):
@@ -187,7 +185,8 @@ class Views:
 
 class UnlabeledViews(Views):
     """The views of images without labels: `count` in every epoch, of the next images in turn, in another order whenever
-    all have had their turn. Like all views they are the same for every seed."""
+    all have had their turn. Like all views they are the same for every seed; which are flipped is drawn by their place
+    in the epoch, and not by image."""
 
     def __init__(self, images, mean, std, padding, count):
         super().__init__(images, mean, std, "unlabeled views", padding)

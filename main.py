@@ -220,7 +220,7 @@ def train_all(session, runs, targets=None, later=()):
     for run in (runs[position] for position in range(len(runs)) if group.leads and not left[position]):
         print(f"{accuracy_of(run, run.finished_accuracy())} (finished before)", flush=True)
     if group.size > 1 and order:
-        order.sort(key=lambda position: -left[position])  # the longest first
+        order.sort(key=lambda position: -work[position])  # the longest first
         if asked := [left[position] for position in order if runs[position].settings.asks_teacher]:
             targets.share(group, range(session.arguments.epochs - max(asked), session.arguments.epochs))
         tally = Tally(group, len(order), sum(left), afterwards)

@@ -93,10 +93,10 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
             soft_targets = None
             if teacher is not None:
                 with progress.time_of_teacher():
-                    about = progress.epoch, f"{run.name}: soft targets of epoch {progress.epoch + 1}"
-                    soft_targets = teacher.epoch(*about)
+                    asked = progress.epoch, f"{run.name}: soft targets of epoch {progress.epoch + 1}"
+                    soft_targets = teacher.epoch(*asked)
                     if others:
-                        soft_targets = torch.cat([soft_targets, teacher.unlabeled.epoch(*about)])
+                        soft_targets = torch.cat([soft_targets, teacher.unlabeled.epoch(*asked)])
             draws = generator(f"{stream}order", settings.seed, progress.epoch)
             order = indices[torch.randperm(len(indices), generator=draws).to(machine.device)]
             if others:  # beside the very batches of plain distillation and of the baseline

@@ -79,8 +79,11 @@ def other_trainings():
 
 
 def all_points():
-    """The Points of all records and of other_trainings.csv; the teacher that several records share is one of them."""
-    records = [record(path.parent) for path in sorted(RESULTS.glob("*/comparison.json"))]
+    """The Points of all records of all of CIFAR-10's images, and of other_trainings.csv; the teacher that several
+    records share is one of them."""
+    found = {path.parent: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/comparison.json"))}
+    images = found[RESULTS / "cifar10"]["settings"]["data"]
+    records = [record(folder) for folder, each in found.items() if each["settings"]["data"] == images]
     return list(dict.fromkeys(point for points in (*records, other_trainings()) for point in points))
 
 

@@ -91,6 +91,28 @@ def speed():
     )
 
 
+def few_labels(folder=RESULTS / "few-labels"):
+    """Students that saw images without labels, and how far they are ahead of those that did not."""
+    tests = json.loads((folder / "difference.json").read_text())
+    records = [json.loads((folder / name).read_text()) for name in ("comparison.json", "longer.json")]
+    (first, plain, *_), epochs = records[0]["kd"], [each["settings"]["epochs"] for each in records]
+    others = [(epochs[0], plain), (epochs[0], records[0]["baseline"]),
+              (epochs[1], records[1]["kd"][0]), (epochs[1], records[1]["baseline"])]  # fmt: skip
+    rows = [["distilled, with images without labels", epochs[0], len(first["seeds"]), share(first), ""]]
+    for (length, entry), test in zip(others, tests, strict=True):
+        if entry["accuracies"] != test["accuracies"][1] or first["accuracies"] != test["accuracies"][0]:
+            raise ValueError(f"{folder / 'difference.json'} is not of these records")
+        name = "distilled" if "temperature" in entry else "without a teacher"
+        rows.append([name, length, len(entry["seeds"]), share(entry), gain(test["points"])])
+    head = ["students", "epochs", "n", "test accuracy", "the first are ahead by points (95% interval)"]
+    settings, teacher, made = records[0]["settings"], records[0]["teacher"], records[0]["environment"]
+    return table(head, *rows) + (
+        f"\n\nTeacher: {teacher['accuracy']:.4f}, trained on the 5,000 images for {epochs[1]} epochs. T = "
+        f"{settings['temperature']:g}, alpha = {settings['alpha']:g}. ± is the standard deviation over seeds. "
+        f"{made['device']}, {made['precision']}, torch {made['torch']}: `python benchmarks/unlabeled.py`."
+    )
+
+
 NUMBERS = ("distilled", "distilled_std", "other", "other_std", "mean", "low", "high")
 
 
@@ -116,7 +138,7 @@ def paper(path=None):
     )
 
 
-BLOCKS = {"printed": printed, "results": results, "paper": paper, "speed": speed}
+BLOCKS = {"printed": printed, "results": results, "paper": paper, "few labels": few_labels, "speed": speed}
 
 
 def main():

@@ -2,11 +2,11 @@
 
     python benchmarks/unlabeled.py --data-dir data --output-dir outputs/few-labels
 
-Writes CIFAR-10 as PNG files, which change no pixel: of the training images a tenth of each class to
-images/train/CLASS, the others, without their classes, to images/unlabeled; the test images to images/test/CLASS. A
-teacher is trained on the tenth with labels; then, seed by seed, students that see the other images, too, students of
-plain distillation, and baselines. Since the first take twice as many images in a step, plain distillation and baseline
-are also trained for twice as many epochs, and compared with these.
+Writes CIFAR-10 as PNG files, which change no pixel, to a folder images-0.1: of the training images a tenth of each
+class to train/CLASS, the others, without their classes, to unlabeled; the test images to test/CLASS. A teacher is
+trained on the tenth with labels; then, seed by seed, students that see the other images, too, students of plain
+distillation, and baselines. Since the first take twice as many images in a step, plain distillation and baseline are
+also trained for twice as many epochs, and compared with these.
 
 Every step is a command, which is printed. So all of it can be interrupted and repeated: what is finished is reused.
 Writes comparison.json, longer.json and difference.json to --results.
@@ -26,6 +26,7 @@ from PIL import Image
 
 import data
 from runs.files import Failure, make_folder
+from runs.settings import run_name
 
 
 def write_images(folder, data_dir, fraction):
@@ -35,6 +36,7 @@ def write_images(folder, data_dir, fraction):
         return
     loaded = data.load("cifar10", data_dir=data_dir)
     part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an interrupted command, perhaps with another fraction
     labeled = set(loaded.transfer_set(fraction).tolist())
     splits = ("train", loaded.train_images, loaded.train_labels), ("test", loaded.test_images, loaded.test_labels)
     for split, images, labels in splits:
@@ -70,7 +72,7 @@ def main():
     parser.add_argument("options", nargs="*", help="more options for main.py, after --")
     arguments = parser.parse_args()
     output, results = arguments.output_dir.resolve(), arguments.results.resolve()
-    folder, longer = output / "images", output / "longer"
+    folder, longer = output / f"images-{arguments.fraction:g}", output / "longer"
     try:
         make_folder(output)
         write_images(folder, arguments.data_dir, arguments.fraction)
@@ -86,8 +88,10 @@ def main():
     make_folder(results)
     shutil.copy(output / "comparison.json", results / "comparison.json")
     shutil.copy(longer / "comparison.json", results / "longer.json")
-    others = [word for role in ("kd", "baseline") for word in ("--over", longer / f"{role}-*")]
-    run("benchmarks/difference.py", output / "kd-unlabeled-*", *others, "--output", results / "difference.json")
+    pair = run_name("kd", arguments.temperature, arguments.alpha, "*").removeprefix("kd-")  # T32-a0.9-s*
+    others = [each / name for each in (output, longer) for name in (f"kd-{pair}", "baseline-s*")]
+    others = [word for each in others for word in ("--over", each)]
+    run("benchmarks/difference.py", output / f"kd-unlabeled-{pair}", *others, "--output", results / "difference.json")
 
 
 if __name__ == "__main__":

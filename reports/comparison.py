@@ -263,8 +263,12 @@ class Comparison:
 
     def notes(self):
         """What must be said of the images beside the figures, lines; raises Damaged where that cannot be read."""
+        record = {name: value for name, value in (self.first.images or {}).items() if name != "unlabeled"}
+        for run in self.runs:
+            if run.settings.unlabeled and run.images:
+                record.setdefault("unlabeled", run.images.get("unlabeled"))
         try:
-            return survey.notes(self.first.images or {}, len(self.labels), self.output)
+            return survey.notes(record, len(self.labels), self.output)
         except msgspec.ValidationError as error:
             raise Damaged(f"{self.first.folder / 'run.json'} is damaged: images: {error}.") from None
 

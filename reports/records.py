@@ -86,6 +86,8 @@ def _missing(record):
     missing += [f"costs of the {name}" for name in ("teacher", "student") if name not in costs]
     if settings.role == "kd":
         missing += [name for name in ("temperature", "alpha", "teacher") if getattr(settings, name) is None]
+    if settings.unlabeled and "count" not in (record.images or {}).get("unlabeled", {}):
+        missing.append("count of its images without labels")
     if settings.omit_class and not settings.val_fraction and record.omitted_bias is None:
         missing.append("omitted_bias")
     return missing
@@ -99,11 +101,13 @@ def best_pair(output, pairs, seeds, shared=PLAIN):
 
 def comparable(one, other, apart=frozenset()):
     """Whether the settings of two students differ only in the seed and in what belongs to distillation (and in the
-    names `apart`), and have the same teacher where both have one."""
+    names `apart`), and have the same teacher, and the same images without labels, where both have some."""
     varied = {"role", "temperature", "alpha", "teacher", "seed", "loss", "loss_file", "loss_sha256", "network_file"}
     varied |= {"unlabeled"}
     same = all(getattr(other, name) == value for name, value in vars(one).items() if name not in varied | apart)
-    return same and len({one.teacher, other.teacher} - {None}) < 2
+    return same and all(
+        len({getattr(each, name) for each in (one, other)} - {None}) < 2 for name in ("teacher", "unlabeled")
+    )
 
 
 def save_test_set(output, data_digest, images, labels, classes):

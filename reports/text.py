@@ -173,9 +173,9 @@ def _p(value):
 
 
 COLUMNS = (
-    "run", "role", "temperature", "alpha", "loss", "network", "train_fraction", "omit_class", "seed", "accuracy",
-    "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay", "image_size",
-    "padding", "label_smoothing", "val_fraction", "seconds",
+    "run", "role", "temperature", "alpha", "loss", "unlabeled", "network", "train_fraction", "omit_class", "seed",
+    "accuracy", "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay",
+    "image_size", "padding", "label_smoothing", "val_fraction", "seconds",
 )  # fmt: skip
 
 
@@ -183,6 +183,7 @@ def run_values(comparison, run):
     """{name: value} of a FinishedRun, all COLUMNS among them."""
     values = {**vars(run), **asdict(run.settings), "run": run.folder.relative_to(comparison.output).as_posix()}
     values["omit_class"] = ", ".join(run.settings.omit_class)
+    values["unlabeled"] = run.settings.unlabeled and run.settings.unlabeled[:16]
     values["balanced_accuracy"] = comparison.balanced.get(run.folder)  # None for a sweep's, which reads no test set
     return values
 

@@ -293,13 +293,16 @@ class Progress:
 
     def _write_record(self, **finished):
         """Writes run.json, which says how far the run is; needs no PyTorch to be read."""
+        images = dict(self.options.images or {})
+        if not self.settings.unlabeled:
+            images.pop("unlabeled", None)  # which other runs of the command see
         record = RunRecord(
             finished=bool(finished),
             epochs_done=self.epoch,
             settings=self.settings.as_dict(),
             environment=self.machine.environment() | {"device": ", then ".join(self.machines)},
             recorded=self.options.recorded,
-            images=self.options.images,
+            images=images or None,
             **finished,
         )
         write_json(self.run.record, {k: v for k, v in vars(record).items() if v is not None})

@@ -54,20 +54,22 @@ def try_hooks(arguments, hooks, classes, image_size, machine, say):
 
 def start(arguments, stop, group, hooks, machine, teachers):
     """Loads the data; prints what the command works with. `teachers` are networks, as far as there are any yet."""
+    about = {
+        "workers": arguments.num_workers, "cache": Path(arguments.output_dir) / "data",
+        "skip_damaged": arguments.skip_damaged, "say": group.say, "agree": group.agree,
+    }  # fmt: skip
     loaded = data.load(
         arguments.dataset,
         data_dir=arguments.data_dir,
         data_url=arguments.data_url,
         image_size=arguments.image_size,
-        workers=arguments.num_workers,
-        cache=Path(arguments.output_dir) / "data",
         processes=group.local_size if group.leads else 1,  # the others come when the memory of the first is taken
-        unlabeled=arguments.unlabeled,
         test_fraction=arguments.test_fraction,
-        skip_damaged=arguments.skip_damaged,
-        say=group.say,
-        agree=group.agree,
+        **about,
     )
+    if arguments.unlabeled:
+        refuse_class(arguments, loaded)
+        loaded = data.with_unlabeled(loaded, arguments.unlabeled, **about)
     group.say(
         f"{arguments.dataset}: {len(loaded.train_labels):,} training and {len(loaded.test_labels):,} test images of "
         f"{loaded.image_size}x{loaded.image_size}, {len(loaded.classes)} classes"
@@ -79,6 +81,10 @@ def start(arguments, stop, group, hooks, machine, teachers):
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
     if len(transfer_set) < len(loaded.train_labels):
         group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
+    if loaded.unlabeled:
+        views = data.unlabeled_views(loaded, plan.padding(arguments), len(transfer_set), arguments.batch_size)
+        times = views.count * arguments.epochs / len(loaded.unlabeled.names)
+        group.say(f"In {arguments.epochs} epochs each image without labels is seen {times:,.1f} times")
     if not teachers:
         try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size, machine, group.say)
     own = own_networks(hooks, len(loaded.classes))
@@ -89,7 +95,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
         group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
     if loaded.image_size > models.FULL_BATCH:
         largest = "student" if teachers else "teacher"  # of what this command trains
-        batch = min(arguments.batch_size, len(loaded.train_labels)) * (2 if loaded.unlabeled else 1)
+        batch = min(arguments.batch_size, len(loaded.train_labels)) * (2 if loaded.unlabeled and teachers else 1)
         network = own.get(largest) or models.create(largest, len(loaded.classes), seed=0)
         group.say(describe_memory(largest, network, loaded.image_size, batch, machine, group.local_size))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
@@ -99,6 +105,15 @@ def start(arguments, stop, group, hooks, machine, teachers):
     recorded = {name: getattr(arguments, name) for name in typed}
     options = Options(arguments.save_every, stop, recorded, images, costs)
     return Session(arguments, loaded, transfer_set, machine, options, group, hooks)
+
+
+def refuse_class(arguments, loaded):
+    """Raises Failure where the folder of images without labels is one of the classes, as beside the others."""
+    folder, top = Path(arguments.unlabeled).resolve(), Path(arguments.data_dir).resolve()
+    if arguments.dataset == "folder" and folder.name in loaded.classes and folder.parent in (top, top / "train"):
+        raise Failure(
+            f"{arguments.unlabeled} is a class of {arguments.data_dir}. Move it elsewhere, and train the teacher again."
+        )
 
 
 def put(loaded, device):

@@ -166,7 +166,10 @@ def spare_teachers(paths, runs):
 def teacher_command(arguments, **changed):
     """The command that trains the teacher which these arguments need, some of them `changed`."""
     names = ("dataset", "data_dir", "epochs", "image_size", "output_dir", "teacher_network", *FOLDER_OPTIONS)
-    words = command({name: getattr(arguments, name) for name in names} | changed)
+    values = {name: getattr(arguments, name) for name in names} | changed
+    if values["dataset"] != "folder":
+        values |= dict.fromkeys(FOLDER_OPTIONS, False)  # --skip-damaged of --unlabeled, which no teacher sees
+    words = command(values)
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

@@ -86,7 +86,7 @@ def load(paths, keys, image_size, workers, file=None, given=None):
         there = {*old.record.keys, *old.record.damaged}
         new = [(key, path) for key, path in zip(keys, paths, strict=True) if key not in there]
         same = not old.record.waiting and _are_in_order(keys, old.record.keys)
-        same = same and all(tuple(span) == tuple(given.get(kind, span)) for kind, span in old.record.ranges.items())
+        same = same and old.record.ranges == _ranges(old.record.samples, given)
         if same and (found := _all_damaged(new, image_size)) is not None:
             return _unchanged(file, keys, old, found)
     old = old or Kept(np.empty((0, image_size, image_size, 3), np.uint8), Record(), {})
@@ -106,6 +106,12 @@ def load(paths, keys, image_size, workers, file=None, given=None):
     if stopped:
         raise stopped
     return Kept(np.load(file, mmap_mode="r"), record, damaged)
+
+
+def _ranges(samples, given):
+    """The range of each kind of `samples`, a Record's: the `given` one, or else the one that suits them."""
+    decided = decide(itertools.chain.from_iterable(samples.values()))
+    return decided | {kind: tuple(span) for kind, span in given.items() if kind in decided}
 
 
 def _are_in_order(keys, wanted):
@@ -197,10 +203,10 @@ def _header(output, image_size, count=0):
 
 
 def _write(output, paths, keys, image_size, workers, old, given):
-    """Writes the images of `paths` to a file as .npy, what `old` holds of them not decoded again; `given` are ranges
-    that are not to be decided here. Returns the Record,
-    {key: why} of the damaged ones, and what stopped it, an exception, or None. Then the Record is that of the images
-    decoded until then, and of those in `old`; the exception is raised here where these are all."""
+    """Writes the images of `paths` to a file as .npy, what `old` holds of them not decoded again; `given` as in
+    `load`. Returns the Record, {key: why} of the damaged ones, and what stopped it, an exception, or None. Then the
+    Record is that of the images decoded until then, and of those in `old`; the exception is raised here where these are
+    all."""
     rows = {key: row for row, key in enumerate(old.record.keys)}
     record = Record(DECODER_VERSION, reader())
     record.damaged = {key: old.record.damaged[key] for key in keys if key in old.record.damaged}
@@ -254,8 +260,7 @@ def _write(output, paths, keys, image_size, workers, old, given):
     record.samples = {key: samples for key, samples in record.samples.items() if key in written}
     waiting &= written.keys()
     if not stopped:
-        decided = decide(itertools.chain.from_iterable(record.samples.values()))
-        record.ranges = decided | {kind: tuple(span) for kind, span in given.items() if kind in decided}
+        record.ranges = _ranges(record.samples, given)
         changed = {kind for kind, span in record.ranges.items() if old.record.ranges.get(kind) != span}
         waiting |= {key for key, samples in record.samples.items() if changed & {kind for kind, _, _ in samples}}
         places = dict(files)

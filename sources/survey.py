@@ -72,9 +72,10 @@ def look_at_unlabeled(data, output, say):
             label = data.test_labels[position].item()
             lines.append(f"{one_line(name)} = {_name(data, splits, 1, position, label)}\n")
     path = Path(output) / "data" / f"unlabeled-duplicates-{unlabeled.digest[:16]}-{data.digest[:16]}.txt"
-    if lines:
+    content = "".join(lines).encode()
+    if lines and not (path.is_file() and path.read_bytes() == content):  # of a group one process writes
         make_folder(path.parent)
-        write(path, "".join(lines))
+        write(path, content)
     listed = f"{path.parent.name}/{path.name}" if lines else None
     found = UnlabeledCopies(len(unlabeled.names), unlabeled.skipped, len(lines), listed)
     for warning in _unlabeled_warnings(found, output):
@@ -99,10 +100,10 @@ def notes(record, tests, output):
     copies = msgspec.convert(record.get("copies", {}), Copies)
     skipped = msgspec.convert(record.get("skipped", {}), dict[str, dict[str, int]])
     counts = [f"{sum(lost.values()):,} {split}" for split, lost in skipped.items() if lost]
+    found = msgspec.convert(record.get("unlabeled") or {"count": 0}, UnlabeledCopies)
+    counts += [f"{found.skipped:,} without labels"] if found.skipped else []
     left_out = [f"images that cannot be decoded were left out: {', '.join(counts)}"] if counts else []
-    unlabeled = record.get("unlabeled")
-    more = _unlabeled_warnings(msgspec.convert(unlabeled, UnlabeledCopies), output) if unlabeled else []
-    return _warnings(copies, tests, output) + more + left_out
+    return _warnings(copies, tests, output) + _unlabeled_warnings(found, output) + left_out
 
 
 def _warnings(copies, tests, output):

@@ -16,8 +16,10 @@ from sources.folders import damage, list_damaged, place_of, relative, say_ranges
 from sources.listing import find_images, inside
 
 
-def load(directory, image_size, workers=2, cache=None, ranges=None, *, skip_damaged=False, say=lambda line: None,
-         agree=lambda find: find()):  # fmt: skip
+def load(
+    directory, image_size, workers=2, cache=None, ranges=None, *, skip_damaged=False, say=lambda line: None,
+    agree=lambda find: find(),
+):  # fmt: skip
     """The Unlabeled images in `directory` and all folders below it.
 
     They are decoded, kept in `cache` and left out as those of sources.folders.load are, which says what the other
@@ -26,7 +28,8 @@ def load(directory, image_size, workers=2, cache=None, ranges=None, *, skip_dama
     """
     directory, cache = Path(directory), cache and Path(cache)
     if not directory.is_dir():
-        raise Failure(f"{directory} does not exist. --unlabeled needs a folder of images, in folders of any names.")
+        what = "is no folder" if directory.exists() else "does not exist"
+        raise Failure(f"{directory} {what}. --unlabeled needs a folder of images, in folders of any names.")
     if cache and inside(os.path.realpath(cache), os.path.realpath(directory)):
         raise Failure(f"{directory} holds {cache.parent}, where this program writes. Name another --output-dir.")
     try:
@@ -36,7 +39,7 @@ def load(directory, image_size, workers=2, cache=None, ranges=None, *, skip_dama
     words = f"; passed over: {found.passed_over()}" if found.passed else ""
     if not found.paths:
         raise Failure(f"{directory} holds no images{words}.")
-    say(f"{directory}: {len(found.paths):,} images without labels{words}")
+    say(f"{directory}: {len(found.paths):,} image{'s' * (len(found.paths) != 1)} without labels{words}")
     keys = dict(zip(found.paths, kept.file_keys(directory, found.paths), strict=True))
     file = cache and cache / f"unlabeled-{place_of(directory, keys.values(), agree)}-{image_size}.npy"
     decoded = kept.load(found.paths, [*keys.values()], image_size, workers, file, ranges)
@@ -49,7 +52,7 @@ def load(directory, image_size, workers=2, cache=None, ranges=None, *, skip_dama
         raise Failure(f"none of the images in {directory} can be decoded (listed in {listed}).")
     if bad:
         where = f", listed in {listed}" if listed else ""
-        say(f"Left out, since they cannot be decoded: {len(bad):,} of these{where}")
+        say(f"Left out, since they cannot be decoded: {len(bad):,} of the images without labels{where}")
     digest = hashlib.sha256(str(decoded.images.shape).encode())
     digest.update(np.ascontiguousarray(decoded.images))
     names = [relative(path, directory) for path in found.paths if path not in bad]

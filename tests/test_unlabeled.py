@@ -1,5 +1,6 @@
 """Images without labels: the loss, whose turn it is, the very batches of plain distillation, and what is refused."""
 
+import csv
 import json
 import re
 import shutil
@@ -195,14 +196,33 @@ def test_the_teacher_is_asked_about_each_of_these_views_once(cli, words, taught,
     shutil.rmtree(output / NAME)
     assert cli(*words, "--output-dir", output).status == 0 and digest(output / NAME) == digest(taught / NAME)
     assert sorted(path.relative_to(output) for path in output.glob("targets/*/*")) == before
-    got = cli(*words, "--output-dir", tmp_path / "other", "--batch-size", 8, "--teacher", taught / "teacher-s0")
-    assert got.status == 0 and "damaged" not in got.err
+    shutil.copytree(output / "targets", tmp_path / "other" / "targets")
+    got = cli(*words, "--output-dir", tmp_path / "other", "--batch-size", 10, "--teacher", taught / "teacher-s0")
+    assert got.status == 0 and "damaged" not in got.err  # 40 images an epoch, not 48
 
 
 def test_other_images_are_another_run(cli, flags, taught, tmp_path):
     others = write_noise(tmp_path / "photos", 20, seed=1)
     got = cli(*flags, "--alpha", 0.9, "--unlabeled", others, "--output-dir", taught)
     assert got.status == 1 and "other images without labels" in got.err and "--overwrite" in got.err
+    output = Path(shutil.copytree(taught, tmp_path / "out"))
+    shutil.rmtree(output / NAME.replace("s0", "s1"))
+    got = cli(*flags, "--alpha", 0.9, "--unlabeled", others, "--output-dir", output, "--seed", 1)
+    assert got.status == 0 and got.out.count("KD, unlabeled, T=4, alpha=0.9") == 3  # a row in each of three tables
+    assert "is seen 4.8 times" in got.out  # 2 epochs of 48
+
+
+def test_the_table_of_runs_tells_them_apart(taught):
+    with open(taught / "comparison.csv") as file:
+        rows = {row["run"]: row["unlabeled"] for row in csv.DictReader(file)}
+    found = json.loads((taught / "comparison.json").read_text())["settings"]["unlabeled"]
+    assert rows[NAME] == found[:16] and rows["kd-T4-a0.9-s0"] == rows["baseline-s0"] == ""
+
+
+def test_the_teacher_that_is_missing_is_trained_without_options_of_these_images(cli, photos, tmp_path):
+    words = ("--dataset", "shapes", "--alpha", 0.9, "--unlabeled", photos, "--skip-damaged", "--output-dir", tmp_path)
+    got = cli(*words)
+    assert got.status == 1 and "main.py --train-teacher" in got.err and "--skip-damaged" not in got.err, got
 
 
 @pytest.mark.slow
@@ -231,8 +251,9 @@ def test_images_in_any_folders_are_found_and_kept(photos, tmp_path, monkeypatch)
 
 
 def test_data_that_are_no_folder_can_have_them(photos):
-    loaded = data.load("shapes", image_size=16, unlabeled=photos)
-    assert len(loaded.unlabeled.images) == 100 and loaded.digest == data.load("shapes", image_size=16).digest
+    plain = data.load("shapes", image_size=16)
+    loaded = data.with_unlabeled(plain, photos)
+    assert len(loaded.unlabeled.images) == 100 and loaded.digest == plain.digest
 
 
 def test_samples_of_16_bits_are_scaled_as_those_of_the_data_set_are(tmp_path):
@@ -245,6 +266,8 @@ def test_samples_of_16_bits_are_scaled_as_those_of_the_data_set_are(tmp_path):
     for _ in range(2):  # decoded by other ranges before; then read as kept
         scaled, said = load_unlabeled(tmp_path / "photos", tmp_path / "data", ranges=ranges)
         assert scaled.images[:, 0, 0, 0].tolist() == [0, 25, 50] and "1,023 white" in said[1]
+    again, _ = load_unlabeled(tmp_path / "photos", tmp_path / "data")
+    assert again.digest == alone.digest  # whatever was kept before
 
 
 def test_test_images_among_them_are_a_warning_with_a_list(cli, flags, words, images, photos, finished, tmp_path):
@@ -274,13 +297,15 @@ def test_damaged_images_are_refused_by_name_or_left_out(cli, flags, photos, fini
     assert got.status == 1 and "1 of 101 images cannot be decoded" in got.err and "broken.jpg" in got.err
     assert "broken.jpg" in (tmp_path / "out/data/damaged-unlabeled.txt").read_text()
     got = cli(*command, "--skip-damaged")
-    assert got.status == 0 and "Left out, since they cannot be decoded: 1 of these" in got.out
+    assert (
+        got.status == 0 and "Left out, since they cannot be decoded: 1 of the images without labels, listed" in got.out
+    )
     record = json.loads((tmp_path / "out" / NAME / "run.json").read_text())
     assert record["images"]["unlabeled"] == {"count": 100, "skipped": 1, "test_images": 0, "listed": None}
     assert record["recorded"]["unlabeled"] == str(mixed)
 
 
-def test_folders_that_hold_no_images_to_learn_from(cli, flags, photos, copy, tmp_path):
+def test_folders_that_hold_no_images_to_learn_from(cli, flags, images, photos, copy, tmp_path):
     empty, broken, inside = tmp_path / "empty", tmp_path / "broken", tmp_path / "inside"
     empty.mkdir()
     (empty / "clip.mp4").touch()
@@ -289,6 +314,8 @@ def test_folders_that_hold_no_images_to_learn_from(cli, flags, photos, copy, tmp
     shutil.copytree(photos, inside)
     for words, message in (
         ((tmp_path / "none", "--output-dir", copy), "none does not exist. --unlabeled needs a folder of images"),
+        ((broken / "one.png", "--output-dir", copy), "one.png is no folder. --unlabeled needs a folder of images"),
+        ((images / "train" / "red", "--output-dir", copy), f"red is a class of {images}. Move it elsewhere"),
         ((empty, "--output-dir", copy), "empty holds no images; passed over: 1 .mp4 (videos: export single frames)."),
         ((broken, "--output-dir", copy, "--skip-damaged"), "none of the images in"),
         ((inside, "--output-dir", inside / "out", "--teacher", copy / "teacher-s0"), "Name another --output-dir."),
@@ -315,6 +342,7 @@ def test_what_does_not_go_together(cli, words, message):
 
 def test_the_data_are_the_same_with_and_without(images, photos):
     """So a teacher that was trained before serves, and a baseline is reused."""
-    plain, more = (data.load("folder", data_dir=images, image_size=16, unlabeled=each) for each in (None, photos))
+    plain = data.load("folder", data_dir=images, image_size=16)
+    more = data.with_unlabeled(plain, photos)
     assert plain.digest == more.digest and plain.unlabeled is None and len(more.unlabeled.images) == 100
     assert torch.equal(plain.train_images, more.train_images) and plain.mean == more.mean
