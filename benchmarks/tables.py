@@ -24,7 +24,7 @@ from runs.settings import Settings
 
 RESULTS = ROOT / "results"
 README, RECORD, SPEED = ROOT / "README.md", RESULTS / "cifar10", RESULTS / "throughput-cpu.json"
-SHORTER = RESULTS / "cifar10-10-epochs"  # other students of the record's teacher
+SHORTER = [RESULTS / f"cifar10-{epochs}-epochs" for epochs in (10, 5)]  # other students of the record's teacher
 
 
 def table(head, *rows):
@@ -63,7 +63,7 @@ def results():
     environment, teacher = found["environment"], found["teacher"]
     epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     rows = [["teacher", epochs, 1, f"{teacher['accuracy']:.4f}", ""]]
-    for each in (found, record(SHORTER)):
+    for each in (found, *map(record, SHORTER)):
         epochs = each["settings"]["epochs"]
         for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"])):
             name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"

@@ -17,7 +17,7 @@ import train
 from runs.files import Failure
 
 RECORD = ROOT / "results" / "cifar10"
-SHORTER = ROOT / "results" / "cifar10-10-epochs"  # students of the record's teacher
+SHORTER, SHORTEST = (ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in (10, 5))  # of the record's teacher
 
 
 def record(folder=RECORD):
@@ -30,7 +30,7 @@ def entry(folder, temperature, alpha):
 
 
 ALL = [(RECORD, 24, [(32, 0.9), (4, 0.1), (4, 0.9)]),
-       (SHORTER, 10, [(32, 0.9), (1, 0.9), (4, 0.1), (4, 0.9), (16, 0.9)])]  # fmt: skip
+       (SHORTER, 10, [(32, 0.9), (1, 0.9), (4, 0.1), (4, 0.9), (16, 0.9)]), (SHORTEST, 5, [(32, 0.9)])]  # fmt: skip
 
 
 @pytest.mark.parametrize(("folder", "epochs", "pairs"), ALL)
@@ -45,7 +45,7 @@ def test_the_records_hold_what_their_plans_name(folder, epochs, pairs):
     assert len(lengths) == (20 if folder == RECORD else 0)
 
 
-@pytest.mark.parametrize("folder", [RECORD, SHORTER])
+@pytest.mark.parametrize("folder", [RECORD, SHORTER, SHORTEST])
 def test_the_gains_are_those_of_a_paired_t_test_by_hand(folder):
     comparison = record(folder)
     for kd in comparison["kd"]:
@@ -75,6 +75,12 @@ def test_the_prose_has_the_figures_of_the_records():
     assert f"ECE {against('calibration_error')}, NLL {against('negative_log_likelihood')})" in readme
     assert f"(NLL {against('scaled_negative_log_likelihood')})" in readme
     assert f"a fitted temperature, about {np.mean(pair[0]['fitted_temperature']):.1f}," in readme
+
+    def ends(improvement):
+        return improvement["mean"], *improvement["ci95"]
+
+    shortest = record(SHORTEST)["kd"][0]["improvement"]
+    assert "After 5 epochs T = 32 gains {:.2f} points ({:+.2f} to {:+.2f})".format(*ends(shortest)) in readme
     default, more = (entry(RECORD, 4, alpha)["improvement"]["mean"] for alpha in (0.1, 0.9))
     words = f"alpha = 0.9 gains {more:.2f} points after 24 epochs, and alpha = 0.1, its default, {default:.2f}, which"
     assert words in readme
@@ -86,7 +92,7 @@ def test_the_prose_has_the_figures_of_the_records():
     assert "{:+.2f} points (standard error {:.2f}) became {:+.2f} ({:.2f})".format(*numbers) in measured
     with open(ROOT / "results" / "recipes.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["epochs"] == "6"]
-    assert len(rows) == 22 and all(f"{float(row['val_accuracy']):.4f}" in measured for row in rows)
+    assert len(rows) == 26 and all(f"{float(row['val_accuracy']):.4f}" in measured for row in rows)
 
     def tests(path):
         """Of each comparison in a file of benchmarks/difference.py: mean, ends of the interval, p and Holm's p."""
@@ -130,7 +136,7 @@ def test_the_prose_has_the_figures_of_the_records():
         in readme
     )
 
-    five = SHORTER.with_name("cifar10-5-epochs")
+    five = SHORTER.with_name("earlier-5-epochs")
     fixed, longer = (json.loads((five / name).read_text()) for name in ("fixed.json", "longer_teacher.json"))
     shared, others = record(five)["kd"][0]["accuracies"], longer["kd"][0]["accuracies"]
     assert shared == fixed["shared"]["accuracies"] and longer["teacher"]["accuracy"] == record()["teacher"]["accuracy"]
@@ -139,6 +145,30 @@ def test_the_prose_has_the_figures_of_the_records():
         half = 4.302653 * gains.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom, 97.5%
         assert f"{gains.mean():+.2f} points ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f})" in measured
     assert "{:.4f}, {:.4f}, {:.4f} against {:.4f}, {:.4f}, {:.4f}".format(*others, *shared) in measured
+
+
+def test_what_images_without_labels_add_is_told_as_measured():
+    folder, measured = ROOT / "results" / "few-labels", " ".join((ROOT / "results" / "README.md").read_text().split())
+    shorter, longer = (json.loads((folder / name).read_text()) for name in ("comparison.json", "longer.json"))
+    first, plain = shorter["kd"]
+    others = [plain, shorter["baseline"], longer["kd"][0], longer["baseline"]]
+    tests = json.loads((folder / "difference.json").read_text())
+    assert first["unlabeled"] and len(tests) == 4 and first["seeds"] == [0, 1, 2, 3, 4]
+    assert [each["settings"]["epochs"] for each in (shorter, longer)] == [30, 60]
+    for other, test in zip(others, tests, strict=True):
+        gains = 100 * (np.array(first["accuracies"]) - other["accuracies"])
+        half = 2.776445 * gains.std(ddof=1) / 5**0.5  # as above
+        told = f"{gains.mean():+.2f} points ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f}), p = "
+        assert told + f"{test['points']['p_value']:.2g}" in measured
+        assert f"{np.mean(other['accuracies']):.4f} ± {np.std(other['accuracies'], ddof=1):.4f}" in measured
+    teacher, student, baseline = shorter["teacher"]["accuracy"], first["mean"], shorter["baseline"]["mean"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    below = "within {:.1f} points of its teacher, which is ten times as large; without a teacher it is {:.1f} below"
+    assert f"{teacher:.4f}" in measured
+    assert below.format(100 * (teacher - student), 100 * (teacher - baseline)) in readme
+    gains = [value for each in (plain, first) for value in (each["improvement"]["mean"], *each["improvement"]["ci95"])]
+    told = "it gains {:.2f} ({:+.2f} to {:+.2f}), and {:.2f} ({:+.2f} to {:+.2f}) if the student also sees the others"
+    assert told.format(*gains) in readme
 
 
 def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
