@@ -186,7 +186,9 @@ def test_a_group_asks_the_teacher_only_about_epochs_that_a_student_needs(monkeyp
     import main
 
     main.import_modules()
-    settings = [SimpleNamespace(role=role, asks_teacher=role == "kd") for role in ("kd", "baseline")]
+    settings = [
+        SimpleNamespace(role=role, asks_teacher=role == "kd", images_per_label=1) for role in ("kd", "baseline")
+    ]
     runs = [Mock(settings=each) for each in settings]
     group = Mock(size=2, leads=True, agree=lambda find: find(), share=lambda order: ())
     session = SimpleNamespace(group=group, transfer_set=range(48), arguments=SimpleNamespace(epochs=200))

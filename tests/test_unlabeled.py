@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,14 +14,14 @@ import torch
 from conftest import leave_out
 from PIL import Image
 from scipy.special import log_softmax, softmax
-from test_group import THREADS, launch
 
 import data
 import models
 import train
 from data import JoinedViews, UnlabeledViews, Views
-from distill import UNLABELED, distillation_loss
+from distill import UNLABELED, Ensemble, SoftTargets, distillation_loss
 from runs.command import exit_status
+from runs.machine import Machine
 from sources import unlabeled
 
 pytestmark = pytest.mark.usefixtures("nothing_slow")
@@ -42,15 +43,6 @@ def write_noise(folder, count, size=16, seed=9):
 def photos(tmp_path_factory):
     """A folder of 100 images without labels; not to be changed."""
     return write_noise(tmp_path_factory.mktemp("photos"), 100)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """As many threads as each of two processes has: on a CPU the last bits depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +217,22 @@ def test_the_teacher_that_is_missing_is_trained_without_options_of_these_images(
     assert got.status == 1 and "main.py --train-teacher" in got.err and "--skip-damaged" not in got.err, got
 
 
-@pytest.mark.slow
-def test_several_processes_give_the_same_bits(words, taught, tmp_path):
-    got = launch(*words, "--teacher", taught / "teacher-s0", "--output-dir", tmp_path)
-    assert got.status == 0 and digest(tmp_path / NAME) == digest(taught / NAME), got
-    assert len(list(tmp_path.glob("targets/*/*.npz"))) == 4  # two epochs, with labels and without
+def test_a_group_computes_the_targets_of_both_kinds_of_images_before_they_are_needed(tmp_path):
+    """In turn, so that no two processes write the same file."""
+    network, machine, images = models.create("student", 3, seed=0).eval(), Machine(torch.device("cpu")), torch.zeros
+    views = Views(images(6, 16, 16, 3, dtype=torch.uint8), (0,) * 3, (1,) * 3, padding=2)
+    others = UnlabeledViews(images(9, 16, 16, 3, dtype=torch.uint8), (0,) * 3, (1,) * 3, padding=2, count=4)
+    kinds = [SoftTargets(network, "teacher", "data", each, tmp_path, machine, shared=True) for each in (views, others)]
+    for kind, name in zip(kinds, ("labeled", "unlabeled"), strict=True):
+        kind.folder = tmp_path / name
+    asked = []
+    group = Mock(agree=lambda find: find(), share=lambda targets: [targets[k] for k in asked.append(targets) or (0, 3)])
+    targets = Ensemble(kinds[:1], Ensemble(kinds[1:]))
+    targets.share(group, range(2))
+    assert asked == [[(kinds[0], 0), (kinds[1], 0), (kinds[0], 1), (kinds[1], 1)]]
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*"))
+    assert found == ["labeled/epoch-0001.npz", "unlabeled/epoch-0002.npz"]
+    assert targets.bytes_per_epoch == 2 * 3 * (6 + 4)
 
 
 # The images -----------------------------------------------------------------------------------------------------------
