@@ -223,7 +223,7 @@ def train_all(session, runs, targets=None, later=()):
         order.sort(key=lambda position: -work[position])  # the longest first
         if asked := [left[position] for position in order if runs[position].settings.asks_teacher]:
             targets.share(group, range(session.arguments.epochs - max(asked), session.arguments.epochs))
-        tally = Tally(group, len(order), sum(left), afterwards)
+        tally = Tally(group, len(order), sum(work), afterwards)
     for position in group.share(order):
         run = runs[position]
         title = run.name if len(runs) == 1 else f"[{position + 1}/{len(runs)}] {run.name}"

@@ -208,14 +208,14 @@ class Tally:
     """How far a group is with the runs that it shares."""
 
     def __init__(self, group, runs, epochs, later):
-        """`runs` is how many there are to train, `epochs` how many these have left in all; `later` is how many the
-        command trains afterwards."""
+        """`runs` is how many there are to train, `epochs` how many these have left in all, those that take twice the
+        images counted twice; `later` is how many the command trains afterwards."""
         self.group, self.runs, self.epochs, self.later, self.began = group, runs, epochs, later, time.monotonic()
         self.key = group._key("tally")
 
-    def add(self, what):
-        """Counts a run "started" or "done", or one of the "epochs"."""
-        self.group.ask("add", f"{self.key} {what}", 1)
+    def add(self, what, count=1):
+        """Counts a run "started" or "done", or `count` of the "epochs"."""
+        self.group.ask("add", f"{self.key} {what}", count)
 
     def words(self):
         """Runs done, running and waiting, and the time left for all of them."""

@@ -171,7 +171,7 @@ class Progress:
         self._write_history()
         self._write_record()
         if self.tally:
-            self.tally.add("epochs")
+            self.tally.add("epochs", self.settings.images_per_label)
         if self.bar.disable:  # no terminal: a line in a log instead
             self._log(row)
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -22,6 +22,9 @@ from data import JoinedViews, UnlabeledViews, Views
 from distill import UNLABELED, Ensemble, SoftTargets, distillation_loss
 from runs.command import exit_status
 from runs.machine import Machine
+from runs.progress import Options
+from runs.run import Run
+from runs.settings import Settings
 from sources import unlabeled
 
 pytestmark = pytest.mark.usefixtures("nothing_slow")
@@ -215,6 +218,18 @@ def test_the_teacher_that_is_missing_is_trained_without_options_of_these_images(
     words = ("--dataset", "shapes", "--alpha", 0.9, "--unlabeled", photos, "--skip-damaged", "--output-dir", tmp_path)
     got = cli(*words)
     assert got.status == 1 and "main.py --train-teacher" in got.err and "--skip-damaged" not in got.err, got
+
+
+def test_an_epoch_of_twice_the_images_counts_twice_for_the_time_left(images, photos, tmp_path):
+    loaded = data.with_unlabeled(data.load("folder", data_dir=images, image_size=16), photos)
+    settings = Settings(role="kd", data=loaded.digest, epochs=2, batch_size=16, learning_rate=0.05, weight_decay=0.0,
+                        seed=0, image_size=16, temperature=4.0, alpha=0.9, teacher="t",
+                        unlabeled=loaded.unlabeled.digest)  # fmt: skip
+    teacher, tally = Mock(epoch=lambda *_: torch.zeros(48, 3)), Mock()
+    teacher.unlabeled.epoch = lambda *_: torch.zeros(48, 3)
+    machine = Machine(torch.device("cpu"))
+    train.train(Run(tmp_path / "run", settings), loaded, machine, Options(), teacher=teacher, tally=tally)
+    assert tally.add.call_args_list == [call("started"), call("epochs", 2), call("epochs", 2), call("done")]
 
 
 def test_a_group_computes_the_targets_of_both_kinds_of_images_before_they_are_needed(tmp_path):
