@@ -120,7 +120,7 @@ def train_students(session, teachers):
     prepare(session, again)
     train_all(session, runs, targets)
     asked = {"temperature": pair[0], "alpha": pair[1], "seeds": list(plan.seeds(arguments))}
-    return asked | {"criterion": runs[0].settings.criterion, "shared": runs[0].settings.shared}
+    return asked | {"variant": runs[0].settings.variant, "shared": runs[0].settings.shared}
 
 
 def soft_targets(session, networks):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from reports.statistics import holm, spread
-from runs.settings import pair_name, special_of
+from runs.settings import pair_name, variant_of
 
 
 def rows(comparison):
@@ -49,7 +49,7 @@ def differences(comparison):
     for entry in comparison.kd[1:]:
         over = entry["first_over_this"]
         if over:
-            plain = "plain " if special_of(first) and not special_of(entry) else ""
+            plain = "plain " if variant_of(first) and not variant_of(entry) else ""
             tests.append((f"{pair_name(first)} over {plain}{pair_name(entry)}", over, len(over["seeds"])))
     if not tests:
         return []

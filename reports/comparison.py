@@ -23,9 +23,9 @@ from sources import survey
 
 
 def _key(way, seed):
-    """The Key of a student distilled in a `way`, (temperature, alpha, criterion)."""
-    temperature, alpha, criterion = way
-    return Key("kd", temperature, alpha, seed, criterion)
+    """The Key of a student distilled in a `way`, (temperature, alpha, variant)."""
+    temperature, alpha, variant = way
+    return Key("kd", temperature, alpha, seed, variant)
 
 
 def _baseline(seed):
@@ -37,7 +37,7 @@ class Comparison:
     """All that the finished runs of an output folder say, for one teacher (or one ensemble of teachers)."""
 
     def __init__(self, output, asked=None):
-        """`asked` is {"temperature", "alpha", "seeds", "criterion", "shared"}, the last two being those of Settings and
+        """`asked` is {"temperature", "alpha", "seeds", "variant", "shared"}, the last two being those of Settings and
         of plain distillation if they are missing. Without it they are taken from comparison.json or, where there is
         none, from the first students that have a baseline.
 
@@ -45,9 +45,9 @@ class Comparison:
         """
         self.output = Path(output)
         everything = all_finished_runs(self.output)
-        asked = {"criterion": None, "shared": PLAIN, **(asked or self._asked_before(everything))}
+        asked = {"variant": None, "shared": PLAIN, **(asked or self._asked_before(everything))}
         runs = {run.key: run for run in everything if run.settings.shared == tuple(asked["shared"])}
-        first, seeds = (asked["temperature"], asked["alpha"], asked["criterion"]), asked["seeds"]
+        first, seeds = (asked["temperature"], asked["alpha"], asked["variant"]), asked["seeds"]
         self.first = runs.get(_key(first, seeds[0]))
         matching = {k: run for k, run in runs.items() if self.first and comparable(self.first.settings, run.settings)}
         wanted = [key for seed in seeds for key in (_key(first, seed), _baseline(seed))]
@@ -117,8 +117,8 @@ class Comparison:
                 content = read_json(path)
                 asked = {name: content["kd"][0][name] for name in ("temperature", "alpha", "seeds")}
                 settings = decode(content["settings"], Settings, path)
-                asked |= {"criterion": settings.criterion, "shared": settings.shared}
-                key = _key((asked["temperature"], asked["alpha"], settings.criterion), asked["seeds"][0])
+                asked |= {"variant": settings.variant, "shared": settings.shared}
+                key = _key((asked["temperature"], asked["alpha"], settings.variant), asked["seeds"][0])
                 if any(run.key == key and run.settings.shared == asked["shared"] for run in runs):
                     return asked
             except (Damaged, LookupError, TypeError):
@@ -128,7 +128,7 @@ class Comparison:
             raise Failure(f"{self.output} holds no finished students to report on.")
         shared = min((run.settings.shared for run in students), key=lambda shared: (shared != PLAIN, str(shared)))
         runs = {run.key: run for run in runs if run.settings.shared == shared}
-        students = sorted((key for key in runs if key.role == "kd"), key=lambda key: (key.criterion or (), key[:4]))
+        students = sorted((key for key in runs if key.role == "kd"), key=lambda key: (key.variant or (), key[:4]))
         with_baseline = []
         for key in students:
             baseline = runs.get(_baseline(key.seed))
@@ -137,7 +137,7 @@ class Comparison:
         first = (with_baseline or students)[0]
         seeds = [key.seed for key in with_baseline if key.way == first.way] or [first.seed]
         asked = {"temperature": first.temperature, "alpha": first.alpha, "seeds": seeds}
-        return asked | {"criterion": first.criterion, "shared": shared}
+        return asked | {"variant": first.variant, "shared": shared}
 
     def _by_class(self, logits):
         by_class = class_accuracies(logits, self.labels, len(self.classes))
@@ -172,7 +172,7 @@ class Comparison:
         }, logits
 
     def _add(self, way, seeds, students, baselines):
-        """Adds the entry of a way to distil, (temperature, alpha, criterion)."""
+        """Adds the entry of a way to distil, (temperature, alpha, variant)."""
         temperature, alpha, _ = way
         entry, logits = self._several([students[_key(way, seed)] for seed in seeds], temperature)
         without = [baselines[seed] for seed in seeds]
@@ -190,8 +190,8 @@ class Comparison:
             improvement = paired_test(gains)
         improvement["by_seed"] = gains
         settings, names = students[_key(way, seeds[0])].settings, ("loss", "loss_sha256", "unlabeled")
-        special = {name: value for name in names if (value := getattr(settings, name))}
-        entry = {"temperature": temperature, "alpha": alpha, **special, **entry, "improvement": improvement}
+        variant = {name: value for name in names if (value := getattr(settings, name))}
+        entry = {"temperature": temperature, "alpha": alpha, **variant, **entry, "improvement": improvement}
         if self.kd:
             entry["first_over_this"] = self._over(self.kd[0], entry)
         self.kd.append(entry)

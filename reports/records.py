@@ -29,12 +29,12 @@ class Key(NamedTuple):
     temperature: float | None
     alpha: float | None
     seed: int
-    criterion: tuple | None
+    variant: tuple | None
 
     @property
     def way(self):
         """How a student is distilled, apart from the seed."""
-        return self.temperature, self.alpha, self.criterion
+        return self.temperature, self.alpha, self.variant
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FinishedRun(RunRecord):
     @property
     def key(self):
         s = self.settings
-        return Key(s.role, s.temperature, s.alpha, s.seed, s.criterion)
+        return Key(s.role, s.temperature, s.alpha, s.seed, s.variant)
 
     def logits(self, shape):
         """The run's float32 test logits; raises Damaged unless they have `shape` and are finite."""

@@ -80,11 +80,11 @@ def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_tea
     for seed in seeds(arguments):
         taught = {"teacher": teacher, "sweep_teacher": sweep_teacher}
         distilled = [{"role": "kd", "temperature": t, "alpha": a, **taught} for t, a in pairs]
-        special = settings_of("loss", hooks.loss) if hooks.loss else {}
+        variant = settings_of("loss", hooks.loss)
         if data.unlabeled:
-            special = {"unlabeled": data.unlabeled.digest}
-        if special:
-            distilled = [each | more for each in distilled for more in (special, {})]
+            variant = {"unlabeled": data.unlabeled.digest}
+        if variant:
+            distilled = [each | more for each in distilled for more in (variant, {})]
         for rest in (*distilled, {"role": "baseline"}):
             common = {"seed": seed, "images": images, "network": hooks.student, **judged}
             settings = _settings(arguments, data, **common, **shared, **rest)

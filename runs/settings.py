@@ -71,10 +71,10 @@ class Settings:
     def name(self):
         """The name of the run's folder: teacher-s0, kd-T4-a0.1-s0, kd-unlabeled-T4-a0.9-s0, baseline-s0,
         baseline-f0.03-without-bird-s0."""
-        return run_name(self.role, self.temperature, self.alpha, self.seed, self.criterion, self.shared)
+        return run_name(self.role, self.temperature, self.alpha, self.seed, self.variant, self.shared)
 
     @property
-    def criterion(self):
+    def variant(self):
         """What a student has besides plain distillation: a loss of the user's own, by its name and digest, or images
         without labels, by "unlabeled" and their digest; else None."""
         return (self.loss, self.loss_sha256) if self.loss else self.unlabeled and ("unlabeled", self.unlabeled)
@@ -179,10 +179,10 @@ def default_padding(epochs, image_size):
     return image_size // (16 if epochs <= SHORT else 8)
 
 
-def run_name(role, temperature, alpha, seed, criterion=None, shared=PLAIN):
-    """The name of a run's folder; numbers without a trailing .0. `criterion` and `shared` are those of Settings."""
+def run_name(role, temperature, alpha, seed, variant=None, shared=PLAIN):
+    """The name of a run's folder; numbers without a trailing .0. `variant` and `shared` are those of Settings."""
     fraction, omitted, network = shared
-    parts = [role, *(_safe(named[0]) for named in (network, criterion) if named)]
+    parts = [role, *(_safe(named[0]) for named in (network, variant) if named)]
     if role == "kd":
         parts += [f"T{_short(temperature)}", f"a{_short(alpha)}"]
     if fraction != 1:
@@ -205,13 +205,13 @@ def _short(number):
 
 
 def pair_name(entry):
-    """How tables and figures name a way to distil, a dict of temperature, alpha and what is special of it:
+    """How tables and figures name a way to distil, a dict of temperature, alpha and its variant:
     "T=4, alpha=0.1", "dkd, T=4, alpha=0.1" or "unlabeled, T=4, alpha=0.1"."""
-    words = [special] if (special := special_of(entry)) else []
+    words = [variant] if (variant := variant_of(entry)) else []
     return ", ".join([*words, f"T={entry['temperature']:g}", f"alpha={entry['alpha']:g}"])
 
 
-def special_of(entry):
+def variant_of(entry):
     """What a way to distil, as in `pair_name`, has besides plain distillation, or None."""
     return entry.get("loss") or ("unlabeled" if entry.get("unlabeled") else None)
 

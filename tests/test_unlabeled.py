@@ -5,19 +5,21 @@ import json
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
 import torch
-from conftest import leave_out
+from conftest import ROOT, leave_out
 from PIL import Image
 from scipy.special import log_softmax, softmax
 
 import data
 import models
 import train
+from arguments import parse
 from data import JoinedViews, UnlabeledViews, Views
 from distill import UNLABELED, Ensemble, SoftTargets, distillation_loss
 from runs.command import exit_status
@@ -364,3 +366,51 @@ def test_the_data_are_the_same_with_and_without(images, photos):
     more = data.with_unlabeled(plain, photos)
     assert plain.digest == more.digest and plain.unlabeled is None and len(more.unlabeled.images) == 100
     assert torch.equal(plain.train_images, more.train_images) and plain.mean == more.mean
+
+
+# The benchmark --------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_takes_labels_away_and_trains_all_that_it_compares(images, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import unlabeled as benchmark
+
+    small = data.load("folder", data_dir=images, image_size=16)
+    monkeypatch.setattr(data, "load", lambda *_, **__: small)
+    typed, output = [], tmp_path / "out"
+
+    def run(words, **_):
+        typed.append([str(word) for word in words[1:]])
+        for folder in (output, output / "longer"):
+            folder.mkdir(exist_ok=True)
+            (folder / "comparison.json").write_text(folder.name)
+        return Mock(returncode=0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    words = ["unlabeled.py", "--output-dir", output, "--results", tmp_path / "results", "--fraction", "0.25"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--epochs", "3", "--seeds", "2", "--", "--device", "cpu"])
+    benchmark.main()
+
+    folder, pixels = output / "images-0.25", {}
+    for split in ("train", "test", "unlabeled"):
+        pixels[split] = {
+            path.relative_to(folder).as_posix(): Image.open(path) for path in folder.glob(f"{split}/**/*.png")
+        }
+    assert [len(found) for found in pixels.values()] == [12, 24, 36]
+    assert all(len([*(folder / "train" / name).iterdir()]) == 4 for name in small.classes)
+    for name, image in (pixels["train"] | pixels["unlabeled"]).items():
+        number, label = int(Path(name).stem), Path(name).parent.name
+        assert np.array_equal(np.array(image), small.train_images[number].numpy())
+        assert label in ("unlabeled", small.classes[small.train_labels[number]])
+
+    teacher, students, longer, difference = typed
+    for command, epochs in ((teacher, 6), (students, 3), (longer, 6)):
+        parsed = parse(command[1:])
+        assert (parsed.epochs, parsed.data_dir, parsed.device) == (epochs, str(folder), "cpu")
+        assert parsed.unlabeled == (str(folder / "unlabeled") if command == students else None)
+    assert parse(students[1:]).teacher == parse(longer[1:]).teacher == [str(output / "teacher-s0")]
+    assert difference[1] == str(output / "kd-unlabeled-T32-a0.9-s*")
+    over = [difference[place + 1] for place, word in enumerate(difference) if word == "--over"]
+    names = ("kd-T32-a0.9-s*", "baseline-s*")
+    assert over == [str(place / name) for place in (output, output / "longer") for name in names]
+    assert (tmp_path / "results" / "longer.json").read_text() == "longer"
