@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, call
 
 import numpy as np
@@ -371,7 +372,9 @@ def test_the_data_are_the_same_with_and_without(images, photos):
 # The benchmark --------------------------------------------------------------------------------------------------------
 
 
-def test_the_benchmark_takes_labels_away_and_trains_all_that_it_compares(images, tmp_path, monkeypatch):
+@pytest.fixture
+def benchmark(images, tmp_path, monkeypatch):
+    """benchmarks/unlabeled.py with few images: what it wrote and the commands it would run, for more of its words."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import unlabeled as benchmark
 
@@ -381,36 +384,79 @@ def test_the_benchmark_takes_labels_away_and_trains_all_that_it_compares(images,
 
     def run(words, **_):
         typed.append([str(word) for word in words[1:]])
-        for folder in (output, output / "longer"):
-            folder.mkdir(exist_ok=True)
-            (folder / "comparison.json").write_text(folder.name)
+        if "--output-dir" in typed[-1]:
+            place = Path(parse(typed[-1][1:]).output_dir)
+            place.mkdir(exist_ok=True)
+            (place / "comparison.json").write_text(place.name)
+            for name in ("kd-T32-a0.9-s0", "baseline-s1", "teacher-s0"):
+                (place / name).mkdir(exist_ok=True)
         return Mock(returncode=0)
 
+    def typed_with(*more):
+        words = ["unlabeled.py", "--output-dir", output, "--results", tmp_path / "results", "--fraction", "0.25"]
+        words += [*more, "--epochs", "3", "--seeds", "2", "--", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        benchmark.main()
+        return typed
+
     monkeypatch.setattr(benchmark.subprocess, "run", run)
-    words = ["unlabeled.py", "--output-dir", output, "--results", tmp_path / "results", "--fraction", "0.25"]
-    monkeypatch.setattr(sys, "argv", [*map(str, words), "--epochs", "3", "--seeds", "2", "--", "--device", "cpu"])
-    benchmark.main()
+    return SimpleNamespace(typed_with=typed_with, output=output, images=small)
 
-    folder, pixels = output / "images-0.25", {}
-    for split in ("train", "test", "unlabeled"):
-        pixels[split] = {
-            path.relative_to(folder).as_posix(): Image.open(path) for path in folder.glob(f"{split}/**/*.png")
-        }
-    assert [len(found) for found in pixels.values()] == [12, 24, 36]
+
+def written(folder):
+    """{"train": {path: image}, …} of what the benchmark wrote to `folder`."""
+    found = {}
+    for split in ("train", "test", "unlabeled/same", "unlabeled/other"):
+        paths = folder.glob(f"{split}/**/*.png")
+        found[split] = {path.relative_to(folder).as_posix(): np.array(Image.open(path)) for path in paths}
+    return found
+
+
+def compared(command):
+    """The groups of runs after --over."""
+    return [command[place + 1] for place, word in enumerate(command) if word == "--over"]
+
+
+def test_the_benchmark_takes_labels_away_and_trains_all_that_it_compares(benchmark, tmp_path):
+    teacher, students, longer, difference = benchmark.typed_with()
+    output, folder, small = benchmark.output, benchmark.output / "images-0.25", benchmark.images
+    pixels = written(folder)
+    assert [len(found) for found in pixels.values()] == [12, 24, 36, 0]
     assert all(len([*(folder / "train" / name).iterdir()]) == 4 for name in small.classes)
-    for name, image in (pixels["train"] | pixels["unlabeled"]).items():
+    for name, image in (pixels["train"] | pixels["unlabeled/same"]).items():
         number, label = int(Path(name).stem), Path(name).parent.name
-        assert np.array_equal(np.array(image), small.train_images[number].numpy())
-        assert label in ("unlabeled", small.classes[small.train_labels[number]])
+        assert np.array_equal(image, small.train_images[number].numpy())
+        assert label in ("same", small.classes[small.train_labels[number]])
 
-    teacher, students, longer, difference = typed
     for command, epochs in ((teacher, 6), (students, 3), (longer, 6)):
         parsed = parse(command[1:])
         assert (parsed.epochs, parsed.data_dir, parsed.device) == (epochs, str(folder), "cpu")
-        assert parsed.unlabeled == (str(folder / "unlabeled") if command == students else None)
+        assert parsed.unlabeled == (str(folder / "unlabeled" / "same") if command == students else None)
     assert parse(students[1:]).teacher == parse(longer[1:]).teacher == [str(output / "teacher-s0")]
     assert difference[1] == str(output / "kd-unlabeled-T32-a0.9-s*")
-    over = [difference[place + 1] for place, word in enumerate(difference) if word == "--over"]
     names = ("kd-T32-a0.9-s*", "baseline-s*")
-    assert over == [str(place / name) for place in (output, output / "longer") for name in names]
+    assert compared(difference) == [str(place / name) for place in (output, output / "longer") for name in names]
     assert (tmp_path / "results" / "longer.json").read_text() == "longer"
+
+
+def test_the_benchmark_tries_images_of_other_classes(benchmark, tmp_path):
+    _, same, other, longer, difference, of_other = benchmark.typed_with("--classes", "red", "blue")
+    output, folder, small = benchmark.output, benchmark.output / "images-0.25-red-blue", benchmark.images
+    pixels = written(folder)
+    assert [len(found) for found in pixels.values()] == [8, 16, 16, 16]  # of the 24 without labels of red and blue 16
+    for name in pixels["unlabeled/same"] | pixels["unlabeled/other"]:
+        label = small.classes[small.train_labels[int(Path(name).stem)]]
+        assert (label in ("red", "blue")) == ("same" in name)
+    assert {path.name for path in [*folder.glob("train/*"), *folder.glob("test/*")]} == {"red", "blue"}
+
+    for command, place in ((same, output), (other, output / "other")):
+        parsed = parse(command[1:])
+        assert (parsed.output_dir, parsed.epochs) == (str(place), 3)
+        assert parsed.unlabeled == str(folder / "unlabeled" / ("other" if command == other else "same"))
+    assert parse(longer[1:]).unlabeled is None
+    assert (output / "other" / "baseline-s1").is_dir() and not (output / "other" / "longer").exists()
+    name = "kd-unlabeled-T32-a0.9-s*"
+    assert of_other[1] == str(output / "other" / name)
+    assert compared(of_other) == [str(output / name), *compared(difference)]
+    results = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert results == ["comparison.json", "longer.json", "other.json"]  # the fourth and fifth are difference.py's
