@@ -43,7 +43,7 @@ TASKS = {
     "export": (("model", "temperature", "student", "teacher_network"), "which only converts a finished model"),
 }
 
-FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # what --dataset folder alone takes; part of the data's digest
+FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # of images in folders; part of the data's digest
 
 SWITCH = {"action": "store_true"}
 
@@ -213,7 +213,8 @@ def parser():
            "auto", choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")
     option("--compile", "torch.compile the networks for training (needs a C++ compiler, on CUDA Triton) [off]",
            action=argparse.BooleanOptionalAction)
-    option("--output-dir", "everything the program writes goes here", "outputs", type=path, metavar="DIR")
+    option("--output-dir", "where runs, reports, soft targets and decoded images are kept", "outputs",
+           type=path, metavar="DIR")
     option("--save-every", "seconds between saved states within an epoch", 120.0,
            type=number(0, 1e6), metavar="SECONDS")
     option("--overwrite", "remove the runs of this command that exist, and train them again", **SWITCH)
@@ -278,7 +279,8 @@ def parse(argv):
     for name in FOLDER_OPTIONS:
         has_folder = arguments.dataset == "folder" or (name == "skip_damaged" and arguments.unlabeled)
         if getattr(arguments, name) and not has_folder:
-            raise Usage(f"--{name.replace('_', '-')} is for --dataset folder")
+            also = " and --unlabeled" if name == "skip_damaged" else ""
+            raise Usage(f"--{name.replace('_', '-')} is for --dataset folder{also}")
     if arguments.data_url is not None:
         if arguments.dataset not in ("cifar10", "cifar100"):
             raise Usage("--data-url is for --dataset cifar10 or cifar100")

@@ -1,6 +1,6 @@
 """Test accuracy against the compute of training: this program's records beside the speed-run records for CIFAR-10.
 
-    python benchmarks/compute.py    draws results/compute.png and prints its points
+    python benchmarks/compute.py    draws results/compute.png and prints its points as a table
 
 It reads results/*/comparison.json, their teachers' history.csv and results/other_trainings.csv.
 
@@ -9,6 +9,7 @@ PFLOP. A distilled student's is that of its own training, without its teacher's,
 computed once for all students.
 """
 
+import argparse
 import csv
 import json
 import sys
@@ -128,15 +129,16 @@ def draw(points):
 
 
 def main():
-    points = all_points()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS / "compute.png", metavar="FILE")
+    path, points = parser.parse_args().output, all_points()
     print("| what | n | PFLOP | test accuracy |\n| --- | --- | --- | --- |")
     for point in sorted(points, key=lambda point: point.pflop):
         half = f" ± {point.half:.4f}" if point.half else ""
         views = ", with views of the test images averaged" if point.augmented else ""
         print(f"| {point.what}{views} | {point.n} | {point.pflop:.3f} | {point.accuracy:.4f}{half} |")
-    path = RESULTS / "compute.png"
     draw(points).savefig(path, dpi=150)
-    print(f"Written: {path.relative_to(ROOT)}")
+    print(f"Written: {path}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import models
 from distill import Ensemble, SoftTargets
-from runs.files import write
+from runs.files import write, write_json
 from runs.machine import start_machine
 from runs.progress import Options
 from runs.run import Run
@@ -155,6 +156,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=1024, help="in an epoch that is measured")
     parser.add_argument("--files", default=".", help="a folder on the file system that the machines share")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write images a second to this JSON file, too")
     parser.add_argument("--measure", type=int, metavar="THREADS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -173,6 +175,12 @@ def main():
     one, several = costs[1, cores], costs[cores, 1]
     ratio = one["student"] * cores / several["student"]
     print(f"Students: {cores} processes of one thread do {ratio:.2f} times what one of {cores} threads does.\n")
+    if arguments.output:
+        machine = start_machine(arguments.device, "auto")
+        rates = {names[key]: {part: key[0] / seconds for part, seconds in cost.items()} for key, cost in costs.items()}
+        command = f"python {shlex.join(sys.argv)}"
+        found = {"environment": machine.environment(), "images_per_second": rates, "students_ratio": ratio}
+        write_json(arguments.output, {"command": command, **found})
 
     student = models.create("student", CLASSES, 0).state_dict()
     rate = epochs_written(arguments.files, 2 * sum(4 * each.numel() for each in student.values()))

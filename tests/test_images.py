@@ -516,7 +516,7 @@ def test_fractions_that_cannot_be(alone):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--skip-damaged"], "--skip-damaged is for --dataset folder"),
+        (["--skip-damaged"], "--skip-damaged is for --dataset folder and --unlabeled"),
         (["--test-fraction", "0.2", "--dataset", "shapes"], "--test-fraction is for --dataset folder"),
         (["--test-fraction", "1", "--dataset", "folder"], "'1' is not a number above 0 and up to 0.9"),
         (["--list", "--skip-damaged"], "--skip-damaged cannot be combined with --list"),
