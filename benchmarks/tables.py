@@ -90,8 +90,8 @@ def speed():
     rows = [[name, f"{ratio:.1f}"] for name, ratio in found["ratios"].items()]
     return table(["", "times as fast"], *rows) + (
         f"\n\n{made_with['device']}, torch {made_with['torch']}; this program in {made_with['precision']}, the "
-        f"textbook loop in float32 with SGD; networks of recipe {found['recipe']}; medians, both loops measured in turn in one "
-        f"process: `{found['command']}`."
+        f"textbook loop in float32 with SGD; networks of recipe {found['recipe']}; medians, both loops measured in "
+        f"turn in one process: `{found['command']}`."
     )
 
 
