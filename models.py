@@ -5,12 +5,15 @@ Pooling comes before batch norm and GELU, as in the speed-run networks for CIFAR
 bound by memory, and see a quarter of the data.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
 import json
 import math
+import random
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -148,6 +151,28 @@ def stream_seed(*purpose):
     return int.from_bytes(hashlib.sha256(json.dumps(purpose).encode()).digest()[:8], "little") >> 1
 
 
+def start_stream(*purpose):
+    """Sets the global generators of PyTorch, NumPy and Python to the stream of a purpose: what a function of the user's
+    own draws from them is a function of that purpose alone, too."""
+    seed = stream_seed(*purpose)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (others draw from it)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def stream(*purpose):
+    """A context that begins with `start_stream`, and after which the global generators on the CPU are as before."""
+    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        start_stream(*purpose)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)  # noqa: NPY002
+            random.setstate(pythons)
+
+
 def create(architecture, classes, seed, images=None):
     """A new network on the CPU with weights drawn from (architecture, seed); `classes` is their number.
 
@@ -174,10 +199,9 @@ def create(architecture, classes, seed, images=None):
 
 def build(function, role, classes, seed):
     """A new network that a function of the user's own returns for so many classes, on the CPU. What it draws from
-    PyTorch's generator is a function of ("teacher" or "student", seed); weights that it loads stay as they are. It is a
+    global generators is a function of ("teacher" or "student", seed); weights that it loads stay as they are. It is a
     copy of what the function returns, so that layers which several calls share are not trained by several runs."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed("weights", role, seed))
+    with stream("weights", role, seed):
         return Own(copy.deepcopy(function(classes)), classes).cpu()
 
 

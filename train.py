@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import models
 from data import JoinedViews, Views, split, unlabeled_views
 from distill import UNLABELED, distillation_loss, omitted_bias
-from models import generator, inference_batch, predict, stream_seed
+from models import generator, inference_batch, predict, start_stream
 from runs.progress import Progress
 
 # Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
@@ -38,7 +38,7 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * share
         if settings.loss or settings.network:  # which may draw: the same numbers whenever this step is taken
-            torch.manual_seed(stream_seed("step", settings.seed, progress.steps_done))
+            start_stream("step", settings.seed, progress.steps_done)
         with progress.machine.autocast():
             logits = model(images)
         if soft_targets is None:

@@ -1,6 +1,7 @@
 """What is of the user's own is tried before anything is trained, removed or decoded."""
 
 import contextlib
+import copy
 
 import torch
 
@@ -9,6 +10,8 @@ from models import generator
 from runs.files import Failure
 
 IMAGES = 8  # in the batch that is tried
+STEP = 0.01  # the learning rate of a step that is tried
+SAME, CLOSE = 1e-4, 1e-2  # by what share of the largest logit answers may differ: computed alike on a CPU, or else
 
 
 def try_loss(hook, classes, temperature, alpha, machine):
@@ -21,13 +24,15 @@ def try_loss(hook, classes, temperature, alpha, machine):
     student.requires_grad_()
     labels = torch.arange(IMAGES, device=machine.device) % classes
     called = "(student_logits, labels, teacher_logits, temperature, alpha)"
-    losses = []
-    with hook.explained(f"fails on {IMAGES} images and {classes} classes, called with {called}"):
-        for _ in range(2):
-            given = student.clone(), labels.clone(), teacher - teacher.amax(1, keepdim=True), temperature, alpha
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                losses.append(hook.loaded(*given))
+    losses, tensors = [], (student, labels, teacher - teacher.amax(1, keepdim=True))
+    for _ in range(2):
+        given = [each.clone() for each in tensors]
+        what = f"fails on {IMAGES} images and {classes} classes, called with {called}"
+        with hook.explained(what), models.stream("trial"):
+            losses.append(hook.loaded(*given, temperature, alpha))
+        for name, before, after in zip(("student_logits", "labels", "teacher_logits"), tensors, given, strict=True):
+            if not torch.equal(before, after):
+                raise Failure(f"{hook} changes {name}, which are used after it. Let it compute with copies.")
     loss = losses[0]
     if not isinstance(loss, torch.Tensor):
         raise Failure(f"{hook} returns {type(loss).__name__}, but a loss is a scalar tensor.")
@@ -45,14 +50,48 @@ def try_loss(hook, classes, temperature, alpha, machine):
     if not torch.isclose(loss, losses[1], rtol=1e-4):
         raise Failure(
             f"{hook} returns {loss.item():.6g} and then {losses[1].item():.6g} for the same logits. It must not "
-            "remember earlier calls: one run's would change the next run, and a run that is resumed would differ."
+            "remember earlier calls, nor draw from other than the global generators of PyTorch, NumPy and Python: one "
+            "run's would change the next run, and a run that is resumed would differ."
+        )
+
+
+def check_state(hook, network, loaded, images):
+    """Raises Failure unless a `network` of a Hook answers by its state_dict alone, for each of the `images` (B, 3, S,
+    S) apart. `loaded` is another one with the same state_dict. Both are changed."""
+
+    same = SAME if images.device.type == "cpu" else CLOSE
+
+    def differ(one, other, share=same):
+        return (one - other).abs().max() > share * max(one.abs().max(), other.abs().max())
+
+    with torch.no_grad(), hook.explained(f"fails on {len(images)} images when it is called again"):
+        answers = [each(images) for each in (network.eval(), network, loaded.eval())]
+        alone = torch.cat([network(image) for image in images.split(1)])
+        trained = []
+        for turn in range(4):  # of what is drawn at random, once may be the same
+            for each in (network.train(), loaded.train()):
+                with models.stream("trial", turn):
+                    trained.append(each(images))
+    if differ(*answers[:2]):
+        raise Failure(f"{hook} answers otherwise when it is asked again, in eval(): dropout that is never off, say.")
+    if differ(answers[0], alone, CLOSE):
+        raise Failure(
+            f"{hook} answers otherwise for an image alone than for the same image among others, in eval(): batch norm "
+            "without running statistics, say."
+        )
+    if differ(answers[1], answers[2]) or any(differ(*pair) for pair in zip(trained[::2], trained[1::2], strict=True)):
+        raise Failure(
+            f"{hook}: after a step of training, a second one with the same state_dict gives other logits. What it "
+            "remembers of earlier batches must be in its state_dict (register_buffer), and what it draws must come "
+            "from the global generators of PyTorch, NumPy and Python: else a model that is loaded answers otherwise, "
+            "and a run that is resumed differs."
         )
 
 
 def try_network(hook, role, classes, image_size, machine):
-    """Builds the network of a Hook for a "teacher" or "student", and takes one step of training without the optimizer,
-    on drawn images, on `machine` and in its precision; raises Failure, with what is wrong, unless it can be trained,
-    saved and loaded. Returns what to say of it, else None."""
+    """Builds the network of a Hook for a "teacher" or "student", and takes one small step of training on drawn images,
+    on `machine` and in its precision; raises Failure, with what is wrong, unless it can be trained, saved and loaded.
+    Returns what to say of it, else None."""
     with hook.explained(f"fails for {classes} classes"):
         network, again, other = (models.build(hook.loaded, role, classes, seed) for seed in (0, 0, 1))
     own = network.network
@@ -65,6 +104,11 @@ def try_network(hook, role, classes, image_size, machine):
                 "instead of a LazyLinear."
             )
     state = network.state_dict()
+    deep = [name for name, each in state.items() if isinstance(each, torch.Tensor) and each.ndim > 4]
+    if deep:
+        raise Failure(
+            f"{hook}: '{deep[0].removeprefix('network.')}' has more than four dimensions: no image needs them."
+        )
     odd = [name for name, each in state.items() if not isinstance(each, torch.Tensor)]
     odd += [name for name, each in state.items() if name not in odd and each.dtype in (torch.float16, torch.bfloat16)]
     if odd:
@@ -73,7 +117,8 @@ def try_network(hook, role, classes, image_size, machine):
         raise Failure(f"{hook} has no parameter that is trained.")
     if models.digest(state) != models.digest(again.state_dict()):
         raise Failure(
-            f"{hook} begins with other weights each time: draw them from PyTorch's generator, as its own layers do."
+            f"{hook} begins with other weights each time: draw them from the global generator of PyTorch, NumPy or "
+            "Python, as PyTorch's layers do."
         )
     is_always_the_same = models.digest(state) == models.digest(other.state_dict())
     images = torch.randn(IMAGES, 3, image_size, image_size, generator=generator("trial"))
@@ -97,12 +142,18 @@ def try_network(hook, role, classes, image_size, machine):
     with hook.explained("fails where its gradient is computed"):
         labels = torch.arange(IMAGES, device=machine.device) % classes
         torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+    with hook.explained("has parameters that torch.optim.SGD refuses"):
+        torch.optim.SGD([each for each in own.parameters() if each.requires_grad], STEP).step()
     for name, each in own.state_dict().items():
         if not each.isfinite().all():
             raise Failure(
                 f"{hook}: '{name}' of its state_dict is not finite, which would be taken for a training that diverged. "
                 "Keep a constant such as a mask out of it: register_buffer(name, tensor, persistent=False)."
             )
+    with hook.explained("cannot be saved and loaded"):
+        again.load_state_dict(copy.deepcopy(network.state_dict()))
+    again.to(**machine.place)
+    check_state(hook, network, again, images)
     count = models.inference_batch(machine.device, image_size)
     with hook.explained(f"fails on {count} images of {image_size}x{image_size} at once, as it is evaluated"):
         many = torch.zeros(count, 3, image_size, image_size).to(**machine.place)

@@ -58,6 +58,25 @@ def loaded(classes):
     return network
 """
 
+DEEP = """
+import random
+
+import numpy
+from torch import nn
+
+
+class f(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.flat, self.a, self.b = nn.Flatten(), nn.Linear(768, classes), nn.Linear(768, classes)
+        self.scale = 1 + random.random()
+
+    def forward(self, x):
+        x = self.flat(x)
+        skipped = self.training and numpy.random.rand() < 0.5
+        return self.a(x) if skipped else self.a(x) + self.scale * self.b(x)
+"""
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
@@ -116,6 +135,18 @@ def test_both_students_begin_with_the_same_weights_drawn_under_their_seed(file):
     ]
     assert digests[0] == digests[1] and len(set(digests)) == 3
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_a_network_draws_from_any_global_generator_is_a_function_of_the_step(cli, flags, finished, tmp_path):
+    """Stochastic depth as many repositories draw it: at alpha 0 the distilled student still is the baseline."""
+    path, output = tmp_path / "deep.py", tmp_path / "out"
+    path.write_text(DEEP)
+    shutil.copytree(finished, output)
+    got = cli(*flags, "--output-dir", output, "--alpha", 0, "--student", f"{path}:f")
+    assert got.status == 0, got
+    digests = [json.loads((output / name / "run.json").read_text())["weights_sha256"]
+               for name in ("kd-f-T4-a0-s0", "baseline-f-s0")]  # fmt: skip
+    assert digests[0] == digests[1]
 
 
 def test_layers_that_several_calls_share_are_not_trained_by_several_runs(file):
@@ -341,9 +372,29 @@ def test_runs_of_both_kinds_live_in_one_folder(cli, flags, own, tmp_path):
 # What is refused -----------------------------------------------------------------------------------------------------
 
 HEAD = """import numpy
+import torch
 from torch import nn
 linear = lambda n: nn.Sequential(nn.Flatten(), nn.Linear(768, n))
 """
+HOLDS = """class f(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.a, self.steps, self.draws = linear(n), 0, numpy.random.default_rng(0)
+        self.register_buffer("mean", torch.zeros(3, 16, 16), persistent=False)
+
+    def count(self, x):  # a drop rate that rises with the steps
+        self.steps += self.training
+        return nn.functional.dropout(x, self.steps / 600, self.training)
+
+    def center(self, x):
+        if self.training:
+            self.mean.lerp_(x.mean(0), 0.1)
+        return self.mean
+
+    def forward(self, x):
+        return {}
+"""
+OTHER = "a second one with the same state_dict gives other logits"
 ODD = {
     "def f(n): return linear(11)": "gives (8, 11) for 8 images, but logits of 3 classes are (8, 3)",
     "def f(n): return 3": "returns int, but a network is a torch.nn.Module",
@@ -351,7 +402,8 @@ ODD = {
     "def f(n): return nn.Linear(700, n)": "mat1 and mat2 shapes cannot be multiplied",
     "def f(n): return linear(n).requires_grad_(False)": "has no parameter that is trained",
     "def f(n): return linear(n).half()": "'1.weight' of its state_dict is not a tensor of float32",
-    "def f(n):\n    a = linear(n)\n    a[1].bias.data += numpy.random.rand()\n    return a": "other weights each time",
+    "def f(n):\n    a = linear(n)\n    a[1].bias.data += numpy.random.default_rng().random()\n"
+    "    return a": "other weights each time",
     "def f(n):\n    a = linear(n)\n    a[1].bias.data += float('nan')\n    return a": "logits that are not finite",
     "def f(n): return nn.Sequential(nn.Flatten(), nn.LazyLinear(n))": "'1.weight' has no size before the first image",
     "def f(n):\n    a = linear(n)\n    a.register_buffer('mask', nn.Parameter(a[1].bias - float('inf')).data)\n"
@@ -360,9 +412,18 @@ ODD = {
     "    def forward(self, x):\n        return self.a(x), 1": "gives tuple for 8 images",
     "class f(nn.Module):\n    def __init__(self, n):\n        super().__init__()\n        self.a = linear(n)\n"
     "    def forward(self, x):\n        return self.a(x if len(x) < 99 else 1 / 0)": "fails on 128 images of 16x16 at",
+    "def f(n):\n    a = linear(n)\n    a.register_buffer('deep', torch.ones(1, 1, 1, 1, 1))\n"
+    "    return a": "'deep' of its state_dict has more than four dimensions",
+    "def f(n): return torch.jit.script(linear(n))": "has parameters that torch.optim.SGD refuses",
+    HOLDS.format("self.a(nn.functional.dropout(x))"): "answers otherwise when it is asked again, in eval()",
+    HOLDS.format("self.a(x - x.mean(0))"): "for an image alone than for the same image among others",
+    HOLDS.format("self.a(self.count(x))"): OTHER,
+    HOLDS.format("self.a(x - self.center(x))"): OTHER,
+    HOLDS.format("self.a(x * self.draws.random() if self.training else x)"): OTHER,
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script", "ignore:The .grad attribute")
 @pytest.mark.parametrize(("text", "told"), ODD.items())
 def test_a_network_that_cannot_be_trained_is_refused_before_images_are_read(cli, flags, finished, tmp_path, text, told):
     path = tmp_path / "odd.py"
