@@ -106,9 +106,8 @@ def try_network(hook, role, classes, image_size, machine):
     state = network.state_dict()
     deep = [name for name, each in state.items() if isinstance(each, torch.Tensor) and each.ndim > 4]
     if deep:
-        raise Failure(
-            f"{hook}: '{deep[0].removeprefix('network.')}' of its state_dict has more than four dimensions: no image needs them."
-        )
+        name = deep[0].removeprefix("network.")
+        raise Failure(f"{hook}: '{name}' of its state_dict has more than four dimensions: no image needs them.")
     odd = [name for name, each in state.items() if not isinstance(each, torch.Tensor)]
     odd += [name for name, each in state.items() if name not in odd and each.dtype in (torch.float16, torch.bfloat16)]
     if odd:
