@@ -200,6 +200,6 @@ def check_teacher(arguments, data, path, teacher):
         raise Failure(f"The teacher {path} was trained for the classes {found} instead of {wanted}.")
     if teacher.settings.get("data") != data.digest:
         raise Failure(
-            f"The teacher {path} was trained on other images than these. Train one on these, and students beside it, "
-            f"in another output folder, such as:\n{teacher_command(arguments, output_dir=f'{arguments.output_dir}-2')}"
+            f"The teacher {path} was trained on other images than these (or on the same under other names, in another "
+            f"order). Train one on these, and students beside it, in another output folder, such as:\n{teacher_command(arguments, output_dir=f'{arguments.output_dir}-2')}"
         )

@@ -1,9 +1,4 @@
-"""One image file becomes pixels, whatever its samples are: 8 bits, 16 or 32, or floating-point numbers.
-
-Which sample is white in an image of more than 8 bits no file says, except in formats that declare it: 16 bits may hold
-12-bit values, floats lie from 0 to 1 or to 255. So a range is decided once for each kind of sample in a whole data set
-(`decide`) and holds for all of its images; one of its own for every image would make them incomparable.
-"""
+"""One image file becomes pixels, whatever its samples are: 8 bits, 16 or 32, or floating-point numbers."""
 
 import contextlib
 import errno
@@ -20,6 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from runs.files import Damaged, Failure, first_line, reason
 from sources import one_line
+from sources.ranges import ALPHA, DOCUMENTED, out_of_range
 
 DECODER_VERSION = 4  # of `decode`: raise it with any change of what it returns
 NO_FAULT = {  # of a file that cannot be read: it is whole, and to leave it out would be wrong
@@ -31,11 +27,6 @@ ROWS = 256  # of an image that are scaled at a time, so that no wide copy of all
 
 # Formats that Pillow only identifies; EPS, which it hands to Ghostscript to run; FITS, whose scale it ignores.
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
-
-# Where no data set decides; other kinds have none.
-ALPHA = "16-bit alpha"
-DOCUMENTED = {"16-bit": (0, 65535), "floating-point": (0, 1), ALPHA: (0, 65535)}
-WHITES = {1, 255, *(2**bits - 1 for bits in (8, 10, 12, 14, 16))}  # of ranges from 0 that `decide` takes from no data
 
 ORIENTATION = 0x0112  # in EXIF; how an image is turned by each
 TURNS = dict(enumerate((
@@ -215,13 +206,8 @@ class _Deep:
 
     def as_8_bits(self, ranges):
         """A Pillow image of 8 bits, scaled by `ranges`; raises ValueError where samples lie outside of a usual one."""
-        for kind, low, high in beyond(self.samples(), ranges):
-            black, white = ranges[kind]
-            if black == 0 and white in WHITES:
-                raise ValueError(
-                    f"its samples ({kind}) lie from {plain(low)} to {plain(high)}, outside of the range from "
-                    f"{plain(black)} to {plain(white)}"
-                )
+        if why := out_of_range(self.samples(), ranges):
+            raise ValueError(why)
         black, white = self.declared or ranges[self.kind]
         bands = [_scaled(band, black, white) for band in self.bands]
         if self.inverted:
@@ -306,39 +292,3 @@ def _loaded_as(path, layout):
         ]
         image.load()
         return image.copy()
-
-
-# Their range ----------------------------------------------------------------------------------------------------------
-
-
-def decide(samples):
-    """{kind: (black, white)} of a data set whose images hold the `samples`, triples (kind, low, high).
-
-    Floating-point samples: from 0 to 1, where all lie there, or to 255, where the greatest is above half of that. Whole
-    numbers without a sign of up to 16 bits: to the largest number of the fewest usual bits (8, 10, 12, 14, 16) that
-    hold all. Any others: from the least to the greatest of the data set. Alpha has the range of the colours, as some
-    writers scale them together, or else all 16 bits.
-    """
-    found = {}
-    for kind, low, high in samples:
-        least, most = found.get(kind, (low, high))
-        found[kind] = (min(least, low), max(most, high))
-    ranges = {}
-    for kind, (low, high) in sorted(found.items()):  # "16-bit" before its alpha
-        if kind == "floating-point":
-            whites = [1, 255] if high > 127.5 else [1]
-        else:
-            whites = [ranges["16-bit"][1], 65535] if kind == ALPHA else [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
-        white = next((white for white in whites if low >= 0 and high <= white), None)
-        ranges[kind] = (low, high) if white is None else (0, white)
-    return ranges
-
-
-def beyond(samples, ranges):
-    """Those of an image's `samples`, triples (kind, low, high), that lie outside of their range."""
-    return [(kind, low, high) for kind, low, high in samples if low < ranges[kind][0] or high > ranges[kind][1]]
-
-
-def plain(value):
-    """A sample as people write it: 4,095 or 0.999756."""
-    return f"{int(value):,}" if value == int(value) else f"{value:.6g}"

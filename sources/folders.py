@@ -13,8 +13,8 @@ import numpy as np
 
 from runs.files import Damaged, Failure, reason, remove, write
 from sources import Facts, kept, one_line
-from sources.decode import ALPHA, plain
-from sources.listing import Found, class_folders, find_images, inside, is_class_folder, is_image, is_walked
+from sources.listing import WRITTEN, Found, class_folders, find_images, is_class_folder, is_image, is_walked
+from sources.ranges import ALPHA, plain
 
 HELD_OUT = ("test", "val", "valid", "validation")  # the first that exists holds the test images
 # Words of names of a data set's parts, however they are written: Training, seg_test, pred.
@@ -163,7 +163,8 @@ def _places(directory, test_fraction, say):
 
 
 def _listing(top, say, output):
-    """{class name: [image paths]} of the folder `top`, sorted. A folder that holds the folder `output` is no class."""
+    """{class name: [image paths]} of the folder `top`, sorted. A folder in which there are no images, but this program
+    writes, to `output` now or elsewhere before, is no class."""
     real, output, passed = os.path.realpath(top), output and os.path.realpath(output), Counter()
     if output == real:
         raise Failure(f"{top} holds the classes: this program's runs must not lie beside them. Name an --output-dir.")
@@ -173,17 +174,17 @@ def _listing(top, say, output):
             there = sorted(entries, key=lambda entry: entry.name)
         for entry in there:
             if is_class_folder(entry):
-                if output and inside(output, os.path.realpath(entry.path)):
-                    passed[f"folder {entry.name}, where this program writes"] += 1
-                else:
-                    names.append(entry.name)
+                names.append(entry.name)
             elif is_image(entry):
                 passed["beside the class folders"] += 1
-        listing = {name: find_images(os.path.join(top, name), real, seen) for name in names}
+        listing = {name: find_images(os.path.join(top, name), real, seen, output) for name in names}
     except OSError as error:
         raise Failure(f"cannot read {error.filename or top}: {reason(error)}.") from error
-    if len(names) < 2:
-        count = f"{len(names) or 'no'} class folder{'s' * (len(names) != 1)}"
+    for name in [name for name, found in listing.items() if not found.paths and found.passed[WRITTEN]]:
+        passed.update({f"folder {name}, where this program writes": 1})
+        del listing[name]
+    if len(listing) < 2:
+        count = f"{len(listing) or 'no'} class folder{'s' * (len(listing) != 1)}"
         raise Failure(f"{top} has {count}, but at least two classes are needed.")
     for name, found in listing.items():
         if not found.paths:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from runs.files import Damaged, Failure, make_folder, read_json, reason, remove, replacing, write_json
 from runs.files import decode as convert
-from sources.decode import DECODER_VERSION, NO_FAULT, NotDecoded, decide, decode, reader
+from sources.decode import DECODER_VERSION, NO_FAULT, NotDecoded, decode, reader
+from sources.ranges import decide, out_of_range
 
 CHUNK = 512  # images decoded before they are written
 
@@ -87,7 +88,7 @@ def load(paths, keys, image_size, workers, file=None, given=None):
         new = [(key, path) for key, path in zip(keys, paths, strict=True) if key not in there]
         same = not old.record.waiting and _are_in_order(keys, old.record.keys)
         same = same and old.record.ranges == _ranges(old.record.samples, given)
-        if same and (found := _all_damaged(new, image_size)) is not None:
+        if same and (found := _all_damaged(new, image_size, given)) is not None:
             return _unchanged(file, keys, old, found)
     old = old or Kept(np.empty((0, image_size, image_size, 3), np.uint8), Record(), {})
     if file is None:
@@ -120,16 +121,22 @@ def _are_in_order(keys, wanted):
     return all(key in left for key in wanted)
 
 
-def _all_damaged(files, image_size):
+def _all_damaged(files, image_size, given):
     """{key: NotDecoded} where none of `files`, pairs (key, path), can be decoded; None at the first one that can."""
     damaged = {}
     for key, path in files:
         try:
-            decode(path, image_size, {})
+            _check_range(path, decode(path, image_size, {}).samples, given)
             return None
         except NotDecoded as error:
             damaged[key] = error
     return damaged
+
+
+def _check_range(path, samples, given):
+    """Raises NotDecoded where the `samples` of a file lie outside of the ranges that are `given`, as in `load`."""
+    if why := out_of_range(samples, given):
+        raise NotDecoded(path, f"cannot be scaled as the data set's images are: {why}.", lasting=False)
 
 
 def _unchanged(file, keys, old, found):
@@ -212,13 +219,16 @@ def _write(output, paths, keys, image_size, workers, old, given):
     record.damaged = {key: old.record.damaged[key] for key in keys if key in old.record.damaged}
     damaged, written, stopped = dict(record.damaged), {}, None  # written: {key: its size}
     waiting, before = set(), set(old.record.waiting)  # keys of images that wait for a range
+    samples_before = old.record.samples  # not `old` in `attempt`, of which errors may hold the frame
     blank = np.zeros((image_size, image_size, 3), np.uint8)
     begin, files = _header(output, image_size), list(zip(keys, paths, strict=True))
 
     def attempt(file):
         key, path = file
         try:
-            return None if key in rows or key in record.damaged else decode(path, image_size, {})
+            found = None if key in rows or key in record.damaged else decode(path, image_size, {})
+            _check_range(path, found.samples if found else samples_before.get(key, ()), given)
+            return found
         except NotDecoded as error:
             error.__traceback__ = error.__cause__ = None  # which hold what was read of the file
             return error
@@ -254,7 +264,7 @@ def _write(output, paths, keys, image_size, workers, old, given):
         stopped = error.with_traceback(None)  # which holds the images of `old`
         output.seek(begin + len(written) * blank.size)
         for key in keys:
-            if key in rows and key not in written:
+            if key in rows and key not in written and key not in damaged:
                 write_old(key)
     record.keys, record.sizes, record.ranges = list(written), list(written.values()), old.record.ranges
     record.samples = {key: samples for key, samples in record.samples.items() if key in written}

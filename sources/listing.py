@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 
+from runs.files import Failure
 from sources.decode import image_formats
 
 # What file managers, cameras' cards and network drives put beside images.
@@ -24,6 +25,8 @@ ADVICE = {
     ("7z", "gz", "rar", "tar", "tgz", "zip"): "archives: unpack them",
 }
 AGAIN = "folder(s) met again through a link"
+WRITTEN = "folder(s) where this program writes"
+RECORD, WEIGHTS = "run.json", ("model.pt", "state.pt")  # in the folder of a run
 AROUND = "link(s) to a folder around this one"
 LONGEST = 8  # kinds of files that a line names
 
@@ -65,10 +68,26 @@ def is_image(entry):
     return _is(entry.is_file) and not entry.name.startswith(".") and _suffix(entry.name) in image_formats()[1]
 
 
-def find_images(folder, top=None, seen=None):
+def is_written(path, entries, output=None):
+    """Whether a folder, a real path with these `entries` of os.scandir, is one where this program writes: the real path
+    `output`, or one with runs in it. Raises Failure where it holds images beside them."""
+    if path == output:
+        if any(map(is_image, entries)):
+            raise Failure(f"{path} holds images: this program must not write among them. Name another --output-dir.")
+        return True
+    runs = (entry.path for entry in entries if _is(entry.is_dir) and os.path.exists(os.path.join(entry.path, RECORD)))
+    return any(map(_has_weights, runs)) and not any(map(is_image, entries))
+
+
+def _has_weights(run):
+    return any(os.path.exists(os.path.join(run, name)) for name in WEIGHTS)
+
+
+def find_images(folder, top=None, seen=None, output=None):
     """The images in `folder` and below it: a Found, sorted within each folder. Raises OSError where a folder cannot be
     read.
 
+    Folders where this program writes are passed over (`is_written`, which says what `output` is and raises Failure).
     Links are followed. A folder is read once, whatever links lead there: `seen` are the real paths of those read so
     far, {path: the `folder` it was read for}; `top` is the real path of the folder [this one] whose inside needs no
     link to be read.
@@ -87,30 +106,34 @@ def find_images(folder, top=None, seen=None):
             continue
         seen[real] = os.fspath(folder)
         folders = []
-        with os.scandir(path) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                name = entry.name
-                if _is(entry.is_dir):
-                    if name.lower() in SYSTEM_FOLDERS:
-                        found.passed[f"folder {name} of the system"] += 1
-                    elif _is_hidden(name):
-                        found.passed["hidden"] += 1
-                    else:
-                        linked = entry.is_symlink()
-                        target = os.path.realpath(entry.path) if linked else os.path.join(real, name)
-                        folders.append((entry.path, target, linked))
-                    continue
-                suffix = _suffix(name)
-                if name.lower() in SYSTEM_FILES or name.startswith("._"):
-                    continue
-                if name.startswith("."):
+        with os.scandir(path) as there:
+            entries = sorted(there, key=lambda entry: entry.name)
+        if is_written(real, entries, output):
+            found.passed[WRITTEN] += 1
+            continue
+        for entry in entries:
+            name = entry.name
+            if _is(entry.is_dir):
+                if name.lower() in SYSTEM_FOLDERS:
+                    found.passed[f"folder {name} of the system"] += 1
+                elif _is_hidden(name):
                     found.passed["hidden"] += 1
-                elif not _is(entry.is_file) and not entry.is_symlink():  # a pipe would never end
-                    found.passed["neither file nor folder"] += 1
-                elif suffix in suffixes:  # even of a link that leads nowhere, which is then named as damaged
-                    found.paths.append(entry.path)
                 else:
-                    found.passed[suffix or "without a suffix"] += 1
+                    linked = entry.is_symlink()
+                    target = os.path.realpath(entry.path) if linked else os.path.join(real, name)
+                    folders.append((entry.path, target, linked))
+                continue
+            suffix = _suffix(name)
+            if name.lower() in SYSTEM_FILES or name.startswith("._"):
+                continue
+            if name.startswith("."):
+                found.passed["hidden"] += 1
+            elif not _is(entry.is_file) and not entry.is_symlink():  # a pipe would never end
+                found.passed["neither file nor folder"] += 1
+            elif suffix in suffixes:  # even of a link that leads nowhere, which is then named as damaged
+                found.paths.append(entry.path)
+            else:
+                found.passed[suffix or "without a suffix"] += 1
         left += reversed(folders)
     return found
 

@@ -31,11 +31,12 @@ class Copies:
 @dataclass(frozen=True)
 class UnlabeledCopies:
     """Of the images without labels: their `count`, how many files were `skipped` as damaged, how many are `test_images`
-    in every pixel as they are trained on, and the file in the output folder that names these."""
+    or `training_images` in every pixel as they are trained on, and the file in the output folder that names these."""
 
     count: NotNegative
     skipped: NotNegative = 0
     test_images: NotNegative = 0
+    training_images: NotNegative = 0
     listed: str | None = None
 
 
@@ -62,36 +63,49 @@ def look(data, output, say):
 
 
 def look_at_unlabeled(data, output, say):
-    """Tells `say` how many of the images of `data` (on the CPU) without labels are test images, too, in the folder
-    `output`/data a list of them, and returns what run.json says of the images without labels."""
-    unlabeled, lines = data.unlabeled, []
-    places = {_digest(image): position for position, image in enumerate(data.test_images.numpy())}
+    """Tells `say` how many of the images of `data` (on the CPU) without labels are test or training images, too, in the
+    folder `output`/data a list of them, and returns what run.json says of the images without labels."""
+    unlabeled, splits, places = data.unlabeled, _splits(data), {}
+    for number, (_, images, _) in enumerate(splits):  # of an image in both parts the test image is told
+        places |= {_digest(image): (number, position) for position, image in enumerate(images.numpy())}
+    counts, lines = Counter(), []
     for name, image in zip(unlabeled.names, unlabeled.images.numpy(), strict=True):
-        if (position := places.get(_digest(image))) is not None:
-            splits = (), ("test", data.test_images, data.test_labels)
-            label = data.test_labels[position].item()
-            lines.append(f"{one_line(name)} = {_name(data, splits, 1, position, label)}\n")
+        if found := places.get(_digest(image)):
+            number, position = found
+            counts[number] += 1
+            copy = _name(data, splits, number, position, splits[number][2][position].item())
+            lines.append(f"{one_line(name)} = {copy}\n")
     path = Path(output) / "data" / f"unlabeled-duplicates-{unlabeled.digest[:16]}-{data.digest[:16]}.txt"
     content = "".join(lines).encode()
     if lines and not (path.is_file() and path.read_bytes() == content):  # of a group one process writes
         make_folder(path.parent)
         write(path, content)
     listed = f"{path.parent.name}/{path.name}" if lines else None
-    found = UnlabeledCopies(len(unlabeled.names), unlabeled.skipped, len(lines), listed)
+    found = UnlabeledCopies(len(unlabeled.names), unlabeled.skipped, counts[1], counts[0], listed)
     for warning in _unlabeled_warnings(found, output):
         say(f"Warning: {warning}")
     return asdict(found)
 
 
+def _splits(data):
+    """(name, images, labels) of the training and of the test images."""
+    return ("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels)
+
+
 def _unlabeled_warnings(found, output):
-    if not found.test_images:
-        return []
-    path = Path(output) / found.listed
-    listed = f" (listed in {path})" if path.is_file() else ""
-    return [
-        f"{found.test_images:,} of {found.count:,} images without labels are test images, too{listed}: test accuracies "
-        "with them are not those on new images"
-    ]
+    path, lines = found.listed and Path(output) / found.listed, []
+    listed = f" (listed in {path})" if path and path.is_file() else ""
+    if found.test_images:
+        lines.append(
+            f"{found.test_images:,} of {found.count:,} images without labels are test images, too{listed}: test "
+            "accuracies with them are not those on new images"
+        )
+    if found.training_images:
+        lines.append(
+            f"{found.training_images:,} of {found.count:,} images without labels are training images, too{listed}: "
+            "they add nothing new"
+        )
+    return lines
 
 
 def notes(record, tests, output):
@@ -161,7 +175,7 @@ def _by(size):
 
 def _find_copies(data, path):
     """The Copies in `data`, named in the file `path`."""
-    places, splits = {}, (("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels))
+    places, splits = {}, _splits(data)
     for number, (_, images, labels) in enumerate(splits):
         for position, (image, label) in enumerate(zip(images.numpy(), labels.tolist(), strict=True)):
             places.setdefault(_digest(image), []).append((number, position, label))

@@ -13,7 +13,7 @@ import numpy as np
 from runs.files import Damaged, Failure, reason
 from sources import Unlabeled, kept
 from sources.folders import damage, list_damaged, place_of, relative, say_ranges
-from sources.listing import find_images, inside
+from sources.listing import find_images
 
 
 def load(
@@ -30,10 +30,11 @@ def load(
     if not directory.is_dir():
         what = "is no folder" if directory.exists() else "does not exist"
         raise Failure(f"{directory} {what}. --unlabeled needs a folder of images, in folders of any names.")
-    if cache and inside(os.path.realpath(cache), os.path.realpath(directory)):
-        raise Failure(f"{directory} holds {cache.parent}, where this program writes. Name another --output-dir.")
+    output = cache and os.path.realpath(cache.parent)
+    if output == os.path.realpath(directory):
+        raise Failure(f"{directory} is where this program writes. Name another --output-dir.")
     try:
-        found = find_images(directory)
+        found = find_images(directory, output=output)
     except OSError as error:
         raise Failure(f"cannot read {error.filename or directory}: {reason(error)}.") from error
     words = f"; passed over: {found.passed_over()}" if found.passed else ""

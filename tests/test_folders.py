@@ -17,7 +17,7 @@ from PIL import Image
 import runs.files
 from runs.files import Failure
 from runs.signals import Interrupted
-from sources import decode, folders, kept
+from sources import decode, folders, kept, ranges
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ class Loaded:
     [([1, 0.4], (0, 1)), ([1, 1.0001], (0, 1.0001)), ([1, 3], (0, 3)), ([100, 200], (0, 255)), ([256, 3], (0, 256))],
 )
 def test_floats_are_taken_for_0_to_255_only_where_some_come_near(greatest, expected):
-    assert decode.decide([("floating-point", 0, high) for high in greatest]) == {"floating-point": expected}
+    assert ranges.decide([("floating-point", 0, high) for high in greatest]) == {"floating-point": expected}
 
 
 def deep_png(path, samples):
@@ -266,15 +266,38 @@ def test_runs_do_not_lie_beside_classes(alone):
     assert sorted(each.name for each in alone.iterdir()) == ["blue", "green", "red"]
 
 
-def test_the_output_folder_is_no_class(alone, monkeypatch):
+def write_output(place, image):
+    """What makes a folder one of this program's: a run, and a figure, which could be taken for an image."""
+    for name in ("figures", "teacher-s0"):
+        (place / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(image, place / "figures")
+    for name in ("run.json", "model.pt"):
+        (place / "teacher-s0" / name).touch()
+
+
+def test_the_output_folder_is_no_class_nor_is_an_earlier_one(alone, monkeypatch):
     monkeypatch.chdir(alone)
-    for place in ("outputs", "outputs/pets"):
-        figures = alone / place / "figures"
-        figures.mkdir(parents=True)
-        shutil.copy(alone / "red" / "00.png", figures)
+    passed = ".: 30 images taken; passed over: 1 folder outputs, where this program writes"
+    for place in ("outputs", "outputs/pets", "outputs-2"):
+        (alone / place).mkdir(exist_ok=True)  # it is locked before its first run
         loaded = Loaded(".", alone / place / "data", test_fraction=0.2)
-        assert loaded.classes == [*CLASSES]
-        assert loaded.said[0] == ".: 30 images taken; passed over: 1 folder outputs, where this program writes"
+        assert loaded.classes == [*CLASSES] and loaded.said[0].startswith(passed)
+        write_output(alone / place, alone / "red" / "00.png")
+    assert ", 1 folder outputs-2, where" in loaded.said[0]
+
+
+def test_a_class_in_which_this_program_writes_keeps_its_images(alone, tmp_path):
+    whole = Loaded(alone, test_fraction=0.2)
+    for place in (alone / "red" / "out", tmp_path / "far"):
+        write_output(place, alone / "red" / "00.png")
+        if place.parent == tmp_path:
+            (alone / "red" / "link").symlink_to(place)
+        loaded = Loaded(alone, place / "data", test_fraction=0.2)
+        assert loaded.names == whole.names
+        count = 1 + (place.parent == tmp_path)
+        assert loaded.said[0].endswith(f"; passed over: {count} folder(s) where this program writes")
+    with pytest.raises(Failure, match="red holds images: this program must not write among them. Name another"):
+        Loaded(alone, alone / "red" / "data", test_fraction=0.2)
 
 
 # Their split ----------------------------------------------------------------------------------------------------------

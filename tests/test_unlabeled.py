@@ -24,6 +24,7 @@ from arguments import parse
 from data import JoinedViews, UnlabeledViews, Views
 from distill import UNLABELED, Ensemble, SoftTargets, distillation_loss
 from runs.command import exit_status
+from runs.files import Damaged
 from runs.machine import Machine
 from runs.progress import Options
 from runs.run import Run
@@ -289,19 +290,34 @@ def test_samples_of_16_bits_are_scaled_as_those_of_the_data_set_are(tmp_path):
         assert scaled.images[:, 0, 0, 0].tolist() == [0, 25, 50] and "1,023 white" in said[1]
     again, _ = load_unlabeled(tmp_path / "photos", tmp_path / "data")
     assert again.digest == alone.digest  # whatever was kept before
+    bright = np.full((16, 16), 5000, np.uint16)  # of 12 bits and more, which the data set's range does not hold
+    Image.fromarray(bright).save(tmp_path / "photos" / "0.png")
+    for _ in range(2):
+        with pytest.raises(
+            Damaged, match=r"(?s)1 of 3 images .*0\.png cannot be scaled as the data set's images are: "
+        ):
+            load_unlabeled(tmp_path / "photos", tmp_path / "data", ranges=ranges)
+        left, _ = load_unlabeled(tmp_path / "photos", tmp_path / "data", ranges=ranges, skip_damaged=True)
+        assert left.images[:, 0, 0, 0].tolist() == [25, 50] and left.skipped == 1
 
 
-def test_test_images_among_them_are_a_warning_with_a_list(cli, flags, words, images, photos, finished, tmp_path):
+def test_test_and_training_images_among_them_are_a_warning_with_a_list(
+    cli, flags, words, images, photos, finished, tmp_path
+):
     mixed = Path(shutil.copytree(photos, tmp_path / "photos"))
     shutil.copy(images / "test" / "red" / "01.png", mixed / "copy.png")
+    for name in ("00", "02"):
+        shutil.copy(images / "train" / "blue" / f"{name}.png", mixed)
     output = tmp_path / "out"
     command = (*flags, "--alpha", 0.9, "--unlabeled", mixed, "--output-dir", output)
     got = cli(*command, "--teacher", finished / "teacher-s0")
-    warned = re.search(r"Warning: 1 of 101 images without labels are test images, too \(listed in (.*)\): ", got.out)
-    assert Path(warned[1]).read_text() == "copy.png = test/red/01.png\n"
-    assert (
-        "Note that 1 of 101 images without labels are test images, too" in cli("--report", "--output-dir", output).out
-    )
+    warned = re.search(r"Warning: 1 of 103 images without labels are test images, too \(listed in (.*)\): ", got.out)
+    listed = {line.split(" = ")[1] for line in Path(warned[1]).read_text().splitlines()}
+    assert listed == {"test/red/01.png", "train/blue/00.png", "train/blue/02.png"}
+    assert "Warning: 2 of 103 images without labels are training images, too (listed in" in got.out
+    again = cli("--report", "--output-dir", output).out
+    assert "Note that 1 of 103 images without labels are test images, too" in again
+    assert "Note that 2 of 103 images without labels are training images, too" in again
     clean = cli(*words, "--output-dir", tmp_path / "clean", "--teacher", finished / "teacher-s0")
     assert "Warning" not in clean.out
 
@@ -322,7 +338,9 @@ def test_damaged_images_are_refused_by_name_or_left_out(cli, flags, photos, fini
         got.status == 0 and "Left out, since they cannot be decoded: 1 of the images without labels, listed" in got.out
     )
     record = json.loads((tmp_path / "out" / NAME / "run.json").read_text())
-    assert record["images"]["unlabeled"] == {"count": 100, "skipped": 1, "test_images": 0, "listed": None}
+    assert record["images"]["unlabeled"] == {
+        "count": 100, "skipped": 1, "test_images": 0, "training_images": 0, "listed": None,
+    }  # fmt: skip
     assert record["recorded"]["unlabeled"] == str(mixed)
 
 
@@ -339,7 +357,7 @@ def test_folders_that_hold_no_images_to_learn_from(cli, flags, images, photos, c
         ((images / "train" / "red", "--output-dir", copy), f"red is a class of {images}. Move it elsewhere"),
         ((empty, "--output-dir", copy), "empty holds no images; passed over: 1 .mp4 (videos: export single frames)."),
         ((broken, "--output-dir", copy, "--skip-damaged"), "none of the images in"),
-        ((inside, "--output-dir", inside / "out", "--teacher", copy / "teacher-s0"), "Name another --output-dir."),
+        ((inside, "--output-dir", inside, "--teacher", copy / "teacher-s0"), "Name another --output-dir."),
     ):
         got = cli(*flags, "--alpha", 0.9, "--unlabeled", *words)
         assert got.status == 1 and message in got.err, got
@@ -359,6 +377,17 @@ def test_folders_that_hold_no_images_to_learn_from(cli, flags, images, photos, c
 def test_what_does_not_go_together(cli, words, message):
     got = cli("--unlabeled", "photos", *words)
     assert got.status == 2 and message in got.err
+
+
+def test_output_folders_among_them_are_passed_over(photos, finished, tmp_path):
+    """So the same command can be repeated once there are figures; also where a link leads there."""
+    mixed = Path(shutil.copytree(photos, tmp_path / "photos"))
+    shutil.copytree(finished, mixed / "earlier")
+    (mixed / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "out" / "figures").mkdir(parents=True)
+    shutil.copy(next(mixed.glob("a/*.png")), tmp_path / "out" / "figures" / "gain.png")
+    found, said = load_unlabeled(mixed, tmp_path / "out" / "data")
+    assert len(found.names) == 100 and said[0].endswith("passed over: 2 folder(s) where this program writes")
 
 
 def test_the_data_are_the_same_with_and_without(images, photos):

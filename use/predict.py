@@ -30,7 +30,7 @@ def predict(arguments):
 
     import models
     from runs.machine import start_machine
-    from sources.decode import DOCUMENTED, plain
+    from sources.ranges import DOCUMENTED, plain
     from train import evaluate
 
     network = models.load(path, hooks=hooks)
@@ -92,7 +92,8 @@ def _decode(part, image_size, ranges, pool, kinds, outside):
     error. Counts in `kinds` the images of each kind of samples that needs one of `ranges`, in `outside` those of them
     with samples beyond it."""
 
-    from sources.decode import beyond, decode, no_range
+    from sources.decode import decode, no_range
+    from sources.ranges import beyond
 
     def read(item):
         try:
