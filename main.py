@@ -20,6 +20,7 @@ from runs.files import Failure
 from runs.group import Tally, is_first, join
 from runs.hooks import find_hooks
 from runs.teachers import (
+    check_answers,
     check_image_size,
     check_sweep_teacher,
     check_teacher,
@@ -32,7 +33,7 @@ from use.tasks import do_task
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global choose_machine, describe, evaluate, measure_speeds, start, train, try_hooks, write_report
+    global accuracy, choose_machine, describe, evaluate, measure_speeds, start, train, try_hooks, write_report
     global data, distill, models, plan, records, torch
     import torch
 
@@ -45,7 +46,7 @@ def import_modules():
     from runs.machine import describe
     from runs.session import choose_machine, start, try_hooks
     from runs.speed import speeds as measure_speeds
-    from train import evaluate, train
+    from train import accuracy, evaluate, train
 
 
 def main(arguments, stop):
@@ -111,7 +112,7 @@ def train_students(session, teachers):
     if any(arguments.alpha) or session.hooks.loss:
         say_size(session, targets)
     if session.group.leads:
-        keep_for_report(session, networks, sum(Path(path).stat().st_size for path, _ in teachers))
+        keep_for_report(session, networks, teachers)
 
     pair = choose_pair(session, teachers, digest, targets) if arguments.sweep else plan.pairs(arguments)[0]
     runs = plan.student_runs(arguments, loaded, digest, [pair], session.hooks)
@@ -261,16 +262,23 @@ def digests_of(session, teachers, role="teacher"):
     return {digest: networks[digest].to(**session.machine.place) for digest in sorted(networks)}
 
 
-def keep_for_report(session, networks, teacher_bytes):
+def keep_for_report(session, networks, teachers):
     """Keeps the test set, the teachers' test logits and how fast teacher and student are, from which --report works
-    without data and PyTorch. `networks` are the teachers by digest, `teacher_bytes` the size of their files."""
+    without data and PyTorch. `networks` are those of `teachers`, pairs of path and network, by digest."""
     output, loaded, machine = session.arguments.output_dir, session.data, session.machine
     images, labels = loaded.test_images.cpu().numpy(), loaded.test_labels.cpu().numpy()
     records.save_test_set(output, loaded.digest, images, labels, loaded.classes)
+
+    def test_logits(network):
+        logits = evaluate(network, loaded.test_images, loaded.mean, loaded.std)
+        path = next(path for path, each in teachers if each is network)
+        check_answers(path, network, accuracy(logits, loaded.test_labels), len(labels))
+        return logits
+
     for digest, network in networks.items():
-        test_logits = partial(evaluate, network, loaded.test_images, loaded.mean, loaded.std)
-        records.save_teacher_logits(output, digest, loaded.digest, test_logits)
-    place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": teacher_bytes}
+        records.save_teacher_logits(output, digest, loaded.digest, partial(test_logits, network))
+    sizes = sum(Path(path).stat().st_size for path, _ in teachers)
+    place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": sizes}
     hook, classes = session.hooks.student, len(loaded.classes)
     student = models.build(hook.loaded, "student", classes, 0) if hook else models.create("student", classes, 0)
     measure = partial(measure_speeds, list(networks.values()), student, loaded.image_size, machine)

@@ -19,6 +19,7 @@ from runs.settings import (
     run_name,
 )
 
+DIFFER = 0.005  # by what share of the test images two devices' answers may differ in whether they are right
 TAKES = "--teacher takes the folder of a finished run, or its model.pt."
 
 
@@ -199,7 +200,19 @@ def check_teacher(arguments, data, path, teacher):
     if found != wanted:
         raise Failure(f"The teacher {path} was trained for the classes {found} instead of {wanted}.")
     if teacher.settings.get("data") != data.digest:
+        command = teacher_command(arguments, output_dir=f"{arguments.output_dir}-2")
         raise Failure(
             f"The teacher {path} was trained on other images than these (or on the same under other names, in another "
-            f"order). Train one on these, and students beside it, in another output folder, such as:\n{teacher_command(arguments, output_dir=f'{arguments.output_dir}-2')}"
+            f"order). Train one on these, and students beside it, in another output folder, such as:\n{command}"
+        )
+
+
+def check_answers(path, teacher, accuracy, count):
+    """Raises Failure where a `teacher`, the network loaded from `path`, has another `accuracy` on the `count` test
+    images than is recorded in it, by more than what another device may differ in."""
+    if not teacher.settings.get("val_fraction") and abs(accuracy - teacher.accuracy) * count > max(2, DIFFER * count):
+        raise Failure(
+            f"The teacher {path} answers otherwise than when it was trained: its test accuracy is {accuracy:.4f}, and "
+            f"was {teacher.accuracy:.4f}. Its network keeps something outside of its state_dict, or this device "
+            "computes wrongly (try --device cpu)."
         )

@@ -4,14 +4,12 @@ All files are decoded, whatever happens to some of them; those that cannot be ar
 size and time are unchanged is not decoded again.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
 import itertools
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -21,8 +19,7 @@ from runs.files import Damaged, Failure, make_folder, read_json, reason, remove,
 from runs.files import decode as convert
 from sources.decode import DECODER_VERSION, NO_FAULT, NotDecoded, decode, reader
 from sources.ranges import decide, out_of_range
-
-CHUNK = 512  # images decoded before they are written
+from sources.threads import in_threads
 
 
 @dataclass
@@ -246,7 +243,7 @@ def _write(output, paths, keys, image_size, workers, old, given):
         write(key, old.images[row], old.record.sizes[row], old.record.samples.get(key), key in before)
 
     try:
-        with _progress(len(files), workers, "decoding images") as run:
+        with in_threads(len(files), workers, "decoding images") as run:
             for (key, _), found in zip(files, run(attempt, files), strict=True):
                 if isinstance(found, NotDecoded):
                     damaged[key] = found.why
@@ -292,7 +289,7 @@ def _write(output, paths, keys, image_size, workers, old, given):
 
 def _write_late(output, images, ranges, image_size, workers):
     """Writes `images`, {key: (their place in the file, path)}, scaled by `ranges`; yields the key of each."""
-    with _progress(len(images), workers, "scaling images") as run:
+    with in_threads(len(images), workers, "scaling images") as run:
         decoded = run(lambda item: decode(item[1], image_size, ranges), list(images.values()))
         for (key, (place, path)), found in zip(images.items(), decoded, strict=True):
             if found.pixels is None:
@@ -300,27 +297,6 @@ def _write_late(output, images, ranges, image_size, workers):
             output.seek(place)
             output.write(found.pixels)
             yield key
-
-
-@contextlib.contextmanager
-def _progress(total, workers, title):
-    """Gives a function like `map` that runs in threads, a chunk of items at a time, below a progress bar."""
-    with (
-        tqdm(total=total, desc=title, unit=" images", disable=None if total else True) as bar,
-        ThreadPoolExecutor(max(1, workers)) as pool,  # Pillow decodes outside the interpreter's lock
-    ):
-
-        def run(function, items):
-            for start in range(0, total, CHUNK):
-                for result in pool.map(function, items[start : start + CHUNK]):
-                    bar.update()
-                    yield result
-
-        try:
-            yield run
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _sha256_of_rest(output):
@@ -350,7 +326,7 @@ def content_hashes(paths, keys, workers, file):
                 raise Failure(f"cannot read {path}: {reason(error)}.") from None
             return ""  # said when it is decoded
 
-    with _progress(len(paths), workers, "reading images") as run:
+    with in_threads(len(paths), workers, "reading images") as run:
         found = list(run(digest, list(zip(keys, paths, strict=True))))
     result = {key: value for key, value in zip(keys, found, strict=True) if value}
     if file and result != kept:

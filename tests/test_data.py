@@ -21,7 +21,7 @@ import train
 from runs.files import Damaged, Failure
 from runs.lock import lock
 from runs.signals import Interrupted
-from sources import cifar
+from sources import cifar, threads
 from sources import kept as kept_images
 from sources.decode import decode, read_image
 
@@ -137,7 +137,7 @@ def test_workers_do_not_change_what_is_decoded(images, workers):
 
 def test_more_images_than_are_decoded_at_a_time(images, tmp_path, monkeypatch):
     whole = load_folder(images)
-    monkeypatch.setattr(kept_images, "CHUNK", 5)
+    monkeypatch.setattr(threads, "CHUNK", 5)
     assert load_folder(images).digest == whole.digest
     assert load_folder(images, cache=tmp_path).digest == whole.digest
 
@@ -271,7 +271,7 @@ def test_an_interrupted_decoding_keeps_what_it_has(kept, decoded, monkeypatch, e
         return decode(path, image_size, ranges)
 
     changed = kept.images / "test" / "red" / "00.png"
-    monkeypatch.setattr(kept_images, "CHUNK", 4)  # so that some images were written before
+    monkeypatch.setattr(threads, "CHUNK", 4)  # so that some images were written before
     with monkeypatch.context() as patch:
         patch.setattr(kept_images, "decode", interrupted)
         with pytest.raises(type(error)):

@@ -17,7 +17,7 @@ from PIL import Image
 import runs.files
 from runs.files import Failure
 from runs.signals import Interrupted
-from sources import decode, folders, kept, ranges
+from sources import decode, folders, kept, ranges, threads
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_deep_images_survive_an_interruption(tmp_path, monkeypatch, mapped_files
         return decode.decode(path, size, ranges)
 
     monkeypatch.setattr(kept, "decode", count)
-    monkeypatch.setattr(kept, "CHUNK", 1)
+    monkeypatch.setattr(threads, "CHUNK", 1)
     with pytest.raises(Interrupted):
         Loaded(top, cache)
     got = Loaded(top, cache)

@@ -361,6 +361,18 @@ def test_a_student_of_the_users_own_teaches(cli, flags, own, file, tmp_path):
     assert found["student"]["macs"] == models.costs("student", 3, 16).macs
 
 
+def test_a_teacher_that_answers_otherwise_than_when_it_was_trained_is_refused(cli, flags, finished, tmp_path):
+    network = models.load(finished / "teacher-s0" / "model.pt")
+    about = {name: getattr(network, name) for name in ("classes", "image_size", "mean", "std", "settings")}
+    then = (network.accuracy + 0.5) % 1
+    models.save(tmp_path / "model.pt", network, "teacher", accuracy=then, **about)
+    words = (*flags, "--teacher", tmp_path / "model.pt", "--output-dir", tmp_path / "out")
+    for _ in range(2):
+        got = cli(*words)
+        assert got.status == 1 and not [*(tmp_path / "out").glob("kd*")]
+        assert f"test accuracy is {network.accuracy:.4f}, and was {then:.4f}" in got.err
+
+
 def test_runs_of_both_kinds_live_in_one_folder(cli, flags, own, tmp_path):
     output = Path(shutil.copytree(own, tmp_path / "out"))
     assert "- Student: tiny in nets.py" in cli("--report", "--output-dir", output).out
