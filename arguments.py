@@ -262,9 +262,8 @@ def parse(argv):
         raise Usage("--val-fraction needs a sweep, several values of --temperature or --alpha, or --train-teacher")
     if len(arguments.alpha) > 1 and 0 in arguments.alpha:
         raise Usage("--alpha 0 is the baseline, which every sweep trains: leave it out")
-    for name in ("loss", "unlabeled"):
-        if getattr(arguments, name) and arguments.sweep:
-            raise Usage(f"--{name} is compared at one temperature and alpha: choose these by a sweep without it first")
+    if arguments.unlabeled and arguments.sweep:
+        raise Usage("--unlabeled is compared at one temperature and alpha: choose these by a sweep without it first")
     if arguments.unlabeled:
         if arguments.loss:
             raise Usage("--unlabeled is for the loss of distill.py: one of your own may need all labels")

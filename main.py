@@ -114,8 +114,10 @@ def train_students(session, teachers):
     if session.group.leads:
         keep_for_report(session, networks, teachers)
 
-    pair = choose_pair(session, teachers, digest, targets) if arguments.sweep else plan.pairs(arguments)[0]
-    runs = plan.student_runs(arguments, loaded, digest, [pair], session.hooks)
+    pair = plain = plan.pairs(arguments)[0]
+    if arguments.sweep:
+        pair, plain = choose_pairs(session, teachers, digest, targets)
+    runs = plan.student_runs(arguments, loaded, digest, [pair], session.hooks, plain_pairs=[plain])
     # With --overwrite the baselines of a sweep were removed before it.
     again = [run for run in runs if run.settings.role == "kd"] if arguments.sweep else runs
     prepare(session, again)
@@ -148,9 +150,10 @@ def say_size(session, targets, which=""):
     session.group.say(f"Soft targets{which}: {size / 1e6:.1f} MB in {folder}")
 
 
-def choose_pair(session, teachers, digest, targets):
+def choose_pairs(session, teachers, digest, targets):
     """The sweep: trains students for every pair of temperature and alpha on a part of the training images, and returns
-    the pair with the best accuracy on the rest. The `teachers`, whose digest is `digest`, have seen that rest: where
+    the pair with the best accuracy on the rest, of the loss of the user's own where there is one, and that of plain
+    distillation. The `teachers`, whose digest is `digest`, have seen that rest: where
     the same ones trained without it are there, these give the soft targets, in place of `targets`."""
     arguments, loaded, pairs = session.arguments, session.data, plan.pairs(session.arguments)
     fraction = plan.val_fraction(arguments)
@@ -180,10 +183,14 @@ def choose_pair(session, teachers, digest, targets):
     prepare(session, selection + candidates)
     later = plan.student_runs(arguments, loaded, digest, pairs[:1], session.hooks)
     train_all(session, selection, targets, later=later)
-    shared = selection[0].settings.shared
-    pair = session.group.agree(lambda: records.best_pair(arguments.output_dir, pairs, plan.seeds(arguments), shared))
-    session.group.say(f"Best on the validation part: temperature {pair[0]}, alpha {pair[1]}")
-    return pair
+    shared, variant = selection[0].settings.shared, selection[0].settings.variant
+    best = partial(records.best_pair, arguments.output_dir, pairs, plan.seeds(arguments), shared)
+    pair, plain = session.group.agree(lambda: [best(variant), best()])
+    words = f"temperature {pair[0]}, alpha {pair[1]}"
+    if variant:
+        words += f" with {session.hooks.loss.function}; temperature {plain[0]}, alpha {plain[1]} without"
+    session.group.say(f"Best on the validation part: {words}")
+    return pair, plain
 
 
 def sweep_networks(session, teachers, fraction):

@@ -222,8 +222,8 @@ class Comparison:
         runs = {run.key: run for run in students if run.settings.shared == self.settings.shared}
         apart = {"val_fraction", "split", "sweep_teacher"}
         runs = {key: run for key, run in runs.items() if comparable(self.settings, run.settings, apart)}
-        chosen = ("kd", self.settings.temperature, self.settings.alpha)
-        found = [run for key, run in runs.items() if key[:3] == chosen]
+        chosen = ("kd", self.settings.temperature, self.settings.alpha, self.settings.variant)
+        found = [run for key, run in runs.items() if (key.role, *key.way) == chosen]
         found = found or [run for key, run in runs.items() if key.role == "kd"] or list(runs.values())
         if not found:
             return []
@@ -233,22 +233,23 @@ class Comparison:
         for key, run in runs.items():
             taught_alike = key.role == "baseline" or run.settings.sweep_teacher == teacher
             if [run.settings.val_fraction, run.settings.split] == part and taught_alike:
-                groups.setdefault(key[:3], {})[key.seed] = run
+                groups.setdefault((key.role, *key.way), {})[key.seed] = run
         seeds, found = self.kd[0]["seeds"], groups.get(chosen) or max(groups.values(), key=len)
         seeds = seeds if set(seeds) <= set(found) else sorted(found)
         digests = (teacher or "").split("+")
         members = [run for run in everything if run.settings.role == "teacher" and run.weights_sha256 in digests]
-        ways = {("teacher", None, None): members} if members else {}
+        ways = {("teacher", None, None, None): members} if members else {}
         for way, found in sorted(groups.items(), key=lambda item: (-len(item[0][0]), str(item[0]))):
             if set(seeds) <= set(found):
                 ways[way] = [found[seed] for seed in seeds]
         entries = []
-        for (role, temperature, alpha), found in ways.items():
-            values = [run.val_accuracy for run in found]
+        for (role, temperature, alpha, _), found in ways.items():
+            values, settings = [run.val_accuracy for run in found], found[0].settings
             self.runs += found
             entries.append(
                 {
                     "role": role, "temperature": temperature, "alpha": alpha, "val_fraction": part[0],
+                    **({"loss": settings.loss, "loss_sha256": settings.loss_sha256} if settings.loss else {}),
                     "sweep_teacher": teacher if role == "kd" else None, "val_accuracies": values,
                     "seeds": [run.settings.seed for run in found],
                     "mean": float(np.mean(values)), "std": spread(values),

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from reports.statistics import BINS, by_confidence, paired_test, softmax
 from runs.files import Damaged, make_folder, read, remove, write
-from runs.settings import pair_name
+from runs.settings import pair_name, variant_of
 
 STYLES = {
     "teacher": {"color": "#000000", "linestyle": ":", "hatch": None, "label": "teacher"},
@@ -213,7 +213,9 @@ def _gain_of_a_pair(axes, entry):
 
 def sweep(comparison):
     """Validation accuracy by temperature and alpha, coloured by the gain over the baseline. None without a sweep."""
-    entries = {(e["temperature"], e["alpha"]): e["mean"] for e in comparison.selection if e["role"] == "kd"}
+    students = [each for each in comparison.selection if each["role"] == "kd"]
+    own = [each for each in students if variant_of(each) == variant_of(comparison.kd[0])]
+    entries = {(each["temperature"], each["alpha"]): each["mean"] for each in own or students}
     reference = [e["mean"] for e in comparison.selection if e["role"] == "baseline"]
     if not entries or not reference:
         return None
@@ -240,7 +242,8 @@ def sweep(comparison):
     axes.spines[:].set_visible(False)
     figure.colorbar(image, label="gain over baseline (points)")
     seen = "\nThe teacher was trained on these images, too." * comparison.sweep_teacher_has_seen
-    figure.suptitle(f"Validation accuracy (baseline {reference[0]:.4f}; framed: best){seen}", fontsize=9)
+    loss = f", {own[0]['loss']}" if own and "loss" in own[0] else ""
+    figure.suptitle(f"Validation accuracy{loss} (baseline {reference[0]:.4f}; framed: best){seen}", fontsize=9)
     return figure
 
 

@@ -9,7 +9,7 @@ import jinja2
 from reports import accuracy, calibration, costs, fidelity, omitted
 from reports.accuracy import decimals, points
 from reports.text import COLUMNS, claim, differently_trained, largest_class, method, run_values
-from runs.settings import UNFAIR_SWEEP
+from runs.settings import UNFAIR_SWEEP, variant_of
 
 CAPTIONS = {
     "cost": "Accuracy against cost.",
@@ -84,10 +84,10 @@ def _tables(comparison):
 
     if comparison.selection:
         columns = ("role", "temperature", "alpha", "validation accuracy", "std", "n")
-        sweep = [
-            (e["role"], e["temperature"], e["alpha"], decimals(e["mean"]), decimals(e["std"]), len(e["seeds"]))
-            for e in comparison.selection
-        ]
+        sweep = []
+        for each in comparison.selection:
+            pair = variant_of(each) or each["role"], each["temperature"], each["alpha"]
+            sweep.append((*pair, decimals(each["mean"]), decimals(each["std"]), len(each["seeds"])))
         note = UNFAIR_SWEEP if comparison.sweep_teacher_has_seen else ""
         tables.append(("Sweep, on the validation part", columns, sweep, note))
 

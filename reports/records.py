@@ -93,10 +93,11 @@ def _missing(record):
     return missing
 
 
-def best_pair(output, pairs, seeds, shared=PLAIN):
-    """The (temperature, alpha) of `pairs` with the best mean validation accuracy over `seeds`; the first of equals."""
+def best_pair(output, pairs, seeds, shared=PLAIN, variant=None):
+    """The (temperature, alpha) of `pairs` with the best mean validation accuracy over `seeds`; the first of equals.
+    `variant` is that of the students (Settings.variant)."""
     runs = finished_runs(Path(output) / "selection", shared)
-    return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed, None].val_accuracy for seed in seeds]))
+    return max(pairs, key=lambda pair: np.mean([runs["kd", *pair, seed, variant].val_accuracy for seed in seeds]))
 
 
 def comparable(one, other, apart=frozenset()):

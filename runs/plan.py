@@ -66,11 +66,12 @@ def teacher_runs(arguments, data, count, hooks):
     return [Run(folder / each.name, each, hooks) for each in settings]
 
 
-def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_teacher=None):
+def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_teacher=None, plain_pairs=None):
     """The runs of students: for every seed those with distillation for each of `pairs`, with the loss of the user's own
-    if `hooks` has one, or with images without labels if `data` has some, and then without, and the baseline. `teacher`
-    is a digest. With `fraction` they are those of a sweep, which are judged on that part of the training images, and
-    `sweep_teacher` is the digest of the teacher that has not seen it, where there is one."""
+    if `hooks` has one, or with images without labels if `data` has some; those of plain distillation, for each of
+    `plain_pairs` [`pairs`]; and the baseline. `teacher` is a digest. With `fraction` they are those of a sweep, which
+    are judged on that part of the training images, and `sweep_teacher` is the digest of the teacher that has not seen
+    it, where there is one."""
     folder = Path(arguments.output_dir) / ("selection" if fraction else "")
     shared = {"train_fraction": arguments.train_fraction, "omit_class": omitted(arguments, data)}
     images = len(data.transfer_set(*shared.values()))
@@ -79,12 +80,12 @@ def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_tea
     runs = []
     for seed in seeds(arguments):
         taught = {"teacher": teacher, "sweep_teacher": sweep_teacher}
-        distilled = [{"role": "kd", "temperature": t, "alpha": a, **taught} for t, a in pairs]
         variant = settings_of("loss", hooks.loss)
         if data.unlabeled:
             variant = {"unlabeled": data.unlabeled.digest}
-        if variant:
-            distilled = [each | more for each in distilled for more in (variant, {})]
+        ways = [(pair, variant) for pair in pairs] if variant else []
+        ways += [(pair, {}) for pair in plain_pairs or pairs]
+        distilled = [{"role": "kd", "temperature": t, "alpha": a, **taught, **more} for (t, a), more in ways]
         for rest in (*distilled, {"role": "baseline"}):
             common = {"seed": seed, "images": images, "network": hooks.student, **judged}
             settings = _settings(arguments, data, **common, **shared, **rest)

@@ -48,8 +48,8 @@ def try_hooks(arguments, hooks, classes, image_size, machine, say):
             note = trial.try_network(getattr(hooks, role), role, classes, image_size, machine)
             if note:
                 say(f"Note that {note}")
-    if hooks.loss:
-        trial.try_loss(hooks.loss, classes, arguments.temperature[0], arguments.alpha[0], machine)
+    for pair in plan.pairs(arguments) if hooks.loss else []:
+        trial.try_loss(hooks.loss, classes, *pair, machine)
 
 
 def start(arguments, stop, group, hooks, machine, teachers):

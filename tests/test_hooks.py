@@ -163,7 +163,6 @@ def test_a_loss_that_cannot_be_trained_is_refused_before_images_are_read(cli, fl
         (("--loss", "examples/dkd.py"), 2, "is not FILE.py:FUNCTION"),
         (("--loss", "examples/dkd:dkd"), 2, "is not FILE.py:FUNCTION"),
         (("--loss", "examples/dkd.py:dkd", "--train-teacher"), 2, "--loss is for students"),
-        (("--loss", "examples/dkd.py:dkd", "--alpha", "0.1", "0.9"), 2, "one temperature and alpha"),
         (("--loss", "examples/dkd.py:dkd", "--report"), 2, "--loss cannot be combined with --report"),
     ],
 )

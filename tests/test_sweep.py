@@ -103,6 +103,45 @@ def test_the_pair_that_validation_chose_is_trained_even_against_the_test_set(cli
 
 
 @pytest.mark.slow
+def test_a_loss_of_ones_own_gets_its_own_pair_and_plain_distillation_another(cli, flags, copy, tmp_path, monkeypatch):
+    """On validation T = 1 is made the best with the loss and T = 4 without it: these two are trained on everything."""
+    import train
+
+    (tmp_path / "own.py").write_text("def f(s, l, t, T, a):\n    return (s - t).square().mean() / T\n")
+    running, train_run = [], train.train
+
+    def noted(run, *rest, **more):
+        running.append(run.settings)
+        return train_run(run, *rest, **more)
+
+    def validate(network, data, indices):
+        best = {"f": 1.0, None: 4.0}[running[-1].loss]
+        return (0.9 if running[-1].temperature == best else 0.5) if len(indices) else None
+
+    monkeypatch.setattr(train, "train", noted)
+    monkeypatch.setattr(train, "validate", validate)
+    loss = ("--loss", f"{tmp_path / 'own.py'}:f")
+    words = (*flags, "--output-dir", copy, "--temperature", 1, 4, "--alpha", 0.9, "--seeds", 2, *loss)
+    for _ in range(2):
+        got = cli(*words)
+        assert got.status == 0, got
+        best = "temperature 1.0, alpha 0.9 with f; temperature 4.0, alpha 0.9 without"
+        assert f"Best on the validation part: {best}\n" in got.out
+    trained = {path.name for path in copy.glob("kd-*") if "a0.9" in path.name}
+    assert trained == {f"kd-{name}-a0.9-s{seed}" for name in ("f-T1", "T4") for seed in (0, 1)}
+    comparison = json.loads((copy / "comparison.json").read_text())
+    own, plain = (each for each in comparison["kd"] if each["alpha"] == 0.9)
+    assert (own["loss"], own["temperature"], plain["temperature"]) == ("f", 1.0, 4.0)
+    gains = 100 * (np.array(own["accuracies"]) - plain["accuracies"])
+    assert plain["first_over_this"]["by_seed"] == pytest.approx(gains.tolist())
+    found = {(e.get("loss"), e["temperature"]): e["val_accuracies"] for e in comparison["selection"]}
+    assert found == {("f", 1.0): [0.9] * 2, ("f", 4.0): [0.5] * 2, (None, 1.0): [0.5] * 2, (None, 4.0): [0.9] * 2,
+                     (None, None): [0.5] * 2}  # fmt: skip
+    assert "KD, f, T=1, alpha=0.9" in got.out.split("Sweep, on validation")[1]
+    assert figures.sweep(Comparison(copy)).get_suptitle().startswith("Validation accuracy, f (baseline 0.5")
+
+
+@pytest.mark.slow
 def test_comparison_csv_has_a_row_for_each_run(swept):
     with open(swept / "comparison.csv", encoding="utf-8") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
