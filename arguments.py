@@ -176,7 +176,8 @@ def parser():
            type=number(0, 0.5, above=True), metavar="F")
 
     option = group("training")
-    option("--epochs", "passes over the training set", 200, type=integer(1, 100_000), metavar="N")
+    option("--epochs", "passes over the training set; 0 keeps a --teacher-network as it is, trained elsewhere", 200,
+           type=integer(0, 100_000), metavar="N")
     option("--batch-size", "images per step", 128, type=integer(1, 1_000_000), metavar="N")
     option("--lr", "learning rate at the start; it falls linearly to zero [0.2 * sqrt(batch size / 128); of networks "
            "of your own, after a short rise, 0.1 * batch size / 128]",
@@ -245,6 +246,12 @@ def parse(argv):
                 raise Usage(f"{name} is for students and cannot be combined with --train-teacher")
     if arguments.train_teacher and arguments.sweep:
         raise Usage("several temperatures or alphas are for students and cannot be combined with --train-teacher")
+    if not arguments.epochs:
+        if not (arguments.train_teacher and arguments.teacher_network):
+            raise Usage("--epochs 0 is for --train-teacher with a --teacher-network that was trained before")
+        if arguments.val_fraction or arguments.seeds > 1:
+            option = "--val-fraction" if arguments.val_fraction else "--seeds"
+            raise Usage(f"{option} cannot be combined with --epochs 0, which trains nothing")
     arguments.task = next((name for name in TASKS if getattr(arguments, name)), None)
     if arguments.task:
         more, why = TASKS[arguments.task]

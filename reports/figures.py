@@ -77,7 +77,7 @@ def curves(comparison):
     """Training loss and accuracy of all runs by epoch, with the final test accuracies to the right of them."""
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    runs = [run for run in comparison.runs if not run.settings.val_fraction]
+    runs = [run for run in comparison.runs if run.settings.epochs and not run.settings.val_fraction]
     pairs = [pair_name(entry) for entry in comparison.kd]
     groups = []
     for run in runs:

@@ -30,7 +30,10 @@ NAMES = (
     (r"^[^/]*\.npy$", "an archive of NumPy arrays"),
 )
 DEEPEST = 4  # dicts in dicts that are searched for weights; one may hold itself
-ADVICE = "Name the folder of a run of this program instead, or train a teacher: python main.py --train-teacher"
+ADVICE = (
+    "Name the folder of a run of this program instead, or train a teacher: python main.py --train-teacher\n"
+    "A network that was trained elsewhere becomes one with --epochs 0 and --teacher-network FILE.py:FUNCTION."
+)
 
 
 def load_own(path, version):

@@ -61,7 +61,20 @@ class Run:
                 f"{error}\nReplace it by an intact copy, or remove {self.folder} to train it again."
             ) from None
         self.refuse_other_settings(model.settings)
+        if not self.settings.epochs:
+            self._refuse_other_weights(model)
         return model
+
+    def _refuse_other_weights(self, kept):
+        """Raises Failure where a network that is not trained here would not have the weights of the one that is kept:
+        those are in a file of the user's own, which no setting names."""
+        hook = getattr(self.hooks, self.settings.architecture)
+        network = models.build(hook.loaded, self.settings.architecture, kept.outputs, self.settings.seed)
+        if models.digest(network.state_dict()) != models.digest(kept.state_dict()):
+            raise Failure(
+                f"{self.folder} keeps other weights than {hook} returns now. Add --overwrite to keep these instead, or "
+                "choose another --output-dir."
+            )
 
     def refuse_other_settings(self, found):
         """Raises Failure where the settings `found` in the folder are not the run's."""

@@ -33,7 +33,7 @@ class Settings:
 
     role: Literal["teacher", "kd", "baseline"]
     data: str
-    epochs: Positive
+    epochs: NotNegative
     batch_size: Positive
     learning_rate: float
     weight_decay: float

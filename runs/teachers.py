@@ -113,6 +113,11 @@ def find_sweep_teachers(arguments, teachers, fraction):
         if network.settings.get("role") != "teacher":
             return [], f"{UNFAIR_SWEEP} Of a student that teaches there is none that was not."
         settings = decode(network.settings, Settings, path)
+        if not settings.epochs:
+            return (
+                [],
+                "Whether the teacher, trained elsewhere, has seen the images on which a sweep is judged is not known.",
+            )
         if settings.val_fraction >= fraction:
             paths.append(path)
             continue

@@ -55,9 +55,20 @@ def try_loss(hook, classes, temperature, alpha, machine):
         )
 
 
-def check_state(hook, network, loaded, images):
+def take_step(hook, network, logits, classes):
+    """Takes a small step of training with the gradient of the `logits` (B, classes); raises Failure where it fails."""
+    if not logits.requires_grad:
+        raise Failure(f"{hook} gives logits without a gradient.")
+    with hook.explained("fails where its gradient is computed"):
+        labels = torch.arange(len(logits), device=logits.device) % classes
+        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+    with hook.explained("has parameters that torch.optim.SGD refuses"):
+        torch.optim.SGD([each for each in network.parameters() if each.requires_grad], STEP).step()
+
+
+def check_state(hook, network, loaded, images, trained):
     """Raises Failure unless a `network` of a Hook answers by its state_dict alone, for each of the `images` (B, 3, S,
-    S) apart. `loaded` is another one with the same state_dict. Both are changed."""
+    S) apart, and, if it is `trained`, in training, too. `loaded` is another with the same state_dict; both change."""
 
     same = SAME if images.device.type == "cpu" else CLOSE
 
@@ -67,11 +78,11 @@ def check_state(hook, network, loaded, images):
     with torch.no_grad(), hook.explained(f"fails on {len(images)} images when it is called again"):
         answers = [each(images) for each in (network.eval(), network, loaded.eval())]
         alone = torch.cat([network(image) for image in images.split(1)])
-        trained = []
-        for turn in range(4):  # of what is drawn at random, once may be the same
+        steps = []
+        for turn in range(4 if trained else 0):  # of what is drawn at random, once may be the same
             for each in (network.train(), loaded.train()):
                 with models.stream("trial", turn):
-                    trained.append(each(images))
+                    steps.append(each(images))
     if differ(*answers[:2]):
         raise Failure(f"{hook} answers otherwise when it is asked again, in eval(): dropout that is never off, say.")
     if differ(answers[0], alone, CLOSE):
@@ -79,7 +90,7 @@ def check_state(hook, network, loaded, images):
             f"{hook} answers otherwise for an image alone than for the same image among others, in eval(): batch norm "
             "without running statistics, say."
         )
-    if differ(answers[1], answers[2]) or any(differ(*pair) for pair in zip(trained[::2], trained[1::2], strict=True)):
+    if differ(answers[1], answers[2]) or any(differ(*pair) for pair in zip(steps[::2], steps[1::2], strict=True)):
         raise Failure(
             f"{hook}: after a step of training, a second one with the same state_dict gives other logits. What it "
             "remembers of earlier batches must be in its state_dict (register_buffer), and what it draws must come "
@@ -88,10 +99,10 @@ def check_state(hook, network, loaded, images):
         )
 
 
-def try_network(hook, role, classes, image_size, machine):
+def try_network(hook, role, classes, image_size, machine, trained=True):
     """Builds the network of a Hook for a "teacher" or "student", and takes one small step of training on drawn images,
-    on `machine` and in its precision; raises Failure, with what is wrong, unless it can be trained, saved and loaded.
-    Returns what to say of it, else None."""
+    on `machine` and in its precision; raises Failure, with what is wrong, unless it can be trained, saved and loaded;
+    if it is not going to be `trained`, without that step. Returns what to say of it, else None."""
     with hook.explained(f"fails for {classes} classes"):
         network, again, other = (models.build(hook.loaded, role, classes, seed) for seed in (0, 0, 1))
     own = network.network
@@ -112,7 +123,7 @@ def try_network(hook, role, classes, image_size, machine):
     odd += [name for name, each in state.items() if name not in odd and each.dtype in (torch.float16, torch.bfloat16)]
     if odd:
         raise Failure(f"{hook}: '{odd[0].removeprefix('network.')}' of its state_dict is not a tensor of float32.")
-    if not any(each.requires_grad for each in own.parameters()):
+    if trained and not any(each.requires_grad for each in own.parameters()):
         raise Failure(f"{hook} has no parameter that is trained.")
     if models.digest(state) != models.digest(again.state_dict()):
         raise Failure(
@@ -125,7 +136,7 @@ def try_network(hook, role, classes, image_size, machine):
     with hook.explained(f"fails on a batch of {IMAGES} images of {image_size}x{image_size}"):
         network.to(**machine.place)
         with machine.autocast():
-            logits = network.train()(images)
+            logits = network.train(bool(trained))(images)
         with torch.no_grad():
             single = network.eval()(images[:1])  # in float32, as it is evaluated
     for found, count in ((logits, IMAGES), (single, 1)):
@@ -136,13 +147,8 @@ def try_network(hook, role, classes, image_size, machine):
             )
     if not logits.isfinite().all():
         raise Failure(f"{hook} gives logits that are not finite for drawn images.")
-    if not logits.requires_grad:
-        raise Failure(f"{hook} gives logits without a gradient.")
-    with hook.explained("fails where its gradient is computed"):
-        labels = torch.arange(IMAGES, device=machine.device) % classes
-        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
-    with hook.explained("has parameters that torch.optim.SGD refuses"):
-        torch.optim.SGD([each for each in own.parameters() if each.requires_grad], STEP).step()
+    if trained:
+        take_step(hook, own, logits, classes)
     for name, each in own.state_dict().items():
         if not each.isfinite().all():
             raise Failure(
@@ -152,14 +158,14 @@ def try_network(hook, role, classes, image_size, machine):
     with hook.explained("cannot be saved and loaded"):
         again.load_state_dict(copy.deepcopy(network.state_dict()))
     again.to(**machine.place)
-    check_state(hook, network, again, images)
+    check_state(hook, network, again, images, trained)
     count = models.inference_batch(machine.device, image_size)
     with hook.explained(f"fails on {count} images of {image_size}x{image_size} at once, as it is evaluated"):
         many = torch.zeros(count, 3, image_size, image_size).to(**machine.place)
         models.predict(network, [many], contextlib.nullcontext())
         if role == "teacher":  # which is asked in the precision of the training
             models.predict(network, [many], machine.autocast())
-    if is_always_the_same:
+    if trained and is_always_the_same:
         return (
             f"{hook} begins with the same weights whatever the seed (it loads them, or calls torch.manual_seed): an "
             "interval over seeds does not cover other ones"

@@ -93,9 +93,9 @@ def test_a_file_of_another_program_is_named_for_what_it_is(tmp_path, make, told)
     make(path)
     with pytest.raises(Damaged) as failure:
         models.load(path)
-    first, second = str(failure.value).splitlines()
+    first, second, third = str(failure.value).splitlines()
     assert first.startswith(f"{path} is not a model of this program: it is ") and told in first
-    assert second.endswith("or train a teacher: python main.py --train-teacher")
+    assert second.endswith("or train a teacher: python main.py --train-teacher") and "--epochs 0" in third
 
 
 def test_a_state_given_as_a_teacher(cli, flags, copy):
@@ -138,6 +138,6 @@ def test_a_file_of_text_or_nothing_is_said_to_be_that(tmp_path, content, told):
     path.write_bytes(content)
     with pytest.raises(Damaged) as failure:
         models.load(path)
-    first, second = str(failure.value).splitlines()
+    first, second, third = str(failure.value).splitlines()
     assert first.startswith(f"{path} is damaged: it is {told}") and first.endswith(" instead of a model.")
-    assert second.endswith("or train a teacher: python main.py --train-teacher")
+    assert second.endswith("or train a teacher: python main.py --train-teacher") and "--epochs 0" in third

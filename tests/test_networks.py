@@ -381,6 +381,79 @@ def test_runs_of_both_kinds_live_in_one_folder(cli, flags, own, tmp_path):
     )
 
 
+# Trained elsewhere ---------------------------------------------------------------------------------------------------
+
+ELSEWHERE = """
+import torch
+from pathlib import Path
+from torch import nn
+
+
+def f(classes):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, classes)).requires_grad_(False)
+    network.load_state_dict(torch.load(Path({weights!r}), weights_only=True))
+    return network
+"""
+
+
+def test_a_network_that_was_trained_elsewhere_teaches_as_it_is(cli, flags, images, tmp_path):
+    weights, path, output = tmp_path / "weights.pt", tmp_path / "elsewhere.py", tmp_path / "out"
+    path.write_text(ELSEWHERE.format(weights=str(weights)))
+    torch.save({"1.weight": torch.randn(3, 768), "1.bias": torch.randn(3)}, weights)
+    network = ("--teacher-network", f"{path}:f")
+    words = (*flags, "--output-dir", output, *network)
+    teacher = (*words, "--train-teacher", "--epochs", 0)  # the last --epochs counts
+    for said in ("", " (finished before)"):
+        got = cli(*teacher)
+        assert got.status == 0 and got.out.endswith(f"{said}\n"), got
+    kept = models.load(output / "teacher-f-s0" / "model.pt", network=hook(path, "f").loaded)
+    assert torch.equal(kept.network[1].weight, torch.load(weights)["1.weight"])
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    pixels = models.normalize(loaded.test_images, loaded.mean, loaded.std).flatten(1)
+    answers = pixels @ kept.network[1].weight.T + kept.network[1].bias
+    assert kept.accuracy == pytest.approx((answers.argmax(1) == loaded.test_labels).float().mean().item())
+    got = cli(*words)
+    assert got.status == 0 and f"- Teacher Network: {kept.accuracy:.4f}" in got.out, got
+    assert "teacher-f-s0" in cli("--list", "--output-dir", output).out
+
+    torch.save({"1.weight": torch.randn(3, 768), "1.bias": torch.randn(3)}, weights)
+    got = cli(*teacher)
+    assert got.status == 1 and "teacher-f-s0 keeps other weights than --teacher-network" in got.err
+    assert cli(*teacher, "--overwrite").status == 0
+
+
+def test_the_example_gives_a_network_its_own_normalization(tmp_path):
+    from torchvision.models import resnet18
+
+    path = Path(shutil.copy(ROOT / "examples" / "trained_elsewhere.py", tmp_path))
+    plain = resnet18(num_classes=10).eval()
+    torch.save(plain.state_dict(), tmp_path / "resnet18.pt")
+    network = models.build(hook(path, "trained").loaded, "teacher", 10, 0).eval()
+    pixels = torch.rand(2, 32, 32, 3)
+    ours = (pixels - torch.tensor((0.4914, 0.4822, 0.4465))) / torch.tensor((0.2470, 0.2435, 0.2616))
+    its = (pixels - torch.tensor((0.485, 0.456, 0.406))) / torch.tensor((0.229, 0.224, 0.225))
+    with torch.no_grad():
+        answers = [each(images.permute(0, 3, 1, 2)) for each, images in ((network, ours), (plain, its))]
+    assert torch.allclose(*answers, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "--epochs 0 is for --train-teacher with a --teacher-network"),
+        (("--train-teacher",), "--epochs 0 is for --train-teacher with a --teacher-network"),
+        (
+            ("--train-teacher", "--teacher-network", "a.py:f", "--seeds", "2"),
+            "--seeds cannot be combined with --epochs",
+        ),
+        (("--train-teacher", "--teacher-network", "a.py:f", "--val-fraction", "0.1"), "--val-fraction cannot be"),
+    ],
+)
+def test_no_epochs_are_for_a_teacher_that_was_trained_elsewhere(cli, words, told):
+    got = cli("--epochs", 0, *words)
+    assert got.status == 2 and told in got.err
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 HEAD = """import numpy
