@@ -165,8 +165,8 @@ def parser():
            "them, too, and is compared with plain distillation and the baseline", type=path, metavar="DIR")
     option("--student", "a student network of your own: FUNCTION(classes) returns a module from normalized images "
            "(B, 3, S, S) to logits", type=function, metavar="FILE.py:FUNCTION")
-    option("--teacher-network", "a teacher network of your own, likewise; to train it, and to use it as a teacher",
-           type=function, metavar="FILE.py:FUNCTION")
+    option("--teacher-network", "a teacher network of your own, likewise; to train it, and to use it as a teacher (of "
+           "several teachers all)", type=function, nargs="+", metavar="FILE.py:FUNCTION")
     option("--train-fraction", "students are trained on this part of each class, always the same images", 1.0,
            type=number(0, 1, above=True), metavar="F")
     option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
@@ -235,6 +235,9 @@ def parse(argv):
     arguments = top.parse_args(argv)
     arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))
     arguments.sweep = len(arguments.temperature) * len(arguments.alpha) > 1
+    arguments.teacher_network, *arguments.other_networks = arguments.teacher_network or [None]
+    if arguments.other_networks and not arguments.teacher:
+        raise Usage("several --teacher-network are for several teachers: name these with --teacher")
     if arguments.train_teacher:
         for name, given in (
             ("--report", arguments.report), ("--teacher", arguments.teacher), ("--loss", arguments.loss),
@@ -255,7 +258,7 @@ def parse(argv):
     arguments.task = next((name for name in TASKS if getattr(arguments, name)), None)
     if arguments.task:
         more, why = TASKS[arguments.task]
-        allowed = {arguments.task, *more, "task", "output_dir", "debug", "sweep", "demo"}
+        allowed = {arguments.task, *more, "task", "output_dir", "debug", "sweep", "demo", "other_networks"}
         typed = {word.partition("=")[0] for word in argv}
         for name, value in vars(arguments).items():
             option = f"--{name.replace('_', '-')}"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from runs.checkpoints import ModelFile, save_checkpoint
 from runs.costs import any_macs, layers_macs
-from runs.files import Damaged, decode
+from runs.files import Damaged, Failure, decode
 from runs.foreign import load_own
 from runs.hooks import Hooks
 from runs.machine import memory_format
@@ -315,18 +315,23 @@ def load(path, network=None, hooks=None):
     network = network or (hooks or Hooks()).network_of(file.settings, path)
     count, seed = len(file.classes), file.settings.get("seed", 0)  # of what a network draws outside its state_dict
     network = build(network, file.architecture, count, seed) if network else ARCHITECTURES[file.architecture](count)
-    load_weights(network, file.state_dict, path)
+    own = file.settings.get("network")
+    load_weights(network, file.state_dict, path, own and f"{own} in {file.settings.get('network_file')}")
     for name in ("architecture", "classes", "image_size", "mean", "std", "ranges", "settings", "accuracy"):
         setattr(network, name, getattr(file, name))
     return network.eval()
 
 
-def load_weights(network, state_dict, path):
-    """Loads a state_dict read from `path`; raises Damaged unless names, shapes and types match and all is finite."""
+def load_weights(network, state_dict, path, own=None):
+    """Loads a state_dict read from `path`; raises Damaged unless names, shapes and types match and all is finite. Where
+    it is of a network of the user's `own`, named so, another one may have been given for it, which is a Failure."""
     expected = network.state_dict()
     try:
         network.load_state_dict(state_dict)
     except RuntimeError as error:
+        if own:
+            text = f"{path} holds weights of {own}, which do not fit the network given ({_last_line(error)})."
+            raise Failure(text) from None
         raise Damaged(f"{path} is damaged: its weights do not fit this architecture ({_last_line(error)}).") from None
     if any(tensor.dtype != expected[name].dtype for name, tensor in state_dict.items()):
         raise Damaged(f"{path} is damaged: its weights are of another type.")

@@ -67,7 +67,10 @@ def main():
     missing = sorted(set(arguments.seeds or ()) - set(seeds))
     if missing or not seeds:
         which = f" with seed {missing[0]}" if missing else ""
-        raise Failure(f"{output} holds no pair of temperature {temperature} and alpha {alpha}{which}.")
+        raise Failure(
+            f"{output} holds no pair of temperature {temperature} and alpha {alpha}{which}, by plain distillation of "
+            "this program's student on all training images."
+        )
     settings = [pairs[seed].settings for seed in seeds]
     if {(each.recipe, each.views) for each in settings} != {(RECIPE, VIEWS_VERSION)}:
         raise Failure(f"the runs in {output} are of another recipe than this version of the program trains.")

@@ -60,6 +60,7 @@ CHANGES = {
     "mirrored": "yes or no: soft targets are averaged over a view and its mirror image [no]",
 }
 OF_DISTILLATION = {"teacher", "temperature", "alpha", "mirrored"}
+WORDS = {"init", "teacher", "cut", "mirrored"}  # whose values are no numbers
 OUT_OF_PLACE = {"kd": set(), "baseline": OF_DISTILLATION, "teacher": OF_DISTILLATION | {"mixed", "cut"}}
 
 
@@ -182,6 +183,16 @@ def main():
         parser.error(f"{unknown[0]} cannot be changed in a {arguments.role}: {', '.join(sorted(known))}")
     if len(changes) < len(pairs):
         parser.error("a name is given twice")
+    if arguments.epochs < 1:
+        parser.error("a training takes one epoch or more")
+    for name, value in changes.items():
+        number = int if name in ("seed", "batch", "padding", "widths") else float
+        for part in value.split(",") if name == "widths" else [value]:
+            try:
+                number(0 if name in WORDS and part else part)
+            except ValueError:
+                wanted = "a value" if name in WORDS else "a whole number" if number is int else "a number"
+                parser.error(f"{name}={value} needs {wanted}")
     if arguments.role == "kd" and "teacher" not in changes:
         parser.error("a distilled student needs teacher=PATH")
     if arguments.role == "kd" and "mixed" in changes and float(changes.get("alpha", 0.9)) != 1:

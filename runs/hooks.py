@@ -79,16 +79,17 @@ class Hook:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The functions that a command names, None where it names none."""
+    """The functions that a command names, None where it names none; `others` are networks of further teachers."""
 
     loss: Hook | None = None
     student: Hook | None = None
     teacher: Hook | None = None
+    others: tuple[Hook, ...] = ()
 
     @property
     def named(self):
         """The hooks that there are."""
-        return [hook for hook in (self.loss, self.student, self.teacher) if hook]
+        return [hook for hook in (self.loss, self.student, self.teacher, *self.others) if hook]
 
     def load(self):
         """Runs their files; raises Failure where one cannot be imported or has no such function."""
@@ -121,7 +122,7 @@ class Hooks:
         if not name:
             return None
         is_teacher = settings.get("role") == "teacher"
-        named = [hook for hook in (self.student, self.teacher) if hook and hook.function == name]
+        named = [hook for hook in (self.student, self.teacher, *self.others) if hook and hook.function == name]
         for hook in named:
             if hook.sha256 == sha256:
                 return hook.loaded
@@ -134,10 +135,10 @@ class Hooks:
             )
         option = f"--teacher-network FILE.py:{name}"
         option = option if is_teacher else f"--student FILE.py:{name} (as a teacher: {option})"
-        one = "\nTeachers with two different networks of your own cannot be combined." if self.teacher else ""
+        all_of_them = "\nOf several teachers name all networks: --teacher-network ONE.py:FUNCTION OTHER.py:FUNCTION"
         raise Failure(
             f"{path} holds a network of your own, {name} in {file}, which is never imported by itself. Name it: "
-            f"{option}{one}"
+            f"{option}{all_of_them if self.teacher else ''}"
         )
 
 
@@ -147,6 +148,7 @@ def find_hooks(arguments):
         _find("--loss", arguments.loss),
         _find("--student", arguments.student),
         _find("--teacher-network", arguments.teacher_network),
+        tuple(_find("--teacher-network", each) for each in arguments.other_networks),
     )
 
 

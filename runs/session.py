@@ -43,12 +43,12 @@ def choose_machine(arguments, group):
 def try_hooks(arguments, hooks, classes, image_size, machine, say):
     """Raises Failure where a function of the user's own cannot be trained on `machine` with so many classes and images
     so large; what is odd about one is told to `say`."""
-    trained = {"teacher": arguments.epochs and (arguments.train_teacher or arguments.demo), "student": True}
-    for role, is_trained in trained.items():
-        if getattr(hooks, role):
-            note = trial.try_network(getattr(hooks, role), role, classes, image_size, machine, is_trained)
-            if note:
-                say(f"Note that {note}")
+    is_trained = arguments.epochs and (arguments.train_teacher or arguments.demo)
+    networks = [(hooks.teacher, "teacher", is_trained), (hooks.student, "student", True)]
+    networks += [(hook, "teacher", False) for hook in hooks.others]
+    for hook, role, trained in networks:
+        if hook and (note := trial.try_network(hook, role, classes, image_size, machine, trained)):
+            say(f"Note that {note}")
     for pair in plan.pairs(arguments) if hooks.loss else []:
         trial.try_loss(hooks.loss, classes, *pair, machine)
 

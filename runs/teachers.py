@@ -89,8 +89,9 @@ def _unfinished(arguments, folder, known=()):
     )
 
 
-def _typed(settings):
-    """What to type for a teacher with these Settings, {name of the option: value}."""
+def _typed(settings, arguments=None):
+    """What to type for a teacher with these Settings, {name of the option: value}; of networks that `arguments` name
+    its own."""
     same = ("epochs", "image_size", "batch_size", "weight_decay", "label_smoothing", "seed")
     typed = {name: getattr(settings, name) for name in same}
     if settings.padding != default_padding(settings.epochs, settings.image_size):
@@ -101,6 +102,9 @@ def _typed(settings):
         typed["val_fraction"] = settings.val_fraction
     if not settings.network:
         typed["teacher_network"] = None
+    elif arguments:
+        names = filter(None, [arguments.teacher_network, *arguments.other_networks, arguments.student])
+        typed["teacher_network"] = next(name for name in names if name.rpartition(":")[2] == settings.network)
     return typed
 
 
@@ -124,7 +128,7 @@ def find_sweep_teachers(arguments, teachers, fraction):
         if settings.name in names:
             return [], f"{UNFAIR_SWEEP} Of two teachers named {settings.name} there can be only one that was not."
         names.add(settings.name)
-        wanted = {**_typed(settings), "val_fraction": fraction}
+        wanted = {**_typed(settings, arguments), "val_fraction": fraction}
         folders = [Path(output) / "selection" / settings.name for output in (path.parent.parent, arguments.output_dir)]
         folders = [folder for folder in folders if folder.resolve() != path.parent.resolve()]
         found = next((folder for folder in folders if (folder / "model.pt").is_file()), None)
@@ -150,7 +154,10 @@ def check_sweep_teacher(arguments, path, network, original, teacher, fraction):
     if network.settings["val_fraction"] < fraction:
         phrases.append(f"val fraction {network.settings['val_fraction']} instead of {fraction}")
     if phrases:
-        typed = _typed(decode(teacher.settings, Settings, original)) | {"val_fraction": fraction, "overwrite": True}
+        typed = _typed(decode(teacher.settings, Settings, original), arguments) | {
+            "val_fraction": fraction,
+            "overwrite": True,
+        }
         raise Failure(
             f"{path} is not {original} trained without the validation images: {', '.join(phrases)}.\n"
             f"Remove its folder, or train it again:\n{teacher_command(arguments, **typed)}"

@@ -16,7 +16,7 @@ import train
 from arguments import parse
 from data import Views
 from runs.command import exit_status
-from runs.files import Failure
+from runs.files import Damaged, Failure
 from runs.group import Group
 from runs.hooks import Hook, Hooks
 from runs.machine import Machine
@@ -160,6 +160,13 @@ def test_layers_that_several_calls_share_are_not_trained_by_several_runs(file):
         assert models.digest(again.state_dict()) == before != models.digest(one.state_dict())
 
 
+def test_a_file_is_not_damaged_where_another_function_is_given_for_it(own, file):
+    path = own / "kd-tiny-T4-a0.1-s0" / "model.pt"
+    with pytest.raises(Failure, match=r"holds weights of tiny in nets\.py, which do not fit the network given") as told:
+        models.load(path, network=hook(file, "loaded").loaded)
+    assert not isinstance(told.value, Damaged)
+
+
 def test_what_is_drawn_outside_the_state_dict_is_the_runs_when_it_is_loaded(file, tmp_path):
     function = hook(file, "Masked").loaded
     for seed in (0, 3):
@@ -285,7 +292,7 @@ def test_a_checkpoint_names_its_function_and_never_imports_it(own, file, images,
     path = own / "kd-tiny-T4-a0.1-s0" / "model.pt"
     with pytest.raises(Failure, match=r"holds a network of your own, tiny in nets.py.*--student FILE.py:tiny"):
         models.load(path)
-    with pytest.raises(Failure, match="weights do not fit"):
+    with pytest.raises(Failure, match="which do not fit the network given"):
         models.load(path, network=hook(file, "loaded").loaded)
     network = load_tiny(own / "kd-tiny-T4-a0.1-s0", file)
     pixels = torch.from_numpy(np.zeros((2, 16, 16, 3), np.uint8))
@@ -330,7 +337,11 @@ def test_what_is_said_of_networks_that_are_not_named(file, tmp_path):
     for role, hooks, told in (
         ("teacher", Hooks(), "Name it: --teacher-network FILE.py:tiny"),
         ("kd", Hooks(), "Name it: --student FILE.py:tiny (as a teacher: --teacher-network FILE.py:tiny)"),
-        ("teacher", Hooks(teacher=hook(file, "loaded")), "two different networks of your own cannot be combined."),
+        (
+            "teacher",
+            Hooks(teacher=hook(file, "loaded")),
+            "name all networks: --teacher-network ONE.py:FUNCTION OTHER.py:FUNCTION",
+        ),
         ("teacher", Hooks(teacher=found), "train the teacher again: --train-teacher --overwrite, or another"),
         ("kd", Hooks(student=found), "train again: --overwrite, or another --output-dir."),
     ):
@@ -359,6 +370,26 @@ def test_a_student_of_the_users_own_teaches(cli, flags, own, file, tmp_path):
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert found["teacher"]["macs"] == 49 * 8 * 3 * 9 + 392 * 3 + models.costs("teacher", 3, 16).macs
     assert found["student"]["macs"] == models.costs("student", 3, 16).macs
+
+
+def test_teachers_with_several_networks_teach_together(cli, flags, own, file, images, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("from torch import nn\ndef wide(n): return nn.Sequential(nn.Flatten(), nn.Linear(768, n))\n")
+    assert cli(*flags, "--output-dir", tmp_path, "--train-teacher", "--teacher-network", f"{other}:wide").status == 0
+    teachers = (own / "teacher-loaded-s0", tmp_path / "teacher-wide-s0", own / "teacher-s0")
+    words = (*flags, "--output-dir", tmp_path / "out", "--teacher", *teachers, "--teacher-network")
+    got = cli(*words, f"{file}:loaded")
+    assert got.status == 1 and "--teacher-network ONE.py:FUNCTION OTHER.py:FUNCTION" in got.err
+    assert cli(*words, f"{file}:loaded", f"{other}:wide").status == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    logits = [np.load(each / "test_logits.npy") for each in teachers]
+    labels = data.load("folder", data_dir=images, image_size=16).test_labels.numpy()
+    assert found["teacher"]["accuracy"] == pytest.approx((np.mean(logits, axis=0).argmax(1) == labels).mean())
+    assert sorted(found["teacher"]["members"]) == pytest.approx(
+        sorted((each.argmax(1) == labels).mean() for each in logits)
+    )
+    got = cli(*words[: words.index("--teacher")], "--teacher-network", f"{file}:loaded", f"{other}:wide")
+    assert got.status == 2 and "name these with --teacher" in got.err
 
 
 def test_a_teacher_that_answers_otherwise_than_when_it_was_trained_is_refused(cli, flags, finished, tmp_path):

@@ -255,6 +255,8 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     run("teacher", "widths=32,48,64")
     run("teacher", "widths=32,48,64")  # again: no second row
     for wrong, said in (
+        ("padding=1.5", "padding=1.5 needs a whole number"), ("bias=x", "bias=x needs a number"),
+        ("seed", "seed= needs a whole number"), ("init", "init= needs a value"), ("widths=3,b", "needs a whole number"),
         ("alpha=0.5", "cannot be changed"), ("padding=16", "less than"), ("seed=1 seed=2", "twice"), ("x", "cannot")
     ):  # fmt: skip
         with pytest.raises(SystemExit):
