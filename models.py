@@ -255,9 +255,10 @@ def predict(network, batches, autocast, finish=None):
     return torch.cat(parts)  # outside: autocast on CPUs knows no float16
 
 
-def digest(state_dict):
-    """The SHA-256 of a network's weights and buffers: names, types, shapes and bits."""
-    total = hashlib.sha256()
+def digest(state_dict, code=None):
+    """The SHA-256 of a network's weights and buffers: names, types, shapes and bits; and, where it is given, of the
+    digest of its `code`: a network that is not trained here may be another one with the same weights."""
+    total = hashlib.sha256((code or "").encode())
     for name, tensor in state_dict.items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -73,7 +73,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     network = new_network(settings, data, transfer_set, run.hooks)
     network = network.to(**machine.place).train()
     if settings.network:
-        trained = [p for p in network.parameters() if p.requires_grad or not settings.epochs]
+        trained = [p for p in network.parameters() if p.requires_grad] if settings.epochs else [torch.zeros(0)]
         rest = {"momentum": 0.9, "nesterov": True, "weight_decay": settings.weight_decay}
         optimizer = torch.optim.SGD(trained, settings.learning_rate, **rest)
     else:

@@ -49,8 +49,10 @@ class Hook:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
         import torch  # only here, as a Hook is found before PyTorch is imported
 
-        with self.explained("cannot be imported"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a layer outside of all functions begins alike in every process
+        from models import stream
+
+        with self.explained("cannot be imported"), stream("file"):  # what is drawn there is alike in every process
+            torch.manual_seed(0)
             exec(compile(self.content, str(self.path), "exec"), vars(module))
         function = getattr(module, self.function, None)
         if not callable(function):

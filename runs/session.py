@@ -43,7 +43,7 @@ def choose_machine(arguments, group):
 def try_hooks(arguments, hooks, classes, image_size, machine, say):
     """Raises Failure where a function of the user's own cannot be trained on `machine` with so many classes and images
     so large; what is odd about one is told to `say`."""
-    is_trained = arguments.epochs and (arguments.train_teacher or arguments.demo)
+    is_trained = arguments.epochs and (arguments.train_teacher or (arguments.demo and not arguments.teacher))
     networks = [(hooks.teacher, "teacher", is_trained), (hooks.student, "student", True)]
     networks += [(hook, "teacher", False) for hook in hooks.others]
     for hook, role, trained in networks:
@@ -102,7 +102,7 @@ def start(arguments, stop, group, hooks, machine, teachers):
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "student", "teacher_network", "device")
-    typed += ("precision", "compile", "unlabeled", *FOLDER_OPTIONS)
+    typed += ("other_networks", "precision", "compile", "unlabeled", *FOLDER_OPTIONS)
     recorded = {name: getattr(arguments, name) for name in typed}
     options = Options(arguments.save_every, stop, recorded, images, costs)
     return Session(arguments, loaded, transfer_set, machine, options, group, hooks)

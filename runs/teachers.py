@@ -103,8 +103,10 @@ def _typed(settings, arguments=None):
     if not settings.network:
         typed["teacher_network"] = None
     elif arguments:
-        names = filter(None, [arguments.teacher_network, *arguments.other_networks, arguments.student])
-        typed["teacher_network"] = next(name for name in names if name.rpartition(":")[2] == settings.network)
+        named = [*filter(None, [arguments.teacher_network, *arguments.other_networks, arguments.student])]
+        named = [name for name in named if name.rpartition(":")[2] == settings.network]
+        own = [name for name in named if Path(name.rpartition(":")[0]).name == settings.network_file]
+        typed["teacher_network"] = (own or named)[0]
     return typed
 
 
@@ -118,10 +120,7 @@ def find_sweep_teachers(arguments, teachers, fraction):
             return [], f"{UNFAIR_SWEEP} Of a student that teaches there is none that was not."
         settings = decode(network.settings, Settings, path)
         if not settings.epochs:
-            return (
-                [],
-                "Whether the teacher, trained elsewhere, has seen the images on which a sweep is judged is not known.",
-            )
+            return [], f"{UNFAIR_SWEEP} (It was trained elsewhere; here it is taken for one that has seen them.)"
         if settings.val_fraction >= fraction:
             paths.append(path)
             continue
@@ -212,7 +211,8 @@ def check_teacher(arguments, data, path, teacher):
     if found != wanted:
         raise Failure(f"The teacher {path} was trained for the classes {found} instead of {wanted}.")
     if teacher.settings.get("data") != data.digest:
-        command = teacher_command(arguments, output_dir=f"{arguments.output_dir}-2")
+        kept = {} if teacher.settings.get("epochs") else {"epochs": 0}
+        command = teacher_command(arguments, output_dir=f"{arguments.output_dir}-2", **kept)
         raise Failure(
             f"The teacher {path} was trained on other images than these (or on the same under other names, in another "
             f"order). Train one on these, and students beside it, in another output folder, such as:\n{command}"
@@ -222,7 +222,9 @@ def check_teacher(arguments, data, path, teacher):
 def check_answers(path, teacher, accuracy, count):
     """Raises Failure where a `teacher`, the network loaded from `path`, has another `accuracy` on the `count` test
     images than is recorded in it, by more than what another device may differ in."""
-    if not teacher.settings.get("val_fraction") and abs(accuracy - teacher.accuracy) * count > max(2, DIFFER * count):
+    if not teacher.settings.get("val_fraction") and round(abs(accuracy - teacher.accuracy) * count) > max(
+        2, DIFFER * count
+    ):
         raise Failure(
             f"The teacher {path} answers otherwise than when it was trained: its test accuracy is {accuracy:.4f}, and "
             f"was {teacher.accuracy:.4f}. Its network keeps something outside of its state_dict, or this device "

@@ -13,7 +13,7 @@ import numpy as np
 
 from runs.files import Damaged, Failure, reason, remove, write
 from sources import Facts, kept, one_line
-from sources.listing import WRITTEN, Found, class_folders, find_images, is_class_folder, is_image, is_walked
+from sources.listing import WRITTEN, Found, class_folders, find_images, is_class_folder, is_image, is_run, is_walked
 from sources.ranges import ALPHA, plain
 
 HELD_OUT = ("test", "val", "valid", "validation")  # the first that exists holds the test images
@@ -180,9 +180,13 @@ def _listing(top, say, output):
         listing = {name: find_images(os.path.join(top, name), real, seen, output) for name in names}
     except OSError as error:
         raise Failure(f"cannot read {error.filename or top}: {reason(error)}.") from error
-    for name in [name for name, found in listing.items() if not found.paths and found.passed[WRITTEN]]:
-        passed.update({f"folder {name}, where this program writes": 1})
-        del listing[name]
+    for name in names:
+        is_output = os.path.realpath(os.path.join(top, name)) == output
+        if is_output and listing[name].paths and not _has_runs(output):
+            raise Failure(f"{top / name} holds images: this program must not write among them. Name an --output-dir.")
+        if is_output or (not listing[name].paths and listing[name].passed[WRITTEN]):
+            passed.update({f"folder {name}, where this program writes": 1})
+            del listing[name]
     if len(listing) < 2:
         count = f"{len(listing) or 'no'} class folder{'s' * (len(listing) != 1)}"
         raise Failure(f"{top} has {count}, but at least two classes are needed.")
@@ -197,6 +201,11 @@ def _listing(top, say, output):
     words = every.passed_over()
     say(f"{top}: {len(every.paths):,} images taken" + (f"; passed over: {words}" if words else ""))
     return {name: found.paths for name, found in listing.items()}
+
+
+def _has_runs(folder):
+    with os.scandir(folder) as entries:
+        return any(map(is_run, entries))
 
 
 def _refuse_second_name(folder, top, seen):

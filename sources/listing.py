@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 
-from runs.files import Failure
 from sources.decode import image_formats
 
 # What file managers, cameras' cards and network drives put beside images.
@@ -27,6 +26,7 @@ ADVICE = {
 AGAIN = "folder(s) met again through a link"
 WRITTEN = "folder(s) where this program writes"
 RECORD, WEIGHTS = "run.json", ("model.pt", "state.pt")  # in the folder of a run
+WRITES = {"data", "figures", "selection", "targets"}  # folders that it writes beside runs
 AROUND = "link(s) to a folder around this one"
 LONGEST = 8  # kinds of files that a line names
 
@@ -68,29 +68,20 @@ def is_image(entry):
     return _is(entry.is_file) and not entry.name.startswith(".") and _suffix(entry.name) in image_formats()[1]
 
 
-def is_written(path, entries, output=None):
-    """Whether a folder, a real path with these `entries` of os.scandir, is one where this program writes: the real path
-    `output`, or one with runs in it. Raises Failure where it holds images beside them."""
-    if path == output:
-        if any(map(is_image, entries)):
-            raise Failure(f"{path} holds images: this program must not write among them. Name another --output-dir.")
-        return True
-    runs = (entry.path for entry in entries if _is(entry.is_dir) and os.path.exists(os.path.join(entry.path, RECORD)))
-    return any(map(_has_weights, runs)) and not any(map(is_image, entries))
-
-
-def _has_weights(run):
-    return any(os.path.exists(os.path.join(run, name)) for name in WEIGHTS)
+def is_run(entry):
+    """Whether an entry of os.scandir is the folder of a run of this program."""
+    paths = (os.path.join(entry.path, name) for name in WEIGHTS)
+    return _is(entry.is_dir) and os.path.exists(os.path.join(entry.path, RECORD)) and any(map(os.path.exists, paths))
 
 
 def find_images(folder, top=None, seen=None, output=None):
     """The images in `folder` and below it: a Found, sorted within each folder. Raises OSError where a folder cannot be
     read.
 
-    Folders where this program writes are passed over (`is_written`, which says what `output` is and raises Failure).
-    Links are followed. A folder is read once, whatever links lead there: `seen` are the real paths of those read so
-    far, {path: the `folder` it was read for}; `top` is the real path of the folder [this one] whose inside needs no
-    link to be read.
+    What this program wrote is passed over, in any folder with runs in it and in the real path `output`. Links are
+    followed. A folder is read once, whatever links lead there: `seen` are the real paths of those read so far, {path:
+    the `folder` it was read for}; `top` is the real path of the folder [this one] whose inside needs no link to be
+    read.
     """
     suffixes, found = image_formats()[1], Found()
     real = os.path.realpath(folder)
@@ -108,12 +99,15 @@ def find_images(folder, top=None, seen=None, output=None):
         folders = []
         with os.scandir(path) as there:
             entries = sorted(there, key=lambda entry: entry.name)
-        if is_written(real, entries, output):
+        runs = {entry.name for entry in entries if is_run(entry)}
+        written = runs | WRITES if runs or real == output else set()
+        if written:
             found.passed[WRITTEN] += 1
-            continue
         for entry in entries:
             name = entry.name
             if _is(entry.is_dir):
+                if name in written:
+                    continue
                 if name.lower() in SYSTEM_FOLDERS:
                     found.passed[f"folder {name} of the system"] += 1
                 elif _is_hidden(name):

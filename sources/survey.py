@@ -103,7 +103,7 @@ def _unlabeled_warnings(found, output):
     if found.training_images:
         lines.append(
             f"{found.training_images:,} of {found.count:,} images without labels are training images, too{listed}: "
-            "they add nothing new"
+            "those that students see with labels add nothing new"
         )
     return lines
 

@@ -296,8 +296,10 @@ def test_a_class_in_which_this_program_writes_keeps_its_images(alone, tmp_path):
         assert loaded.names == whole.names
         count = 1 + (place.parent == tmp_path)
         assert loaded.said[0].endswith(f"; passed over: {count} folder(s) where this program writes")
-    with pytest.raises(Failure, match="red holds images: this program must not write among them. Name another"):
+    with pytest.raises(Failure, match="red holds images: this program must not write among them. Name an"):
         Loaded(alone, alone / "red" / "data", test_fraction=0.2)
+    write_output(alone / "blue", alone / "red" / "00.png")  # by an earlier command, beside the images of that class
+    assert Loaded(alone, tmp_path / "other", test_fraction=0.2).names == whole.names
 
 
 # Their split ----------------------------------------------------------------------------------------------------------

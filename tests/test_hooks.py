@@ -133,6 +133,7 @@ ODD = {
     "def f(s, l, t, T, a): return t.requires_grad_().sum()": "without a gradient",
     "def f(s, l, t, T, a): return (s / 0).sum()": "is not finite",
     "n = []\ndef f(s, l, t, T, a):\n    n.append(0)\n    return len(n) * s.pow(2).mean()": "not remember earlier calls",
+    "def f(s, l, t, T, a):\n    return s.mul_(2).pow(2).mean()": "changes student_logits, which are used after it",
     "import torch\nf = torch.nn.Linear(3, 1)": "has parameters of its own, which would not be trained",
     "def f(s, l): return s.sum()": "takes 2 positional arguments but 5 were given",
     "def f(s, l, t, T, a):\n    return s @ t": "line 2, in f\n    return s @ t\n",

@@ -1,6 +1,7 @@
 """Networks of the user's own: trained, resumed, compared, saved and loaded, as students and as teachers."""
 
 import json
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -135,6 +136,25 @@ def test_both_students_begin_with_the_same_weights_drawn_under_their_seed(file):
     ]
     assert digests[0] == digests[1] and len(set(digests)) == 3
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_stream_seeds_all_global_generators_and_leaves_them_as_they_were():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    with models.stream("one"):
+        first = draw()
+    with models.stream("afterwards"):
+        draw()
+        with models.stream("one"):
+            again = draw()
+        inside = draw()
+    with models.stream("afterwards"):
+        draw()
+        assert draw() == inside
+    with models.stream("two"):
+        other = draw()
+    assert first == again and not {*first} & {*other}
 
 
 def test_what_a_network_draws_from_any_global_generator_is_a_function_of_the_step(cli, flags, finished, tmp_path):
@@ -440,6 +460,19 @@ def test_a_network_that_was_trained_elsewhere_teaches_as_it_is(cli, flags, image
     assert got.status == 0 and f"- Teacher Network: {kept.accuracy:.4f}" in got.out, got
     assert "teacher-f-s0" in cli("--list", "--output-dir", output).out
 
+    sweep = cli(*words, "--temperature", 2, 4, "--val-fraction", 0.25)
+    assert sweep.status == 0 and "It was trained elsewhere; here it is taken for one that has seen" in sweep.out, sweep
+
+    path.write_text(
+        path.read_text().replace("nn.Flatten()", "nn.Sequential(nn.Hardtanh(), nn.Flatten())")
+    )  # with the same weights
+    assert cli(*teacher, "--overwrite").status == 0
+    again = models.load(output / "teacher-f-s0" / "model.pt", network=hook(path, "f").loaded)
+    got = cli(*words)
+    assert got.status == 1 and "another teacher" in got.err, got  # neither its students nor its soft targets are used
+    got = cli(*words, "--overwrite")
+    assert got.status == 0 and f"- Teacher Network: {again.accuracy:.4f}" in got.out
+
     torch.save({"1.weight": torch.randn(3, 768), "1.bias": torch.randn(3)}, weights)
     got = cli(*teacher)
     assert got.status == 1 and "teacher-f-s0 keeps other weights than --teacher-network" in got.err
@@ -459,6 +492,19 @@ def test_the_example_gives_a_network_its_own_normalization(tmp_path):
     with torch.no_grad():
         answers = [each(images.permute(0, 3, 1, 2)) for each, images in ((network, ours), (plain, its))]
     assert torch.allclose(*answers, atol=1e-4)
+
+
+def test_a_frozen_program_is_kept_as_it_is(cli, flags, tmp_path):
+    """TorchScript's parameters are no leaves, and a frozen one has none: no optimizer takes them."""
+    path = tmp_path / "program.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\nclass f(nn.Module):\n    def __init__(self, n):\n"
+        "        super().__init__()\n        self.register_buffer('w', torch.ones(768, n))\n    def forward(self, x):\n"
+        "        return x.flatten(1) @ self.w\n"
+    )
+    words = (*flags, "--output-dir", tmp_path / "out", "--train-teacher", "--epochs", 0)
+    got = cli(*words, "--teacher-network", f"{path}:f")
+    assert got.status == 0 and "teacher-f-s0: test accuracy 0.3333" in got.out, got
 
 
 @pytest.mark.parametrize(
