@@ -118,7 +118,7 @@ def find_images(folder, top=None, seen=None, output=None):
                     folders.append((entry.path, target, linked))
                 continue
             suffix = _suffix(name)
-            if name.lower() in SYSTEM_FILES or name.startswith("._"):
+            if name.lower() in SYSTEM_FILES or name.startswith("._") or (written and not is_image(entry)):
                 continue
             if name.startswith("."):
                 found.passed["hidden"] += 1
