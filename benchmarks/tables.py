@@ -119,6 +119,35 @@ def few_labels(folder=RESULTS / "few-labels"):
     )
 
 
+def other_images(folder=RESULTS / "animals"):
+    """Students that saw images without labels: of the classes, or of others."""
+    same, other, longer = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("comparison", "other", "longer")
+    )
+    of_same, of_other = (json.loads((folder / f"{name}difference.json").read_text()) for name in ("", "other_"))
+    controls = [*same["kd"][1:], same["baseline"], *longer["kd"], longer["baseline"]]
+    rows, epochs = [], [each["settings"]["epochs"] for each in (same, longer)]
+    for name, found, tests in (("the animals", same, of_same), ("vehicles", other, of_other[1:])):
+        first = found["kd"][0]
+        for entry, test in zip(controls, tests, strict=True):
+            if [first["accuracies"], entry["accuracies"]] != test["accuracies"]:
+                raise ValueError(f"the differences in {folder} are not of its records")
+        over = [gain(tests[0]["points"]), gain(tests[2]["points"])]
+        rows.append([f"distilled, with images of {name} without labels", epochs[0], share(first), *over])
+    for entry, length in zip(controls, (epochs[0], epochs[0], epochs[1], epochs[1]), strict=True):
+        name = "distilled" if "temperature" in entry else "without a teacher"
+        rows.append([name, length, share(entry), "", ""])
+    lead = [f"lead over distilled of {length} epochs, in points (95% interval)" for length in epochs]
+    settings, teacher, count = same["settings"], same["teacher"], len(same["kd"][0]["seeds"])
+    corrected = ", ".join(f"{max(each['points']['p_holm'] for each in tests):.2g}" for tests in (of_same, of_other))
+    return table(["students", "epochs", "test accuracy", *lead], *rows) + (
+        f"\n\n{count} seeds each, ± is their standard deviation. Teacher: {teacher['accuracy']:.4f}, trained on the "
+        f"3,000 images for {epochs[1]} epochs. T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. The "
+        f"largest p corrected for all of a kind's comparisons (Holm): {corrected}. "
+        "`python benchmarks/unlabeled.py --classes bird cat deer dog frog horse`."
+    )
+
+
 NUMBERS = ("distilled", "distilled_std", "other", "other_std", "mean", "low", "high")
 
 
@@ -144,7 +173,10 @@ def paper(path=None):
     )
 
 
-BLOCKS = {"printed": printed, "results": results, "paper": paper, "few labels": few_labels, "speed": speed}
+BLOCKS = {
+    "printed": printed, "results": results, "paper": paper, "few labels": few_labels, "other images": other_images,
+    "speed": speed,
+}  # fmt: skip
 
 
 def main():

@@ -176,9 +176,8 @@ def test_what_images_without_labels_add_is_told_as_measured():
     for other, test in zip(others, tests, strict=True):
         gains = 100 * (np.array(first["accuracies"]) - other["accuracies"])
         half = 2.776445 * gains.std(ddof=1) / 5**0.5  # as above
-        told = f"{gains.mean():+.2f} points ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f}), p = "
-        assert told + f"{test['points']['p_value']:.2g}" in measured
-        assert f"{np.mean(other['accuracies']):.4f} ± {np.std(other['accuracies'], ddof=1):.4f}" in measured
+        assert test["points"]["ci95"] == pytest.approx([gains.mean() - half, gains.mean() + half])
+    assert ", ".join(f"{accuracy:.4f}" for accuracy in first["accuracies"]) in measured
     teacher, student, baseline = shorter["teacher"]["accuracy"], first["mean"], shorter["baseline"]["mean"]
     readme = " ".join((ROOT / "README.md").read_text().split())
     below = "within {:.1f} points of its teacher, which is ten times as large; without a teacher it is {:.1f} below,"
@@ -191,6 +190,35 @@ def test_what_images_without_labels_add_is_told_as_measured():
     assert told.format(*gains) in readme
     twice = tests[3]["points"]
     assert "that is {:.2f} ({:+.2f} to {:+.2f}).".format(twice["mean"], *twice["ci95"]) in readme
+
+
+def test_what_images_of_other_classes_add_is_told_as_measured():
+    folder, measured = ROOT / "results" / "animals", " ".join((ROOT / "results" / "README.md").read_text().split())
+    same, other, longer = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("comparison", "other", "longer")
+    )
+    animals, plain = same["kd"]
+    vehicles, again = other["kd"]
+    assert (
+        plain["accuracies"] == again["accuracies"] and other["baseline"]["accuracies"] == same["baseline"]["accuracies"]
+    )
+    assert {each["settings"]["teacher"] for each in (same, other, longer)} == {same["settings"]["teacher"]}
+    assert animals["unlabeled"] != vehicles["unlabeled"] and [len(each["classes"]) for each in (same, other)] == [6, 6]
+    for entry in (animals, vehicles):
+        assert entry["seeds"] == [0, 1, 2, 3, 4]
+        assert ", ".join(f"{accuracy:.4f}" for accuracy in entry["accuracies"]) in measured
+    tests = json.loads((folder / "other_difference.json").read_text())
+    for one, found in ((animals, tests[0]), (plain, tests[1]), (longer["kd"][0], tests[3])):
+        gains = 100 * (np.array(vehicles["accuracies"]) - one["accuracies"])
+        half = 2.776445 * gains.std(ddof=1) / 5**0.5  # Student's t of 4 degrees of freedom, 97.5%
+        told = f"{gains.mean():+.2f} points ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f}), p = "
+        assert told + f"{found['points']['p_value']:.2g}" in measured
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    means = [100 * each["mean"] for each in (animals, vehicles, plain, longer["kd"][0])]
+    words = "add {:.2f} points to plain distillation of as many epochs, images of vehicles {:.2f}."
+    assert words.format(means[0] - means[2], means[1] - means[2]) in readme
+    words = "is {:.2f} points ahead of students that saw vehicles, and {:.2f} behind those that saw animals"
+    assert words.format(means[3] - means[1], means[0] - means[3]) in readme
 
 
 def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
