@@ -5,15 +5,11 @@ Pooling comes before batch norm and GELU, as in the speed-run networks for CIFAR
 bound by memory, and see a quarter of the data.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
-import json
 import math
-import random
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +21,7 @@ from runs.foreign import load_own
 from runs.hooks import Hooks
 from runs.machine import memory_format
 from runs.settings import Costs
+from runs.streams import stream, stream_seed
 
 FORMAT = 2  # of model.pt; a file with another number is refused
 
@@ -144,33 +141,6 @@ def generator(*purpose):
     running global state: so every draw can be made again, in any order, by whoever knows its purpose.
     """
     return torch.Generator().manual_seed(stream_seed(*purpose))
-
-
-def stream_seed(*purpose):
-    """The seed of the stream of a purpose."""
-    return int.from_bytes(hashlib.sha256(json.dumps(purpose).encode()).digest()[:8], "little") >> 1
-
-
-def start_stream(*purpose):
-    """Sets the global generators of PyTorch, NumPy and Python to the stream of a purpose: what a function of the user's
-    own draws from them is a function of that purpose alone, too."""
-    seed = stream_seed(*purpose)
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (others draw from it)
-    random.seed(seed)
-
-
-@contextlib.contextmanager
-def stream(*purpose):
-    """A context that begins with `start_stream`, and after which the global generators on the CPU are as before."""
-    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        start_stream(*purpose)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpys)  # noqa: NPY002
-            random.setstate(pythons)
 
 
 def create(architecture, classes, seed, images=None):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import models
 from data import JoinedViews, Views, split, unlabeled_views
 from distill import UNLABELED, distillation_loss, omitted_bias
-from models import generator, inference_batch, predict, start_stream
+from models import generator, inference_batch, predict
 from runs.progress import Progress
+from runs.streams import start_stream
 
 # Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
 CONVOLUTIONS, HEAD, BIASES = (0.3, 0.6), (1.0, 0.85), (30.0, 0.85)

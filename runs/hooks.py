@@ -49,7 +49,7 @@ class Hook:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
         import torch  # only here, as a Hook is found before PyTorch is imported
 
-        from models import stream
+        from runs.streams import stream
 
         with self.explained("cannot be imported"), stream("file"):  # what is drawn there is alike in every process
             torch.manual_seed(0)

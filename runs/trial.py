@@ -8,6 +8,7 @@ import torch
 import models
 from models import generator
 from runs.files import Failure
+from runs.streams import stream
 
 IMAGES = 8  # in the batch that is tried
 STEP = 0.01  # the learning rate of a step that is tried
@@ -28,7 +29,7 @@ def try_loss(hook, classes, temperature, alpha, machine):
     for _ in range(2):
         given = [each.clone() for each in tensors]
         what = f"fails on {IMAGES} images and {classes} classes, called with {called}"
-        with hook.explained(what), models.stream("trial"):
+        with hook.explained(what), stream("trial"):
             losses.append(hook.loaded(*given, temperature, alpha))
         for name, before, after in zip(("student_logits", "labels"), tensors, given, strict=False):
             if not torch.equal(before, after):
@@ -82,7 +83,7 @@ def check_state(hook, network, loaded, images, trained):
         steps = []
         for turn in range(4 if trained else 0):  # of what is drawn at random, once may be the same
             for each in (network.train(), loaded.train()):
-                with models.stream("trial", turn):
+                with stream("trial", turn):
                     steps.append(each(images.clone()))
     if differ(*answers[:2]):
         raise Failure(f"{hook} answers otherwise when it is asked again, in eval(): dropout that is never off, say.")

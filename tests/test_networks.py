@@ -25,6 +25,7 @@ from runs.progress import Options
 from runs.run import Run
 from runs.settings import Settings
 from runs.signals import Interrupted, Stop
+from runs.streams import stream
 from runs.teachers import find_teachers
 from runs.trial import try_network
 
@@ -142,17 +143,17 @@ def test_a_stream_seeds_all_global_generators_and_leaves_them_as_they_were():
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
-    with models.stream("one"):
+    with stream("one"):
         first = draw()
-    with models.stream("afterwards"):
+    with stream("afterwards"):
         draw()
-        with models.stream("one"):
+        with stream("one"):
             again = draw()
         inside = draw()
-    with models.stream("afterwards"):
+    with stream("afterwards"):
         draw()
         assert draw() == inside
-    with models.stream("two"):
+    with stream("two"):
         other = draw()
     assert first == again and not {*first} & {*other}
 
