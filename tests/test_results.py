@@ -229,6 +229,11 @@ def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"about {first:.0f} hours for the first command and {second:.0f} for the second" in readme
     assert max(first, second) * 24 / 200 < 1  # "with --epochs 24 less than one for each"
+    scaling = json.loads((ROOT / "results" / "scaling-cpu.json").read_text())
+    rates = scaling["images_per_second"]
+    ratio = rates["2 processes, 1 thread each"]["student"] / rates["1 process, 2 threads"]["student"]
+    assert scaling["students_ratio"] == pytest.approx(ratio)
+    assert f"two processes of one thread train {ratio:.2f} times as many images a second as one of two" in readme
 
 
 def test_compute_is_counted_as_the_record_says():
