@@ -16,6 +16,8 @@ import models
 import train
 from arguments import parse
 from data import Views
+from reports import figures
+from reports.comparison import Comparison
 from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Group
@@ -460,6 +462,7 @@ def test_a_network_that_was_trained_elsewhere_teaches_as_it_is(cli, flags, image
     got = cli(*words)
     assert got.status == 0 and f"- Teacher Network: {kept.accuracy:.4f}" in got.out, got
     assert "teacher-f-s0" in cli("--list", "--output-dir", output).out
+    assert figures.curves(Comparison(output)).get_suptitle() == "Training curves of 2 runs"  # the teacher has none
 
     sweep = cli(*words, "--temperature", 2, 4, "--val-fraction", 0.25)
     assert sweep.status == 0 and "It was trained elsewhere; here it is taken for one that has seen" in sweep.out, sweep
