@@ -261,8 +261,7 @@ def digests_of(session, teachers, role="teacher"):
     paths, networks = {}, {}
     for path, network in teachers:
         check_teacher(session.arguments, session.data, path, network)
-        code = None if network.settings.get("epochs") else network.settings.get("network_sha256")
-        digest = models.digest(network.state_dict(), code)
+        digest = models.identity(network.state_dict(), network.settings)
         if digest in paths:
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network

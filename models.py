@@ -225,10 +225,15 @@ def predict(network, batches, autocast, finish=None):
     return torch.cat(parts)  # outside: autocast on CPUs knows no float16
 
 
-def digest(state_dict, code=None):
-    """The SHA-256 of a network's weights and buffers: names, types, shapes and bits; and, where it is given, of the
-    digest of its `code`: a network that is not trained here may be another one with the same weights."""
-    total = hashlib.sha256((code or "").encode())
+def identity(state_dict, settings):
+    """The digest by which a teacher is known, from its weights and its `settings`, a dict. Of one that was trained
+    elsewhere the file of its code counts, too: it may become another network with the same weights."""
+    return digest(state_dict, "" if settings.get("epochs") else settings.get("network_sha256") or "")
+
+
+def digest(state_dict, more=""):
+    """The SHA-256 of a network's weights and buffers (names, types, shapes and bits), and of the text `more`."""
+    total = hashlib.sha256(more.encode())
     for name, tensor in state_dict.items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -138,12 +138,13 @@ def other_images(folder=RESULTS / "animals"):
         name = "distilled" if "temperature" in entry else "without a teacher"
         rows.append([name, length, share(entry), "", ""])
     lead = [f"lead over distilled of {length} epochs, in points (95% interval)" for length in epochs]
-    settings, teacher, count = same["settings"], same["teacher"], len(same["kd"][0]["seeds"])
-    corrected = ", ".join(f"{max(each['points']['p_holm'] for each in tests):.2g}" for tests in (of_same, of_other))
+    settings, teacher, made, count = same["settings"], same["teacher"], same["environment"], len(controls[0]["seeds"])
+    corrected = " and ".join(f"{max(each['points']['p_holm'] for each in tests):.2g}" for tests in (of_same, of_other))
     return table(["students", "epochs", "test accuracy", *lead], *rows) + (
         f"\n\n{count} seeds each, ± is their standard deviation. Teacher: {teacher['accuracy']:.4f}, trained on the "
-        f"3,000 images for {epochs[1]} epochs. T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. The "
-        f"largest p corrected for all of a kind's comparisons (Holm): {corrected}. "
+        f"3,000 images for {epochs[1]} epochs. T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. p, "
+        f"corrected for all comparisons of a row's students (Holm), is at most {corrected}. "
+        f"{made['device']}, {made['precision']}, torch {made['torch']}: "
         "`python benchmarks/unlabeled.py --classes bird cat deer dog frog horse`."
     )
 

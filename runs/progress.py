@@ -329,8 +329,7 @@ class Progress:
             result = record["accuracy"] = test_accuracy
             record["omitted_bias"] = omitted_bias
             record["test_logits_sha256"] = save_array(self.run.logits, test_logits.cpu().numpy())
-        code = None if self.settings.epochs else self.settings.network_sha256
-        record["weights_sha256"] = models.digest(self.network.state_dict(), code)
+        record["weights_sha256"] = models.identity(self.network.state_dict(), self.settings.as_dict())
         self._write_record(**record)
         models.save(
             self.run.model,

@@ -157,6 +157,14 @@ def test_a_loss_that_cannot_be_trained_is_refused_before_images_are_read(cli, fl
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*-s0/*")} == before
 
 
+def test_a_loss_is_tried_with_all_pairs_of_a_sweep(cli, flags, finished, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def f(s, l, t, T, a):\n    return s.pow(2).mean() if T == 2 else 1\n")
+    words = ("--output-dir", finished, "--data-dir", "nowhere", "--loss", f"{path}:f", "--temperature", 2, 4)
+    got = cli(*flags, *words)
+    assert got.status == 1 and "returns int, but a loss is a scalar tensor" in got.err and not got.out
+
+
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [

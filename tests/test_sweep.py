@@ -138,6 +138,8 @@ def test_a_loss_of_ones_own_gets_its_own_pair_and_plain_distillation_another(cli
     assert found == {("f", 1.0): [0.9] * 2, ("f", 4.0): [0.5] * 2, (None, 1.0): [0.5] * 2, (None, 4.0): [0.9] * 2,
                      (None, None): [0.5] * 2}  # fmt: skip
     assert "KD, f, T=1, alpha=0.9" in got.out.split("Sweep, on validation")[1]
+    page = (copy / "report.html").read_text().split("Sweep, on the validation part")[1]
+    assert [row.count(">f<") for row in page.split("</table>")[:1]] == [2]
     figure = figures.sweep(Comparison(copy))
     assert figure.get_suptitle().startswith("Validation accuracy, f (baseline 0.5")
     assert [text.get_text()[:6] for text in figure.axes[0].texts] == ["0.9000", "0.5000"]  # of T = 1 and 4
