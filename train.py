@@ -215,8 +215,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             for parameter, step in zip(parameters, steps, strict=True):
                 parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                step = orthogonalize(step.flatten(1).to(self.dtype)).view_as(parameter)
-                parameter.add_(step, alpha=-rate)
+                rows = step.permute(0, 2, 3, 1)  # as channels-last weights lie in memory; the order of columns is free
+                rows = orthogonalize(rows.flatten(1).to(self.dtype)).view(rows.shape)
+                parameter.add_(rows.permute(0, 3, 1, 2), alpha=-rate)
 
 
 def orthogonalize(matrix):

@@ -186,13 +186,21 @@ def _sample(device):
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
+def capabilities():
+    """{name: bool} of the instructions that this CPU has."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+HAS_AMX = capabilities().get("amx_bf16", False)  # multiplies bfloat16 matrices in tiles
+
+
 def choose_precision(name, device):
     """The precision that `name` (auto, fp32, bf16) asks for: auto is bf16 where the device has instructions for it;
     elsewhere bf16 gains nothing, or is emulated and many times slower."""
     if name != "auto":
         return name
     if device.type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()
+        has = capabilities()
         native = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     else:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -43,6 +43,47 @@ def test_a_residual_branch_is_added_to_its_input():
     torch.testing.assert_close(stage(images), expected)
 
 
+@pytest.mark.parametrize(("images", "size", "rows"), [(32, 3, 2), (12, 7, 3), (8, 8, 2), (5, 4, 5), (8, 9, 8)])
+def test_images_side_by_side_are_convolved_as_if_alone(monkeypatch, images, size, rows):
+    """What AMX is given, against a plain convolution and its gradients in float64."""
+    monkeypatch.setattr(models, "HAS_AMX", True)
+    convolution, seen, conv2d = models.Convolution(16, 24), [], torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, *others: seen.append(x) or conv2d(x, *others))
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(images, 16, size, size, generator=draws).to(torch.bfloat16, memory_format=torch.channels_last)
+    slope = torch.randn(images, 24, size, size, generator=draws).bfloat16()
+    given = [x.requires_grad_(), convolution.bfloat16().weight]
+    outputs = convolution(given[0])
+    assert outputs.shape == slope.shape and outputs.is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].shape[0] == rows and seen[0].is_contiguous(memory_format=torch.channels_last)
+    exact = [each.detach().double().requires_grad_() for each in given]
+    expected = conv2d(*exact, padding=1)
+    for found, wanted in zip(
+        (outputs, *torch.autograd.grad(outputs, given, slope)),
+        (expected, *torch.autograd.grad(expected, exact, slope.double())),
+        strict=True,
+    ):
+        error = (found.double() - wanted).abs().max() / wanted.abs().max()
+        assert error < 2**-8, "more than rounding to bfloat16"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_images_are_laid_side_by_side_for_amx_alone(monkeypatch, is_there):
+    monkeypatch.setattr(models, "HAS_AMX", is_there)
+    sizes, conv2d = [], torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        torch.nn.functional, "conv2d", lambda x, *others: sizes.append(x.shape[-2:]) or conv2d(x, *others)
+    )
+    network = models.create("student", 3, 0).to(memory_format=torch.channels_last)
+    images = torch.zeros(16, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    network(images)  # in float32
+    alone = [(32, 32), (31, 31), (15, 15), (15, 15), (7, 7), (7, 7), (3, 3)]
+    assert sizes == alone
+    with torch.autocast("cpu", torch.bfloat16):
+        network(images)
+    assert sizes[7:] == ([*alone[:4], (7, 64), (7, 64), (3, 64)] if is_there else alone)
+
+
 def test_whitened_patches_are_uncorrelated_and_of_one_variance():
     """Against NumPy's covariance of all 2x2 patches of the images that it was fitted to."""
     smooth = torch.nn.functional.avg_pool2d(

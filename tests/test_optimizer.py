@@ -64,10 +64,11 @@ def polynomial(matrix):
     return left @ np.diag(values) @ right
 
 
-def test_a_step_by_hand():
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_a_step_by_hand(memory_format):
     """Three steps of a student: convolutions against NumPy in float64, all else against torch.optim.SGD."""
     rate, decay = 0.1, 0.01
-    network, other = models.create("student", 3, 0), models.create("student", 3, 0)
+    network, other = (models.create("student", 3, 0).to(memory_format=memory_format) for _ in range(2))
     muon = Muon(network, rate, decay)
     sgd = torch.optim.SGD(
         [
