@@ -21,10 +21,10 @@ examples:
   python main.py --demo                                     teacher and comparison on drawn shapes, offline, in a minute
   python main.py --train-teacher --epochs 200               train the teacher
   python main.py --epochs 200 --temperature 4 --alpha 0.1   train the student with and without it, and compare
-  python main.py --seeds 5                                  five pairs of students: is the gain real?
+  python main.py --temperature 32 --alpha 0.9 --seeds 5     five pairs of students: is the gain real?
   python main.py --train-teacher --seeds 2                  two teachers: teacher-s0 and teacher-s1
-  python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    students of both together
-  python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose both on a validation part, then compare
+  python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    a student of their ensemble
+  python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose them on a validation part, then compare
   python main.py --loss examples/dkd.py:dkd --alpha 0.9 --seeds 3    does that loss beat plain distillation?
   python main.py --dataset folder --data-dir pets --output-dir outputs/pets --train-teacher    your own images
   python main.py --unlabeled photos --alpha 0.9 --seeds 3   what do images without labels add to distillation?
@@ -117,7 +117,7 @@ def parser():
     top = Parser(
         prog="main.py",
         description="Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) on CIFAR-10:\n"
-        "trains a teacher, then the same small student with and without it, and compares them.",
+        "trains a teacher, then the same small student with the teacher and without, and compares them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python main.py [options]",
@@ -149,8 +149,8 @@ def parser():
            "settings", **SWITCH)
 
     option = group("distillation")
-    option("--temperature", "softens teacher and student; several values are a sweep (with --predict and --export "
-           "what the logits are divided by, 1 unless given)", [4.0],
+    option("--temperature", "divides the logits of teacher and student in the loss; several values are a sweep (with "
+           "--predict and --export: divides the logits, 1 unless given)", [4.0],
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
@@ -159,14 +159,15 @@ def parser():
            type=path, nargs="+", action="extend", metavar="PATH")
     option("--seeds", "how many pairs of students, or teachers, to train: --seed, --seed + 1, and so on",
            1, type=integer(1, 1000), metavar="N")
-    option("--loss", "a loss of your own, beside plain distillation and the baseline: called as distill.py's is",
+    option("--loss", "a loss of your own, compared with plain distillation and the baseline: FUNCTION(student_logits, "
+           "labels, teacher_logits, temperature, alpha) returns a scalar",
            type=function, metavar="FILE.py:FUNCTION")
     option("--unlabeled", "a folder of images without labels: one more student learns from the teacher's answers to "
            "them, too, and is compared with plain distillation and the baseline", type=path, metavar="DIR")
     option("--student", "a student network of your own: FUNCTION(classes) returns a module from normalized images "
            "(B, 3, S, S) to logits", type=function, metavar="FILE.py:FUNCTION")
-    option("--teacher-network", "a teacher network of your own, likewise; to train it, and to use it as a teacher (of "
-           "several teachers all)", type=function, nargs="+", metavar="FILE.py:FUNCTION")
+    option("--teacher-network", "a teacher network of your own, as --student; needed to train it and again to use "
+           "it (of several teachers, name all networks)", type=function, nargs="+", metavar="FILE.py:FUNCTION")
     option("--train-fraction", "students are trained on this part of each class, always the same images", 1.0,
            type=number(0, 1, above=True), metavar="F")
     option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
@@ -182,8 +183,8 @@ def parser():
     option("--lr", "learning rate at the start; it falls linearly to zero [0.2 * sqrt(batch size / 128); of networks "
            "of your own, after a short rise, 0.1 * batch size / 128]",
            type=number(0, 1e6, above=True), metavar="RATE")
-    option("--weight-decay", "of the last layer's matrix, as convolutions are normalized instead; of all weights in "
-           "networks of your own", 5e-4,
+    option("--weight-decay", "weight decay of the last layer, as convolutions are normalized instead; of all weights "
+           "in networks of your own", 5e-4,
            type=number(0, 1), metavar="RATE")
     option("--label-smoothing", "replace each label by (1 - E) * label + E / classes, for all networks that "
            "the command trains", 0.0, type=number(0, 0.9), metavar="E")

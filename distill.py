@@ -1,4 +1,5 @@
-"""The distillation loss, and the teacher's soft targets for every view of an epoch.
+"""The distillation loss, and the teacher's soft targets for every view (augmented image) of an epoch. They are kept as
+logits, which the loss softens, so that they serve every temperature.
 
 Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
 """
@@ -28,10 +29,10 @@ def distillation_loss(student_logits, labels, teacher_logits, temperature, alpha
 
     `student_logits` and `teacher_logits` are (B, classes), `labels` (B,), UNLABELED where an image has none. The KL is
     summed over classes and averaged over the batch, the cross-entropy averaged over the images with labels; the factor
-    T^2 keeps the KL's gradients at one size for all temperatures (arXiv 1503.02531, section 2). Computed in float32
-    whatever the logits' type; no gradient flows to the teacher. At `alpha` 0 this is the cross-entropy alone, and
-    `teacher_logits` may be None; at 1 the labels are not used. `label_smoothing` is the weight of the even distribution
-    over the classes in the labels (arXiv 1512.00567, section 7). Returns a scalar.
+    T^2 keeps the KL's gradients at about one size for all temperatures (arXiv 1503.02531, section 2). Computed in
+    float32 whatever the logits' type; no gradient flows to the teacher. At `alpha` 0 this is the cross-entropy alone,
+    and `teacher_logits` may be None; at 1 the labels are not used. `label_smoothing` is the weight of the even
+    distribution over the classes in the labels (arXiv 1512.00567, section 7). Returns a scalar.
     """
     student_logits = student_logits.float()
     if alpha == 0:

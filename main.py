@@ -127,7 +127,7 @@ def train_students(session, teachers):
 
 
 def soft_targets(session, networks):
-    """The distill.Ensemble of teachers, a dict of networks by digest, for the views of the command's students."""
+    """The distill.Ensemble of teachers, {digest: network}, for the views of the command's students."""
     arguments, loaded, several = session.arguments, session.data, session.group.size > 1
     place = Path(arguments.output_dir) / "targets", session.machine, several
 
@@ -153,8 +153,8 @@ def say_size(session, targets, which=""):
 def choose_pairs(session, teachers, digest, targets):
     """The sweep: trains students for every pair of temperature and alpha on a part of the training images, and returns
     the pair with the best accuracy on the rest, of the loss of the user's own where there is one, and that of plain
-    distillation. The `teachers`, whose digest is `digest`, have seen that rest: where
-    the same ones trained without it are there, these give the soft targets, in place of `targets`."""
+    distillation. The `teachers`, whose digest is `digest`, have seen that rest: where the same ones trained without it
+    are there, these give the soft targets, in place of `targets`."""
     arguments, loaded, pairs = session.arguments, session.data, plan.pairs(session.arguments)
     fraction = plan.val_fraction(arguments)
     judged = data.split(loaded.train_labels, fraction, session.transfer_set)[1]

@@ -27,10 +27,11 @@ ITERATIONS = 3
 
 def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress):
     """Trains `model` on the images `order` (a tensor of indices, batch after batch), or on what is left of them after a
-    resume.
+    resume, and sets the learning rate before each step.
 
-    `labels` are (N,) and `soft_targets` the teacher's logits (N, classes) for this epoch's `views`, or None for a
-    network without a teacher. `criterion` is distillation_loss, or a loss of the user's own that is called like it.
+    `views` are data.Views, `progress` is a runs.progress.Progress; `labels` are (N,) and `soft_targets` the teacher's
+    logits (N, classes) for this epoch's `views`, or None for a network without a teacher. `criterion` is
+    distillation_loss, or a loss of the user's own that is called like it.
     """
     settings, epoch = progress.settings, progress.epoch
     for batch in progress.batches(order):
@@ -57,9 +58,9 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     """Trains a Run, resumes it, or returns what it reached if it is finished: its accuracy on the test set, or on the
     validation part of a run that has one.
 
-    `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student that needs them; where it
-    sees images without labels, too, as many of them stand in each batch;
-    `options` are runs.progress.Options; `later` is how many images the command trains on after this run, `tally` the
+    `teacher` gives the soft targets of an epoch (a distill.Ensemble), for a distilled student that needs them. With
+    `settings.unlabeled` each batch holds as many images without labels as images with them. `options` are
+    runs.progress.Options, `later` is how many images the command trains on after this run, `tally` the
     runs.group.Tally of a group of processes. Raises Failure where the folder holds a run with other settings or the
     training diverges, and Interrupted, with the state saved, on a signal.
     """

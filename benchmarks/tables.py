@@ -70,15 +70,17 @@ def results():
             rows.append([name, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
             tests[f"{pair_name(kd)} after {epochs} epochs"] = kd["improvement"]["p_value"]
         without = each["baseline"]
-        rows.append(["the same student without", epochs, len(without["seeds"]), share(without), ""])
-    head = ["", "epochs", "n", "test accuracy", "gain in points (95% interval)"]
+        name = "the same student without distillation (baseline)"
+        rows.append([name, epochs, len(without["seeds"]), share(without), ""])
+    head = ["", "epochs", "seeds", "test accuracy", "gain in points (95% interval)"]
     sizes = [f"{each['parameters'] / 1e6:.2f} million parameters, {each['macs'] / 1e6:.0f} million multiply-adds"
              for each in (teacher, found["student"])]  # fmt: skip
     corrected = dict(zip(tests, holm([*tests.values()]), strict=True))
     lost = [f"{name} has p = {p:.2g}" for name, p in corrected.items() if tests[name] < SIGNIFICANCE <= p]
     return table(head, *rows) + (
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
-        f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher: {sizes[0]}. Student: {sizes[1]}. "
+        f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. Student, a "
+        f"plain CNN: {sizes[1]}. "
         f"{environment['device']}, {environment['precision']}, torch {environment['torch']}."
     )
 
@@ -108,7 +110,7 @@ def few_labels(folder=RESULTS / "few-labels"):
             raise ValueError(f"{folder / 'difference.json'} is not of these records")
         name = "distilled" if "temperature" in entry else "without a teacher"
         rows.append([name, length, len(entry["seeds"]), share(entry), gain(test["points"])])
-    head = ["students", "epochs", "n", "test accuracy", "lead of the first row in points (95% interval)"]
+    head = ["students", "epochs", "seeds", "test accuracy", "lead of the first row in points (95% interval)"]
     settings, teacher, made = records[0]["settings"], records[0]["teacher"], records[0]["environment"]
     corrected = max(test["points"]["p_holm"] for test in tests)
     return table(head, *rows) + (
@@ -166,7 +168,8 @@ def paper(path=None):
             difference += f" ({number['low']:+.2f} to {number['high']:+.2f})"
         difference = f"**{difference}**" if shown[position] else difference
         rows.append([row["experiment"], row["what"], row["epochs"], row["n"], one, other, difference])
-    head = ["students", "measured", "epochs", "n", "distilled", "the other", "difference in points (95% interval)"]
+    head = ["students", "measured", "epochs", "seeds", "distilled", "compared with"]
+    head.append("difference in points (95% interval)")
     tested = sum(p is not None for p in p_values)
     return table(head, *rows) + (
         f"\n\nMeans ± standard deviations of n seeds; teacher {float(found[0]['teacher']):.4f}. Each interval is for "

@@ -2,7 +2,7 @@
 
 The KL of plain distillation is split into that of the target class against all others (TCKD) and that among the others
 (NCKD), which plain distillation weighs down where the teacher is sure. At alpha 0.9 this is a tenth of the paper's
-loss, cross-entropy + T^2 (1 TCKD + 8 NCKD): its rates and warm-up for the full size are not those of this program.
+loss, cross-entropy + T^2 (1 TCKD + 8 NCKD), so that its learning rates and its warm-up do not carry over.
 """
 
 import torch
@@ -13,7 +13,7 @@ TARGET, OTHERS = 1 / 9, 8 / 9
 
 
 def dkd(student_logits, labels, teacher_logits, temperature, alpha):
-    """(B, classes), (B,), (B, classes) -> a scalar."""
+    """Logits (B, classes), labels (B,), logits (B, classes) -> a scalar."""
     target = F.one_hot(labels, student_logits.shape[1])
 
     def parts(logits):  # log-probabilities: target or not (B, 2); of the others among themselves (B, classes)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def standardised(student_logits, labels, teacher_logits, temperature, alpha):
-    """(B, classes), (B,), (B, classes) -> a scalar."""
+    """Logits (B, classes), labels (B,), logits (B, classes) -> a scalar."""
 
     def soften(logits):
         z_scores = (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)

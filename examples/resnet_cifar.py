@@ -40,8 +40,10 @@ class ResNet(nn.Sequential):
 
 
 def resnet20(classes):
+    """ResNet-20: 0.27 million parameters with 10 classes."""
     return ResNet(classes, 3)
 
 
 def resnet56(classes):
+    """ResNet-56: 0.85 million parameters with 10 classes."""
     return ResNet(classes, 9)
