@@ -296,6 +296,8 @@ def parse(argv):
             raise Usage("--data-url is for --dataset cifar10 or cifar100")
         if not re.match(r"https?://[^/]|file:///", arguments.data_url):
             raise Usage(f"--data-url: '{arguments.data_url}' does not begin with http://, https:// or file:///")
+    if arguments.dataset == "shapes" and arguments.data_dir != top.get_default("data_dir"):
+        raise Usage("--data-dir is not for --demo and --dataset shapes, whose images are drawn")
     if arguments.padding is not None and arguments.padding >= arguments.image_size:
         raise Usage(f"--padding must be less than --image-size, {arguments.image_size}")
     if arguments.batch_size == 1 and arguments.image_size == 16:
@@ -307,8 +309,8 @@ def parse(argv):
 
 def command(values):
     """The words of the command that trains a teacher with these arguments, a dict; defaults are left out."""
-    words = ["python", "main.py", "--train-teacher"]
+    words, defaults = ["python", "main.py", "--train-teacher"], parser()
     for name, value in values.items():
-        if name == "epochs" or (value is not False and value != parser().get_default(name)):
+        if name == "epochs" or (value is not False and value != defaults.get_default(name)):
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return words

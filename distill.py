@@ -114,9 +114,9 @@ class SoftTargets:
     """
 
     def __init__(self, teacher, teacher_digest, data_digest, views, folder, machine, shared=False, transfer_set=None):
-        """`teacher` is on the views' device, in evaluation mode; with `folder` None nothing is kept. If `shared` with
-        other processes, no bar is shown and only `Ensemble.share` keeps targets: two must not write to one file.
-        `transfer_set` are the indices of the images that it is asked about [all]."""
+        """`teacher` is on the views' device, in evaluation mode. If `shared` with other processes, no bar is shown and
+        only `Ensemble.share` keeps targets: two must not write to one file. `transfer_set` are the indices of the
+        images that it is asked about [all]."""
         self.teacher, self.views, self.machine, self.shared = teacher, views, machine, shared
         everything = torch.arange(views.count)
         whole = transfer_set is None or torch.equal(transfer_set.cpu(), everything)
@@ -134,7 +134,7 @@ class SoftTargets:
                 "batch": inference_batch(machine.device, views.size),
             }
         )
-        self.folder = folder and Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]
+        self.folder = Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]
         self.warned = False
 
     @property
@@ -146,8 +146,8 @@ class SoftTargets:
         return 2 * math.prod(self.shape)
 
     def path(self, epoch):
-        """The file that keeps the targets of an epoch, counted from 0; None where nothing is kept."""
-        return self.folder and self.folder / f"epoch-{epoch + 1:04d}.npz"
+        """The file that keeps the targets of an epoch, counted from 0."""
+        return self.folder / f"epoch-{epoch + 1:04d}.npz"
 
     def epoch(self, epoch, description="soft targets", keep=None):
         """float16 (N, classes) on the views' device: the targets of all images of the full training set, NaN for those
@@ -160,7 +160,7 @@ class SoftTargets:
     def _logits(self, epoch, description, keep):
         """The targets of `indices` alone, as they are kept."""
         path = self.path(epoch)
-        if path and path.is_file():
+        if path.is_file():
             try:
                 kept = load_arrays(path)
                 logits = kept.get("logits")
@@ -171,7 +171,7 @@ class SoftTargets:
                 tqdm.write(f"{error} These soft targets are computed again.", file=sys.stderr)
         logits = self._compute(epoch, description)
         keep = not self.shared if keep is None else keep
-        if path and keep and self.has_room(self.bytes_per_epoch):
+        if keep and self.has_room(self.bytes_per_epoch):
             try:
                 make_folder(self.folder)
                 save_arrays(path, key=self.key, logits=logits.cpu().numpy())

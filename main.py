@@ -22,6 +22,7 @@ from runs.hooks import find_hooks
 from runs.teachers import (
     check_answers,
     check_image_size,
+    check_networks,
     check_sweep_teacher,
     check_teacher,
     find_sweep_teachers,
@@ -70,6 +71,7 @@ def main(arguments, stop):
                 teachers = [(path, models.load(path, hooks=hooks)) for path in paths]
                 check_image_size(arguments, teachers)
                 if teachers:  # without one the number of classes is not known yet
+                    check_networks(hooks, teachers)
                     classes, size = len(teachers[0][1].classes), arguments.image_size
                     try_hooks(arguments, hooks, classes, size, machine, group.say)
                 session = start(arguments, stop, group, hooks, machine, [network for _, network in teachers])
@@ -290,7 +292,7 @@ def keep_for_report(session, networks, teachers):
     student = models.build(hook.loaded, "student", classes, 0) if hook else models.create("student", classes, 0)
     measure = partial(measure_speeds, list(networks.values()), student, loaded.image_size, machine)
     own = hook and (hook.function, hook.sha256)
-    records.save_speed(output, list(networks), loaded.digest, place, measure, own)
+    records.save_speed(output, list(networks), loaded.digest, place, machine.precision, measure, own)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README.md differs")
     check = parser.parse_args().check
-    before = new = README.read_text()
+    before = new = README.read_text(encoding="utf-8")
     for name, make in BLOCKS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text = make().replace("\\", "\\\\")
@@ -197,7 +197,7 @@ def main():
     if check and new != before:
         sys.exit("error: README.md differs from results/. Run: python benchmarks/tables.py")
     if not check:
-        README.write_text(new)
+        README.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

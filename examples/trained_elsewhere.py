@@ -34,5 +34,5 @@ class Renormalized(nn.Module):
 
 def trained(classes):
     network = resnet18(num_classes=classes)
-    network.load_state_dict(torch.load(WEIGHTS, weights_only=True))
+    network.load_state_dict(torch.load(WEIGHTS, map_location="cpu", weights_only=True))
     return Renormalized(network)

@@ -239,7 +239,7 @@ class Comparison:
         digests = (teacher or "").split("+")
         members = [run for run in everything if run.settings.role == "teacher" and run.weights_sha256 in digests]
         ways = {("teacher", None, None, None): members} if members else {}
-        for way, found in sorted(groups.items(), key=lambda item: (-len(item[0][0]), str(item[0]))):
+        for way, found in sorted(groups.items(), key=lambda item: (item[0][0] != "baseline", str(item[0]))):
             if set(seeds) <= set(found):
                 ways[way] = [found[seed] for seed in seeds]
         entries = []

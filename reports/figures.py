@@ -307,15 +307,13 @@ def examples(comparison, count=EXAMPLES):
 
 def dark_knowledge(comparison):
     """Test images with the probabilities of teacher, at T = 1 and softened, and of both students at T = 1."""
-    entry = comparison.kd[0]
+    entry, indices = comparison.kd[0], examples(comparison)
     temperature, seed = entry["temperature"], entry["seeds"][0]
-    indices = examples(comparison)
-    kd, baseline = comparison.kd_logits[0][0], comparison.baseline_logits[0]
     columns = [
         ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
         (f"teacher, T = {temperature:g} (dotted: uniform)", "teacher", comparison.teacher_logits, temperature),
-        (f"with KD of {pair_name(entry)}, at T = 1", "kd", kd, 1.0),
-        ("baseline, at T = 1", "baseline", baseline, 1.0),
+        (f"with KD, {pair_name(entry)}", "kd", comparison.kd_logits[0][0], 1.0),
+        ("baseline", "baseline", comparison.baseline_logits[0], 1.0),
     ]
     shown = min(6, len(comparison.classes))
     figure = Figure((11, 0.6 + 1.35 * len(indices)), layout="constrained")
@@ -332,8 +330,7 @@ def dark_knowledge(comparison):
             look = {"color": style["color"], "hatch": style["hatch"], "alpha": 0.65, "edgecolor": "black"}
             axes.barh(range(shown), values, linewidth=0.4, **look)
             for place, value in enumerate(values):
-                digits = 2 if end > 0.5 and value >= 0.0095 else 3
-                words = f"{value:.{digits}f}" if value >= 0.0005 else "<0.001"
+                words = f"{value:.{2 if end > 0.5 and value >= 0.0095 else 3}f}" if value >= 0.0005 else "<0.001"
                 axes.text(value + 0.02 * end, place, words, va="center", fontsize=7)
             names = [comparison.classes[k][:14] for k in classes] if axes is row[1] else []
             axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -343,11 +340,11 @@ def dark_knowledge(comparison):
             axes.tick_params(axis="x", labelsize=7)
             if softness > 1:
                 axes.axvline(1 / len(comparison.classes), color="black", linestyle=":", linewidth=1)
-            if number == 0:
-                axes.set_title(title, fontsize=9)
-            if number == len(indices) - 1:
-                axes.set_xlabel("probability", fontsize=8)
-    title = f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n"
-    title += "(picked to show it: first those that the baseline gets wrong, teacher and KD right; not a fair sample)"
+            axes.set_title(title if number == 0 else "", fontsize=9)
+            axes.set_xlabel("probability" if number == len(indices) - 1 else "", fontsize=8)
+    title = (
+        f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n(students at "
+    )
+    title += "T = 1; picked to show it: first those that the baseline gets wrong, teacher and KD right; no fair sample)"
     figure.suptitle(title, fontsize=10)
     return figure

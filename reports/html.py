@@ -35,7 +35,6 @@ def page(comparison, figures):
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    drawn = [path for path in figures if path.stem in CAPTIONS]
     entry = comparison.kd[0]
     return environment.get_template("report.html.jinja").render(
         entry=entry,
@@ -47,7 +46,7 @@ def page(comparison, figures):
         note=largest_class(comparison),
         notes=[*differently_trained(comparison), *comparison.notes()],
         tables=_tables(comparison),
-        figures=[(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode()) for path in drawn],
+        figures=[(CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode()) for path in figures],
         settings=comparison.settings.as_dict(),
         environment=comparison.environment,
     )

@@ -127,16 +127,16 @@ def save_teacher_logits(output, teacher_digest, data_digest, compute):
         save_arrays(path, logits=compute().cpu().numpy())
 
 
-def save_speed(output, teacher_digests, data_digest, place, measure, network=None):
+def save_speed(output, teacher_digests, data_digest, place, precision, measure, network=None):
     """Keeps how fast a teacher (or several together) and the student are: what `measure()` returns, and where that was,
-    `place`; unless it was measured there before, so that a repeated command says the same. `network` is the student's
-    name and digest if it is of the user's own."""
+    `place`; unless it was measured there before in this `precision`, so that a repeated command says the same.
+    `network` is the student's name and digest if it is of the user's own."""
     path = _speed_path(output, teacher_digests, data_digest, network)
     try:
         kept = path.is_file() and vars(read_json(path, SpeedRecord))
     except Damaged:
         kept = None
-    if not kept or any(kept[name] != value for name, value in place.items()):
+    if not kept or precision not in kept["student"] or any(kept[name] != value for name, value in place.items()):
         make_folder(path.parent)
         write_json(path, asdict(SpeedRecord(**place, **measure())))
 

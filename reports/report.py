@@ -18,5 +18,5 @@ def report(output, asked=None):
     write(comparison.output / "report.html", page(comparison, drawn))
     print(
         f"Written: {comparison.output / 'comparison.json'}, comparison.csv, report.html, "
-        f"{len(drawn)} figures in {drawn[0].parent}"
+        f"{len(drawn)} figures in {comparison.output / 'figures'}"
     )

@@ -22,25 +22,20 @@ def softmax(logits, temperature=1.0):
     return special.softmax(np.asarray(logits, np.float64) / temperature, axis=1)
 
 
-def reliability(probabilities, labels, bins=BINS):
-    """(share of images, mean confidence, accuracy) of each of `bins` equal bins of confidence: three arrays (bins,),
-    0 where a bin is empty."""
-    return by_confidence(probabilities.max(1), probabilities.argmax(1) == labels, bins)
-
-
-def by_confidence(confidence, right, bins=BINS):
-    """`reliability` from each image's confidence and whether it is right, two arrays (N,)."""
-    # Bin m holds the confidences in ((m - 1) / bins, m / bins].
-    number = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(number, minlength=bins)
-    sums = (np.bincount(number, values, bins) for values in (confidence, right))
+def by_confidence(confidence, right):
+    """(share of images, mean confidence, accuracy) of each of BINS equal bins of confidence, three arrays (BINS,), 0
+    where a bin is empty; from each image's confidence and whether it is right, two arrays (N,)."""
+    # Bin m holds the confidences in ((m - 1) / BINS, m / BINS].
+    number = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    count = np.bincount(number, minlength=BINS)
+    sums = (np.bincount(number, values, BINS) for values in (confidence, right))
     mean_confidence, mean_accuracy = (total / np.maximum(count, 1) for total in sums)
     return count / len(right), mean_confidence, mean_accuracy
 
 
-def calibration_error(probabilities, labels, bins=BINS):
+def calibration_error(probabilities, labels):
     """The expected calibration error, from 0 to 1."""
-    share, confidence, accuracy = reliability(probabilities, labels, bins)
+    share, confidence, accuracy = by_confidence(probabilities.max(1), probabilities.argmax(1) == labels)
     return float((share * np.abs(accuracy - confidence)).sum())
 
 
@@ -102,9 +97,9 @@ def mcnemar_test(fixed, broken):
     return float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
 
 
-def seeds_needed(deviation, gain=SMALL_GAIN, power=POWER):
-    """The fewest pairs with which a paired t-test shows a mean difference of `gain` with `power`, given the standard
-    deviation of the differences (Cohen 1988). None above 2^19.
+def seeds_needed(deviation, gain=SMALL_GAIN):
+    """The fewest pairs with which a paired t-test shows a mean difference of `gain` with a power of POWER, given the
+    standard deviation of the differences (Cohen 1988). None above 2^19.
 
     The power is that of the noncentral F distribution of t squared, since SciPy's noncentral t gives NaN for some small
     deviations."""
@@ -112,7 +107,7 @@ def seeds_needed(deviation, gain=SMALL_GAIN, power=POWER):
     def reached(pairs):
         critical = stats.t.ppf(1 - SIGNIFICANCE / 2, pairs - 1)
         shift = gain / deviation * math.sqrt(pairs)
-        return stats.ncf.sf(critical**2, 1, pairs - 1, shift**2) >= power
+        return stats.ncf.sf(critical**2, 1, pairs - 1, shift**2) >= POWER
 
     low, high = 1, 2
     while not reached(high):

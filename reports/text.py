@@ -112,7 +112,7 @@ def _by_class(comparison):
 
 
 def differently_trained(comparison):
-    """What to note where students were not all trained alike (device, precision, compiled or not), phrases."""
+    """What to note where students were not all trained alike (device, precision, compiled, versions), phrases."""
     notes = []
     for who, sweep in (("these students", False), ("the students of the sweep", True)):
         found = {}
@@ -120,6 +120,7 @@ def differently_trained(comparison):
             if run.settings.role != "teacher" and bool(run.settings.val_fraction) == sweep:
                 made = run.environment
                 words = f"{made.get('device')} in {made.get('precision')}" + ", compiled" * bool(made.get("compiled"))
+                words += f" (torch {made.get('torch')}, version {made.get('program')})"
                 found.setdefault(words, []).append(run.folder.name)
         if len(found) > 1:
             ways = "; ".join(f"{', '.join(names)} on {words}" for words, names in found.items())

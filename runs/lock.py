@@ -42,6 +42,6 @@ def lock(folder, name=".lock"):
 def holder(folder, name=".lock"):
     """The text that names the process which holds `folder`; empty where none is known."""
     try:
-        return (Path(folder) / f"{name}-holder").read_text().strip()
+        return (Path(folder) / f"{name}-holder").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""

@@ -77,15 +77,13 @@ def student_runs(arguments, data, teacher, pairs, hooks, fraction=0.0, sweep_tea
     images = len(data.transfer_set(*shared.values()))
     part = fraction and images < len(data.train_labels)
     judged = {"val_fraction": fraction, "split": SPLIT_VERSION if part else None}
+    taught = {"teacher": teacher, "sweep_teacher": sweep_teacher}
+    variant = {"unlabeled": data.unlabeled.digest} if data.unlabeled else settings_of("loss", hooks.loss)
+    ways = [(pair, variant) for pair in pairs] if variant else []
+    ways += [(pair, {}) for pair in plain_pairs or pairs]
+    distilled = [{"role": "kd", "temperature": t, "alpha": a, **taught, **more} for (t, a), more in ways]
     runs = []
     for seed in seeds(arguments):
-        taught = {"teacher": teacher, "sweep_teacher": sweep_teacher}
-        variant = settings_of("loss", hooks.loss)
-        if data.unlabeled:
-            variant = {"unlabeled": data.unlabeled.digest}
-        ways = [(pair, variant) for pair in pairs] if variant else []
-        ways += [(pair, {}) for pair in plain_pairs or pairs]
-        distilled = [{"role": "kd", "temperature": t, "alpha": a, **taught, **more} for (t, a), more in ways]
         for rest in (*distilled, {"role": "baseline"}):
             common = {"seed": seed, "images": images, "network": hooks.student, **judged}
             settings = _settings(arguments, data, **common, **shared, **rest)

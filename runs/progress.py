@@ -14,7 +14,7 @@ from tqdm import tqdm
 import models
 from runs.files import Damaged, Failure, make_folder, remove, save_array, write, write_json
 from runs.machine import describe
-from runs.settings import RunRecord
+from runs.settings import VERSION, RunRecord
 from runs.signals import Interrupted, Stop
 from runs.state import HistoryRow, State, load_state, save_state
 
@@ -233,6 +233,7 @@ class Progress:
             machines=self.machines,
             threads=torch.get_num_threads(),
             torch=str(torch.__version__),
+            program=VERSION,
             epoch=self.epoch,
             step=self.step,
             history=[asdict(row) for row in self.history],
@@ -255,7 +256,8 @@ class Progress:
         except Damaged as error:
             raise Damaged(f"{error}\nRemove {folder} to train it again.") from None
         here, before = self.machines[0], state.machines[-1]
-        for word, now, then in (("on", here, before), ("with torch", str(torch.__version__), state.torch)):
+        versions = ("with torch", str(torch.__version__), state.torch), ("by version", VERSION, state.program)
+        for word, now, then in (("on", here, before), *versions):
             if now != then:
                 text = f"{folder} was begun {word} {then}; {word} {now} the last bits may differ."
                 tqdm.write(text, file=sys.stderr)

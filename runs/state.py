@@ -50,6 +50,7 @@ class State:
     teacher_seconds: float
     network: dict[str, torch.Tensor]
     optimizer: dict
+    program: str = "2.0.0"  # the version, which wrote none before 2.1.0
 
 
 def save_state(path, state):

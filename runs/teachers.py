@@ -205,6 +205,18 @@ def check_image_size(arguments, teachers):
             )
 
 
+def check_networks(hooks, teachers):
+    """Raises Failure where a network that is named for a teacher is that of none of the `teachers`, pairs of path and
+    network: it would not be used."""
+    known = [(teacher.settings.get("network"), teacher.settings.get("network_sha256")) for _, teacher in teachers]
+    for hook in (hooks.teacher, *hooks.others):
+        if hook and (hook.function, hook.sha256) not in known:
+            raise Failure(
+                f"{hook} is the network of no teacher here: {', '.join(str(path) for path, _ in teachers)}. Leave it "
+                "out, or name its teacher with --teacher."
+            )
+
+
 def check_teacher(arguments, data, path, teacher):
     """Raises Failure where a `teacher`, the network loaded from `path`, does not fit the data."""
     found, wanted = _names(teacher.classes, data.classes), _names(data.classes, teacher.classes)

@@ -11,8 +11,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # PyTorch's threads share the cores with them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 
@@ -80,18 +78,19 @@ def leave_out(patch):
     import runs.speed
     from reports import figures
 
-    patch.setattr(figures, "draw", lambda comparison: [comparison.output / "figures" / "none.png"])
+    patch.setattr(figures, "draw", lambda comparison: [])
     patch.setattr(runs.speed, "SPEED_SECONDS", 0)
 
 
-@pytest.fixture
-def nothing_slow(monkeypatch):
-    leave_out(monkeypatch)
+@pytest.fixture(autouse=True)
+def nothing_slow(request, monkeypatch):
+    if not request.node.get_closest_marker("draws"):
+        leave_out(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def flags(images):
-    """What makes a command small: 48 images of 16x16, 2 epochs of 3 steps; the same bits on any machine's CPU."""
+    """What makes a command small: 48 images of 16x16, 2 epochs of 3 steps in float32 on the CPU."""
     return ("--dataset", "folder", "--data-dir", images, "--image-size", 16, "--epochs", 2, "--batch-size", 16,
             "--device", "cpu", "--precision", "fp32")  # fmt: skip
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from reports import costs
+from reports.records import load_speed, save_speed
 from runs.files import read_json
+from runs.settings import Speed
 
 
 @pytest.mark.slow
@@ -42,6 +44,20 @@ def test_measured_again_where_it_is_missing_or_damaged(cli, copy, flags):
     assert read_json(copy / "comparison.json")["student"]["cost"] is None
     assert cli(*flags, "--output-dir", copy).status == 0
     assert path.is_file()
+
+
+def test_measured_again_in_another_precision(tmp_path):
+    place, measured = {"device": "CPU", "threads": 1, "teacher_bytes": 9}, []
+
+    def measure(*precisions):
+        measured.append(precisions)
+        speeds = {precision: Speed(1.0, 2.0) for precision in precisions}
+        return {"batch": 128, "teacher": speeds, "student": speeds}
+
+    for precisions in (("fp32",), ("fp32", "bf16"), ("fp32", "bf16"), ("fp32",)):
+        save_speed(tmp_path, ["t" * 64], "d" * 64, place, precisions[-1], lambda now=precisions: measure(*now))
+    assert measured == [("fp32",), ("fp32", "bf16")]
+    assert load_speed(tmp_path, ["t" * 64], "d" * 64).student.keys() == {"fp32", "bf16"}
 
 
 def comparison(teacher, kd, baseline, p=None, seeds=5, speeds=(100.0, 710.0), members=1):

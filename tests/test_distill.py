@@ -3,6 +3,7 @@
 import math
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import distill
 from data import Views
-from distill import SoftTargets, compress, distillation_loss
+from distill import Ensemble, SoftTargets, compress, distillation_loss
 from models import create
 from runs.machine import Machine
 
@@ -184,20 +185,13 @@ def test_the_size_told_is_the_size_returned(make):
     assert targets.bytes_per_epoch == targets.epoch(0).nbytes
 
 
-def test_kept_targets_are_the_same_bits_and_ask_no_teacher(make):
+def test_kept_targets_are_the_same_bits_and_ask_no_teacher(make, tmp_path):
     fresh, calls = make().epoch(0), []
     other = create("teacher", 4, 1).eval()  # would answer otherwise
     other.register_forward_hook(lambda *_: calls.append("asked"))
     again = make(teacher=other)
     assert torch.equal(again.epoch(0), fresh) and not calls
-    assert not torch.equal(again.epoch(1), make(folder=None).epoch(1)) and calls  # nothing was kept of that epoch
-
-
-def test_without_a_folder_nothing_is_kept(make, tmp_path):
-    assert torch.equal(make(folder=None).epoch(0), make().epoch(0))
-    shutil.rmtree(make().folder)
-    make(folder=None).epoch(0)
-    assert not list(tmp_path.iterdir())
+    assert not torch.equal(again.epoch(1), make(folder=tmp_path / "other").epoch(1)) and calls  # of which none was kept
 
 
 def test_on_a_full_disk_targets_are_the_same_bits_and_not_kept(make, tmp_path, monkeypatch, capsys):
@@ -208,6 +202,10 @@ def test_on_a_full_disk_targets_are_the_same_bits_and_not_kept(make, tmp_path, m
     assert not (tmp_path / "elsewhere").exists()
     told = capsys.readouterr().err
     assert told.count("The soft targets are not kept: ") == 1 and "has 100 MB left" in told  # said once
+    group = Mock(agree=lambda find: find())
+    alone = make(folder=tmp_path / "elsewhere", shared=True)  # as each process of a group then computes them
+    Ensemble([alone]).share(group, range(2))
+    assert torch.equal(alone.epoch(0), fresh) and not group.share.called and not (tmp_path / "elsewhere").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_said_once(make, tmp_path, capsys):

@@ -19,8 +19,6 @@ from distill import Ensemble, compress
 from reports.comparison import Comparison
 from runs.command import exit_status
 
-pytestmark = pytest.mark.usefixtures("nothing_slow")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, flags):

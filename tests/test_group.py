@@ -173,14 +173,6 @@ def compared(output):
     return {part: found[part] for part in ("settings", "teacher", "baseline", "kd", "selection")}
 
 
-@pytest.mark.slow
-def test_targets_that_do_not_fit_the_disk_are_computed_by_each(students, output, plain):
-    code = "shutil.disk_usage = lambda path, usage=shutil.disk_usage: usage(path)._replace(free=1 << 20)"
-    got = launch(*students, code=code)
-    assert got.status == 0 and got.err.count("The soft targets are not kept") == 1, got
-    assert not list(output.rglob("epoch-*.npz")) and digests(output).items() <= digests(plain / "one").items()
-
-
 def test_a_group_asks_the_teacher_only_about_epochs_that_a_student_needs(monkeypatch):
     """Of 200 epochs the distilled student has 50 left and its baseline all: 150 targets would be for nobody."""
     import main

@@ -16,9 +16,10 @@ from distill import distillation_loss
 from reports import accuracy
 from reports.text import claim, method
 from runs.command import exit_status
+from runs.files import Failure
 from runs.hooks import Hook
-
-pytestmark = pytest.mark.usefixtures("nothing_slow")
+from runs.machine import Machine
+from runs.trial import try_loss
 
 SAME = """
 import torch
@@ -146,14 +147,22 @@ ODD = {
 
 
 @pytest.mark.parametrize(("text", "told"), ODD.items())
-def test_a_loss_that_cannot_be_trained_is_refused_before_images_are_read(cli, flags, finished, tmp_path, text, told):
+def test_a_loss_that_cannot_be_trained_is_refused(tmp_path, text, told):
     file = tmp_path / "odd.py"
     file.write_text(text)
+    with pytest.raises(Failure) as failure:
+        try_loss(Hook("--loss", file, "f", file.read_bytes()), 3, 4.0, 0.1, Machine(torch.device("cpu")))
+    words = str(failure.value)
+    assert told in words and str(file) in words and "site-packages" not in words and len(words.splitlines()) < 12
+
+
+def test_it_is_refused_before_images_are_read_or_runs_removed(cli, flags, finished, tmp_path):
+    file = tmp_path / "odd.py"
+    file.write_text("def f(s, l, t, T, a): return 1.0")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*-s0/*")}
     words = ("--output-dir", finished, "--data-dir", "nowhere", "--overwrite", "--loss", f"{file}:f")
     got = cli(*flags, *words)
-    assert got.status == 1 and told in got.err and str(file) in got.err and "nowhere" not in got.err, got
-    assert len(got.err.splitlines()) < 12 and "site-packages" not in got.err and not got.out
+    assert got.status == 1 and f"{file}:f returns float" in got.err and "nowhere" not in got.err and not got.out, got
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*-s0/*")} == before
 
 

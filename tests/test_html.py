@@ -3,11 +3,8 @@
 import base64
 import hashlib
 import io
-import os
 from html.parser import HTMLParser
 
-import pytest
-from conftest import make_images
 from PIL import Image
 
 from reports.comparison import Comparison
@@ -71,24 +68,11 @@ def test_it_says_what_the_comparison_says(finished):
 
 
 def test_class_names_and_paths_are_escaped(finished):
+    """A class is a folder's name, which may hold anything but a slash."""
     comparison = Comparison(finished)
     comparison.classes[0] = comparison.environment["device"] = "<script>alert(1)</script>"
+    comparison.classes[1] = "<img src=x onerror=alert(1)>"
     text = page(comparison, [])
-    assert "<script>alert" not in text
+    assert "<script>alert" not in text and "<img src=x" not in text
     assert len(Page(text).scripts) == 1
-    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
-def test_a_hostile_folder_of_images(cli, tmp_path, flags):
-    """A class is a folder's name, which may hold anything but a slash."""
-    images = make_images(tmp_path / "images")
-    for split in ("train", "test"):
-        (images / split / "red").rename(images / split / "<img src=x onerror=alert(1)>")
-    words = [*flags, "--data-dir", images, "--output-dir", tmp_path / "out"]
-    assert cli(*words, "--train-teacher").status == 0
-    assert cli(*words).status == 0
-    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "<img src=x" not in text
-    assert "&lt;img src=x onerror=alert(1)&gt;" in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 2 and "&lt;img src=x onerror=alert(1)&gt;" in text

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import CLASSES, ROOT, make_images
+import soak
+from conftest import CLASSES, make_images
 from PIL import Image
 
 import data
@@ -17,10 +18,6 @@ from arguments import Usage, parse
 from runs.checkpoints import load_checkpoint, save_checkpoint
 from runs.files import Damaged, Failure
 from sources import Facts, decode, kept, survey
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-import soak
 
 
 class Folder:

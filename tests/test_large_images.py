@@ -178,7 +178,3 @@ def test_free_memory_is_what_the_container_has_left(monkeypatch):
 def test_free_memory_is_known_on_linux():
     free = free_memory(torch.device("cpu"))
     assert free > 1e7 if sys.platform == "linux" else free is None
-
-
-def test_small_images_are_not_worth_the_words(cli, flags, copy):
-    assert "Memory:" not in cli(*flags, "--output-dir", copy).out

@@ -31,8 +31,6 @@ from runs.streams import stream
 from runs.teachers import find_teachers
 from runs.trial import try_network
 
-pytestmark = pytest.mark.usefixtures("nothing_slow")
-
 NETS = """
 import torch
 from torch import nn
@@ -330,11 +328,9 @@ def test_an_edited_file_is_another_run(cli, flags, own, file, tmp_path):
     edited = tmp_path / "nets.py"
     edited.write_text(NETS.replace("0.3", "0.4"))
     digests = [hook(each, "tiny").sha256[:12] for each in (file, edited)]
-    words = (*flags, "--output-dir", own, "--teacher", own / "teacher-s0")
-    for more in ((), ("--teacher-network", f"{file}:tiny")):  # the file as it was may be at hand, too
-        got = cli(*words, "--student", f"{edited}:tiny", *more)
-        assert got.status == 1 and "the network in nets.py was edited since" in got.err and "--overwrite" in got.err
-        assert all(each in got.err for each in digests)
+    got = cli(*flags, "--output-dir", own, "--teacher", own / "teacher-s0", "--student", f"{edited}:tiny")
+    assert got.status == 1 and "the network in nets.py was edited since" in got.err and "--overwrite" in got.err
+    assert all(each in got.err for each in digests)
 
 
 def test_a_teacher_of_that_network_is_asked_for_where_only_others_are(own, finished):
@@ -584,13 +580,30 @@ ODD = {
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script", "ignore:The .grad attribute")
 @pytest.mark.parametrize(("text", "told"), ODD.items())
-def test_a_network_that_cannot_be_trained_is_refused_before_images_are_read(cli, flags, finished, tmp_path, text, told):
+def test_a_network_that_cannot_be_trained_is_refused(tmp_path, text, told):
     path = tmp_path / "odd.py"
     path.write_text(HEAD + text)
+    with pytest.raises(Failure) as failure:
+        try_network(hook(path, "f"), "student", 3, 16, Machine(torch.device("cpu")))
+    words = str(failure.value)
+    assert told in words and f"--student {path}:f" in words and "site-packages" not in words
+    assert len(words.splitlines()) < 12
+
+
+def test_a_network_of_no_teacher_is_refused(cli, flags, finished, file):
+    named = ("--teacher", finished / "teacher-s0", "--teacher-network", f"{file}:tiny")
+    got = cli(*flags, "--output-dir", finished, "--data-dir", "nowhere", *named)
+    told = f"--teacher-network {file}:tiny is the network of no teacher here: {finished / 'teacher-s0' / 'model.pt'}."
+    assert got.status == 1 and told in got.err and not got.out, got
+
+
+def test_a_student_is_refused_before_images_are_read(cli, flags, finished, tmp_path):
+    path = tmp_path / "odd.py"
+    path.write_text(HEAD + "def f(n): return linear(11)")
     words = ("--output-dir", finished, "--data-dir", "nowhere", "--overwrite", "--student", f"{path}:f")
     got = cli(*flags, *words)
-    assert got.status == 1 and told in got.err and f"--student {path}:f" in got.err and "nowhere" not in got.err, got
-    assert len(got.err.splitlines()) < 12 and "site-packages" not in got.err and not got.out
+    assert got.status == 1 and f"--student {path}:f gives (8, 11)" in got.err and "nowhere" not in got.err, got
+    assert not got.out and (finished / "baseline-s0" / "model.pt").is_file()
 
 
 @pytest.mark.parametrize("more", [("--train-teacher",), ("--demo", "--train-teacher"), ("--demo",)])

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT, leave_out
+from conftest import CLASSES, leave_out
 
 import data
 import distill
@@ -24,10 +24,6 @@ from runs.files import Failure
 from runs.machine import Machine
 from runs.run import Run
 from runs.settings import OPTIONAL, Settings, differences, run_name
-
-pytestmark = pytest.mark.usefixtures("nothing_slow")
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,7 @@ def test_both_students_begin_alike_on_the_same_images(cli, flags, without_red, t
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_soft_targets_of_a_part_are_rows_of_those_of_all(without_red, finished, images):
+def test_soft_targets_of_a_part_are_rows_of_those_of_all(finished, images, tmp_path):
     """An image's view is the same whichever part it is in, and so is what the teacher says of it."""
     loaded = data.load("folder", data_dir=images, image_size=16)
     views = Views(loaded.train_images, loaded.mean, loaded.std)
@@ -96,7 +92,7 @@ def test_soft_targets_of_a_part_are_rows_of_those_of_all(without_red, finished, 
     machine = Machine(torch.device("cpu"))
     part = loaded.transfer_set(0.5, ["red"])
     every, some = (
-        distill.SoftTargets(teacher, "x", loaded.digest, views, None, machine, transfer_set=each).epoch(1)
+        distill.SoftTargets(teacher, "x", loaded.digest, views, tmp_path, machine, transfer_set=each).epoch(1)
         for each in (None, part)
     )
     torch.testing.assert_close(some[part], every[part], atol=2e-3, rtol=0)

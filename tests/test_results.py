@@ -239,7 +239,6 @@ def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
 
 
 def test_compute_is_counted_as_the_record_says():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import compute
 
     points = {point.what: point for point in compute.record(SHORTER)}
@@ -260,7 +259,6 @@ def test_the_kept_student_was_taught_by_the_kept_teacher():
 
 
 def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, monkeypatch, capsys):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import recipes
 
     small, table, output = data.load("folder", data_dir=images, image_size=16), tmp_path / "rows.csv", tmp_path / "out"

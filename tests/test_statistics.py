@@ -9,6 +9,7 @@ import pytest
 
 from reports.calibration import calibration, fit_temperature, where
 from reports.statistics import (
+    by_confidence,
     calibration_error,
     class_accuracies,
     holm,
@@ -16,7 +17,6 @@ from reports.statistics import (
     mcnemar_test,
     negative_log_likelihood,
     paired_test,
-    reliability,
     seeds_needed,
     softmax,
     spread,
@@ -128,7 +128,7 @@ def test_calibration_error_by_hand():
     probabilities = np.array([[0.6, 0.4], [0.6, 0.4], [0.6, 0.4], [0.1, 0.9]])
     labels = np.array([0, 1, 1, 1])
     assert calibration_error(probabilities, labels) == pytest.approx(0.225)
-    share, confidence, accuracy = reliability(probabilities, labels)
+    share, confidence, accuracy = by_confidence(probabilities.max(1), np.array([True, False, False, True]))
     assert share.sum() == pytest.approx(1) and share[8] == 0.75 and share[13] == 0.25  # (8/15, 9/15], (13/15, 14/15]
     assert accuracy[8] == pytest.approx(1 / 3) and confidence[13] == pytest.approx(0.9)
     assert np.flatnonzero(confidence).tolist() == np.flatnonzero(accuracy).tolist() == [8, 13]  # 0 in empty bins
@@ -145,7 +145,7 @@ def test_overconfident_logits_are_mended():
     """Labels drawn from the softmax of logits which are then sharpened by 1.7, one half of them by 1.2 as well."""
     draws = np.random.default_rng(0)
     logits = draws.normal(0, 2, (40_000, 5))
-    labels = np.array([draws.choice(5, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)])
+    labels = (logits + draws.gumbel(size=logits.shape)).argmax(1)  # the Gumbel-max trick
     found = calibration(1.7 * logits, labels)
     assert found["fitted_temperature"] == pytest.approx(1.7, rel=0.03)
     assert found["calibration_error"] > 0.05 > 0.01 > found["scaled_calibration_error"]
@@ -179,7 +179,7 @@ def test_a_temperature_is_advised_where_it_pays(temperature, before, after, advi
 
 
 def test_certain_predictions_are_in_the_last_bin():
-    share, confidence, accuracy = reliability(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([0, 1]))
+    share, confidence, accuracy = by_confidence(np.ones(2), np.array([True, False]))
     assert (share[-1], confidence[-1], accuracy[-1]) == (1.0, 1.0, 0.5)
 
 

@@ -24,14 +24,13 @@ import runs.progress
 import train
 from data import Views
 from distill import SoftTargets, compress
-from reports import figures
 from runs.checkpoints import load_checkpoint, save_checkpoint
 from runs.files import Damaged, Failure, read_json
 from runs.machine import Machine, keep_memory, make_deterministic
 from runs.plan import conflicts
 from runs.progress import Options
 from runs.run import Run
-from runs.settings import Settings, default_learning_rate, default_padding, run_name
+from runs.settings import VERSION, Settings, default_learning_rate, default_padding, run_name
 from runs.signals import Interrupted, Stop
 from runs.state import HistoryRow
 
@@ -340,11 +339,12 @@ def test_a_run_resumed_on_another_machine_says_so(loaded, tmp_path, stop_at, mon
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(runs.progress, "describe", lambda device: "Abacus")
         train_run(loaded, tmp_path, options=Options(stop=stop_at(1)))
-    change_state(tmp_path, {"torch": "1.0"})
+    change_state(tmp_path, {"torch": "1.0", "program": "2.0.0"})
     train_run(loaded, tmp_path)
     said = capsys.readouterr().err
     assert f"{tmp_path} was begun on Abacus; on {here} the last bits may differ" in said
     assert f"was begun with torch 1.0; with torch {torch.__version__} the last bits may differ" in said
+    assert f"was begun by version 2.0.0; by version {VERSION} the last bits may differ" in said
     assert read_json(tmp_path / "run.json")["environment"]["device"] == f"Abacus, then {here}"
 
 
@@ -506,7 +506,7 @@ def test_every_image_meets_its_own_label_and_soft_targets(loaded, tmp_path, monk
     monkeypatch.setattr(Views, "batch", watched)
     monkeypatch.setattr(train, "distillation_loss", compared)
     views = Views(loaded.train_images, loaded.mean, loaded.std)
-    targets = SoftTargets(teacher, "a", loaded.digest, views, None, CPU)
+    targets = SoftTargets(teacher, "a", loaded.digest, views, tmp_path / "targets", CPU)
     rest = {"val_fraction": fraction, "label_smoothing": smoothing}
     wanted = settings(loaded, "kd", temperature=3.0, alpha=alpha, teacher="a", **rest)
     train_run(loaded, tmp_path, wanted, teacher=targets)
@@ -711,7 +711,6 @@ def test_a_finished_run_has_no_log(loaded, whole, capsys):
 
 
 def test_a_command_whose_runs_are_finished_has_no_log(cli, flags, copy, monkeypatch):
-    monkeypatch.setattr(figures, "draw", lambda comparison: [copy])  # which takes longer than all the rest
     assert cli(*flags, "--output-dir", copy).err == cli(*flags, "--output-dir", copy, "--train-teacher").err == ""
     shutil.rmtree(copy / "baseline-s0")
     got = cli(*flags, "--output-dir", copy)
