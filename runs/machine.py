@@ -142,8 +142,9 @@ def memory_format(device):
 
 
 def check_arithmetic(device):
-    """Computes a convolution, batch norm and their gradients on `device` and on the CPU, in some milliseconds; raises
-    Failure where they differ by more than rounding, which a training would show only as a network that learns badly."""
+    """Computes what a training step does (convolution, batch norm, pooling, their gradients) on `device` and the CPU,
+    in some milliseconds; raises Failure where they differ by more than rounding, which a training would show only as a
+    network that learns badly."""
     if device.type == "cpu":
         return
     remedy = (
@@ -183,6 +184,12 @@ def _sample(device):
     results = {"a convolution": convolved, "batch norm": normalized, "the gradient of batch norm": given["bias"].grad}
     results["the gradient of a convolution's input"] = given["images"].grad
     results["the gradient of a convolution's weights"] = given["weight"].grad
+    maps = given["slope"].clone().requires_grad_()  # the same bits everywhere, so that no maximum moves by rounding
+    pooled = F.max_pool2d(maps, 2)
+    F.cross_entropy(pooled.amax((2, 3)), torch.arange(len(maps)).to(device)).backward()
+    results |= {"max-pooling": pooled, "the gradient of max-pooling": maps.grad}
+    crops = torch.arange(12).to(device).unfold(0, 8, 1)[torch.tensor([4, 0, 2]).to(device)]
+    results["the places of pixels in a crop"] = crops.float()
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 

@@ -489,7 +489,9 @@ def test_a_device_that_cannot_compute_a_step_is_named(other, monkeypatch):
         check_arithmetic(other)
 
 
-@pytest.mark.parametrize(("name", "what"), [("conv2d", "a convolution"), ("batch_norm", "batch norm")])
+@pytest.mark.parametrize(
+    ("name", "what"), [("conv2d", "a convolution"), ("batch_norm", "batch norm"), ("max_pool2d", "max-pooling")]
+)
 def test_a_device_that_computes_wrongly_is_named(other, monkeypatch, name, what):
     monkeypatch.setattr(F, name, wrong(getattr(F, name)))
     with pytest.raises(Failure, match=f"The device mps computes wrongly: {what} differs from the CPU's by 1 of"):
