@@ -172,7 +172,7 @@ def paper(path=None):
     head.append("difference in points (95% interval)")
     tested = sum(p is not None for p in p_values)
     return table(head, *rows) + (
-        f"\n\nMeans ± standard deviations of n seeds; teacher {float(found[0]['teacher']):.4f}. Each interval is for "
+        f"\n\nMeans ± standard deviations of the seeds; teacher {float(found[0]['teacher']):.4f}. Each interval is for "
         f"its row alone; in bold are the differences that hold for all {tested} together (5%, Holm's correction)."
     )
 

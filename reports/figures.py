@@ -311,7 +311,12 @@ def dark_knowledge(comparison):
     temperature, seed = entry["temperature"], entry["seeds"][0]
     columns = [
         ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
-        (f"teacher, T = {temperature:g} (dotted: uniform)", "teacher", comparison.teacher_logits, temperature),
+        (
+            f"teacher, T = {temperature:g}" + " (dotted: uniform)" * (temperature > 1),
+            "teacher",
+            comparison.teacher_logits,
+            temperature,
+        ),
         (f"with KD, {pair_name(entry)}", "kd", comparison.kd_logits[0][0], 1.0),
         ("baseline", "baseline", comparison.baseline_logits[0], 1.0),
     ]
@@ -345,6 +350,8 @@ def dark_knowledge(comparison):
     title = (
         f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n(students at "
     )
-    title += "T = 1; picked to show it: first those that the baseline gets wrong, teacher and KD right; no fair sample)"
+    title += (
+        "T = 1; picked to show it: first those that the baseline gets wrong, teacher and KD right; not a fair sample)"
+    )
     figure.suptitle(title, fontsize=10)
     return figure

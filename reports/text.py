@@ -120,7 +120,7 @@ def differently_trained(comparison):
             if run.settings.role != "teacher" and bool(run.settings.val_fraction) == sweep:
                 made = run.environment
                 words = f"{made.get('device')} in {made.get('precision')}" + ", compiled" * bool(made.get("compiled"))
-                words += f" (torch {made.get('torch')}, version {made.get('program')})"
+                words += f" (torch {made.get('torch')}, program {made.get('program')})"
                 found.setdefault(words, []).append(run.folder.name)
         if len(found) > 1:
             ways = "; ".join(f"{', '.join(names)} on {words}" for words, names in found.items())

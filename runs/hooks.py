@@ -47,9 +47,12 @@ class Hook:
         name = f"_hook_{self.sha256[:16]}"  # no package's name, and another one for every content
         spec = importlib.util.spec_from_file_location(name, self.path)
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-        from runs.streams import stream  # only here, as a Hook is found before PyTorch is imported
+        import torch  # only here, as a Hook is found before PyTorch is imported
+
+        from runs.streams import stream
 
         with self.explained("cannot be imported"), stream("file"):  # what is drawn there is alike in every process
+            torch.manual_seed(0)  # as in all versions; another seed would change what files that draw have drawn
             exec(compile(self.content, str(self.path), "exec"), vars(module))
         function = getattr(module, self.function, None)
         if not callable(function):

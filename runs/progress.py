@@ -50,7 +50,7 @@ class Progress:
         self.batch_size = min(self.settings.batch_size, images)
         self.steps = images // self.batch_size
         self.images_per_step = self.batch_size * self.settings.images_per_label
-        self.machines = [describe(machine.device)]
+        self.machines, self.versions = [describe(machine.device)], [VERSION]
         self.epoch, self.step, self.history = 0, 0, []
         self.saved = None  # (epoch, step) of the state on the disk
         self._clear_sums()
@@ -233,7 +233,7 @@ class Progress:
             machines=self.machines,
             threads=torch.get_num_threads(),
             torch=str(torch.__version__),
-            program=VERSION,
+            program=self.versions,
             epoch=self.epoch,
             step=self.step,
             history=[asdict(row) for row in self.history],
@@ -256,12 +256,12 @@ class Progress:
         except Damaged as error:
             raise Damaged(f"{error}\nRemove {folder} to train it again.") from None
         here, before = self.machines[0], state.machines[-1]
-        versions = ("with torch", str(torch.__version__), state.torch), ("by version", VERSION, state.program)
+        versions = ("with torch", str(torch.__version__), state.torch), ("by version", VERSION, state.program[-1])
         for word, now, then in (("on", here, before), *versions):
             if now != then:
-                text = f"{folder} was begun {word} {then}; {word} {now} the last bits may differ."
-                tqdm.write(text, file=sys.stderr)
+                tqdm.write(f"{folder} was begun {word} {then}; {word} {now} the last bits may differ.", file=sys.stderr)
         self.machines = state.machines + [here] * (here != before)
+        self.versions = state.program + [VERSION] * (state.program[-1] != VERSION)
         if self.machine.device.type == "cpu":
             self._resume_threads(state.threads)
         self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
@@ -298,11 +298,12 @@ class Progress:
         images = dict(self.options.images or {})
         if not self.settings.unlabeled:
             images.pop("unlabeled", None)  # which other runs of the command see
+        made_with = {"device": ", then ".join(self.machines), "program": ", then ".join(self.versions)}
         record = RunRecord(
             finished=bool(finished),
             epochs_done=self.epoch,
             settings=self.settings.as_dict(),
-            environment=self.machine.environment() | {"device": ", then ".join(self.machines)},
+            environment=self.machine.environment() | made_with,
             recorded=self.options.recorded,
             images=images or None,
             **finished,

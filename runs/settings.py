@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 VERSION = "2.1.0"  # of the program: raise it with any change of the bits that a training gives
-RECIPE = 4  # of networks, initial weights, optimizer and schedule: raise it with any change of them
+RECIPE = 4  # of networks, initial weights, optimizer and schedule: raise it with any change of more than last bits
 SPLIT_VERSION = 2  # of data.split for students of a part of the images
 VIEWS_VERSION = 1  # of the augmentation in data.Views: raise it with any change of it
 
@@ -20,10 +20,10 @@ NotNegative = Annotated[int, Meta(ge=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """What identifies a run: two runs with equal settings end with equal weights (on one machine). `data` and `teacher`
-    are SHA-256 digests, those of several teachers sorted and joined by "+"; `sweep_teacher` is that of the same teacher
-    trained without the validation images, where a sweep's student was distilled from that one. `split` is the version
-    of data.split for those of a part of the images, None of the first.
+    """What identifies a run: two runs with equal settings end with equal weights (on one machine, by one version).
+    `data` and `teacher` are SHA-256 digests, those of several teachers sorted and joined by "+"; `sweep_teacher` is
+    that of the same teacher trained without the validation images, where a sweep's student was distilled from that one.
+    `split` is the version of data.split for those of a part of the images, None of the first.
 
     A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it.
     Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and

@@ -1,6 +1,6 @@
 """The content of state.pt, from which an unfinished run is resumed, and of history.csv."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -50,7 +50,7 @@ class State:
     teacher_seconds: float
     network: dict[str, torch.Tensor]
     optimizer: dict
-    program: str = "2.0.0"  # the version, which wrote none before 2.1.0
+    program: list[str] = field(default_factory=lambda: ["2.0.0"])  # versions, which wrote none before 2.1.0
 
 
 def save_state(path, state):

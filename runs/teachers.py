@@ -181,6 +181,8 @@ def teacher_command(arguments, **changed):
     values = {name: getattr(arguments, name) for name in names} | changed
     if values["dataset"] != "folder":
         values |= dict.fromkeys(FOLDER_OPTIONS, False)  # --skip-damaged of --unlabeled, which no teacher sees
+    if values["dataset"] == "shapes":
+        del values["data_dir"]
     words = command(values)
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 

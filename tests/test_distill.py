@@ -202,10 +202,16 @@ def test_on_a_full_disk_targets_are_the_same_bits_and_not_kept(make, tmp_path, m
     assert not (tmp_path / "elsewhere").exists()
     told = capsys.readouterr().err
     assert told.count("The soft targets are not kept: ") == 1 and "has 100 MB left" in told  # said once
+
+
+def test_on_a_full_disk_each_process_of_a_group_computes_the_targets_that_it_needs(make, tmp_path, monkeypatch, capsys):
+    fresh = make().epoch(0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000_000))
     group = Mock(agree=lambda find: find())
-    alone = make(folder=tmp_path / "elsewhere", shared=True)  # as each process of a group then computes them
+    alone = make(folder=tmp_path / "elsewhere", shared=True)
     Ensemble([alone]).share(group, range(2))
     assert torch.equal(alone.epoch(0), fresh) and not group.share.called and not (tmp_path / "elsewhere").exists()
+    assert capsys.readouterr().err.count("The soft targets are not kept: ") == 1
 
 
 def test_a_folder_that_cannot_be_made_is_said_once(make, tmp_path, capsys):

@@ -386,6 +386,7 @@ def test_sizes_and_many_classes_fit_one_screen(folder):
     )
 
 
+@pytest.mark.draws
 def test_from_the_teacher_to_the_comparison(cli, folder, tmp_path):
     """All of it once, as a person types it: run.json, model.pt, the comparison, and single images afterwards."""
     values = numbers(0, 1, "f4")

@@ -366,6 +366,14 @@ def test_runs_that_were_trained_on_different_machines_are_named(folder, place):
     assert "baseline-s0 on GPU in bf16, compiled" in text and "kd-T4-a0.5-s0 on CPU in fp32" in text
 
 
+@pytest.mark.parametrize("name", ["torch", "program"])
+def test_runs_of_different_versions_are_named(folder, name):
+    folder.add("kd", 20, 4.0, 0.5, environment={"torch": "2.13.0", "program": "2.1.0"})
+    folder.add("baseline", 15, environment={"torch": "2.13.0", "program": "2.1.0"} | {name: "1.0"})
+    text = details(Comparison(folder.path))
+    assert "baseline-s0 on CPU" in text and "; kd-T4-a0.5-s0 on CPU in fp32 (torch 2.13.0, program 2.1.0)." in text
+
+
 # Damage --------------------------------------------------------------------------------------------------------------
 
 

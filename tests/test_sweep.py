@@ -372,7 +372,7 @@ def test_figures_are_not_blank_and_carry_their_labels(swept):
         "curves": {"epoch", "training loss", "KD, T=4, alpha=0.1"},
         "gain": {"student seed", "percentage points", "mean, 95% interval"},
         "sweep": {"temperature", "alpha"}, "reliability_diagrams": {"confidence", "accuracy", "ECE"},
-        "dark_knowledge": {"probability", "teacher, T = 1", "no fair sample", "with KD, T=", "baseline"},
+        "dark_knowledge": {"probability", "teacher, T = 1", "not a fair sample", "with KD, T=", "baseline"},
     }  # fmt: skip
     for name, words in expected.items():
         figure = getattr(figures, name)(comparison)
