@@ -23,7 +23,8 @@ from runs.files import decode
 from runs.settings import Settings, pair_name
 
 RESULTS = ROOT / "results"
-README, RECORD, SPEED = ROOT / "README.md", RESULTS / "cifar10", RESULTS / "throughput-cpu.json"
+README, RECORD = ROOT / "README.md", RESULTS / "cifar10"
+SPEEDS = [path for name in ("cpu", "amx") if (path := RESULTS / f"throughput-{name}.json").is_file()]
 SHORTER = [RESULTS / f"cifar10-{epochs}-epochs" for epochs in (10, 5)]  # other students of the record's teacher
 
 
@@ -86,14 +87,15 @@ def results():
 
 
 def speed():
-    """How many times as fast as the textbook loop."""
-    found = json.loads(SPEED.read_text())
-    made_with = found["environment"]
-    rows = [[name, f"{ratio:.1f}"] for name, ratio in found["ratios"].items()]
-    return table(["", "times as fast"], *rows) + (
-        f"\n\n{made_with['device']}, torch {made_with['torch']}; this program in {made_with['precision']}, the "
-        f"textbook loop in float32 with SGD; networks of recipe {found['recipe']}; medians, both loops measured in "
-        f"turn in one process: `{found['command']}`."
+    """How many times as fast as the textbook loop, on each machine."""
+    measured = [json.loads(path.read_text()) for path in SPEEDS]
+    first, made_with = measured[0], measured[0]["environment"]
+    rows = [[name, *(f"{found['ratios'][name]:.1f}" for found in measured)] for name in first["ratios"]]
+    machines = [found["environment"]["device"] + ", AMX" * found.get("amx", False) for found in measured]
+    return table(["times as fast", *machines], *rows) + (
+        f"\n\nThis program in {made_with['precision']}, the textbook loop in float32 with SGD; torch "
+        f"{made_with['torch']}; networks of recipe {first['recipe']}; medians, both loops measured in turn in one "
+        f"process: `{first['command']}`."
     )
 
 

@@ -7,12 +7,11 @@ The textbook loop is what people use instead: torchvision transforms on PIL imag
 float32 (on a GPU with PyTorch's default, TF32 in convolutions), the teacher run again in every step of every student,
 `.item()` in every step. Networks, batch size and loss are the same; its optimizer is SGD, ours the program's, which
 takes longer and learns faster. Images are noise of CIFAR-10's size: accuracy is not measured here. Every figure is
-the median over the repeats, with the smallest and largest. Writes results/throughput-<device>.json, but for --quick.
+the median over the repeats, with the smallest and largest. Writes a JSON file, but for --quick.
 """
 
 import argparse
 import contextlib
-import json
 import resource
 import statistics
 import subprocess
@@ -34,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 import data
 import models
 from distill import SoftTargets, distillation_loss
-from runs.files import Failure
-from runs.machine import start_machine
+from runs.files import Failure, write_json
+from runs.machine import HAS_AMX, start_machine
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import RECIPE, Settings
@@ -264,6 +263,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=None, help="[3]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--output", type=Path, metavar="FILE", help="[results/throughput-<device>.json]")
     parser.add_argument("--peak-memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     machine = start_machine(arguments.device, arguments.precision)  # memory is kept for the textbook loop as well
@@ -329,6 +329,7 @@ def main():
     result = {
         "command": f"python benchmarks/throughput.py --images {images} --repeats {repeats}",
         "environment": machine.environment(),
+        "amx": device.type == "cpu" and HAS_AMX,
         "recipe": RECIPE,
         "student_step_ms": {name: student_step(machine, name == "compiled") for name in ("eager", "compiled")},
         "images": images,
@@ -364,10 +365,9 @@ def main():
     print(f"Student's step, forward and backward: {step['eager']:.1f} ms{compiled}")
     print("Peak memory: " + ", ".join(f"{v:.2f} GB" for k, v in result.items() if k.startswith("peak_")))
     if not arguments.quick:
-        path = ROOT / "results" / f"throughput-{device.type}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"Written: {path.relative_to(ROOT)}")
+        path = arguments.output or ROOT / "results" / f"throughput-{device.type}.json"
+        write_json(path, result)
+        print(f"Written: {path}")
 
 
 if __name__ == "__main__":

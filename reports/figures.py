@@ -307,20 +307,15 @@ def examples(comparison, count=EXAMPLES):
 
 def dark_knowledge(comparison):
     """Test images with the probabilities of teacher, at T = 1 and softened, and of both students at T = 1."""
-    entry, indices = comparison.kd[0], examples(comparison)
+    entry, indices, shown = comparison.kd[0], examples(comparison), min(6, len(comparison.classes))
     temperature, seed = entry["temperature"], entry["seeds"][0]
+    softened = f"teacher, T = {temperature:g}" + " (dotted: uniform)" * (temperature > 1)
     columns = [
         ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
-        (
-            f"teacher, T = {temperature:g}" + " (dotted: uniform)" * (temperature > 1),
-            "teacher",
-            comparison.teacher_logits,
-            temperature,
-        ),
+        (softened, "teacher", comparison.teacher_logits, temperature),
         (f"with KD, {pair_name(entry)}", "kd", comparison.kd_logits[0][0], 1.0),
         ("baseline", "baseline", comparison.baseline_logits[0], 1.0),
     ]
-    shown = min(6, len(comparison.classes))
     figure = Figure((11, 0.6 + 1.35 * len(indices)), layout="constrained")
     grid = figure.subplots(len(indices), 5, squeeze=False, width_ratios=(1, 1.5, 1.5, 1.5, 1.5))
     for number, (row, index) in enumerate(zip(grid, indices, strict=True)):
@@ -347,11 +342,9 @@ def dark_knowledge(comparison):
                 axes.axvline(1 / len(comparison.classes), color="black", linestyle=":", linewidth=1)
             axes.set_title(title if number == 0 else "", fontsize=9)
             axes.set_xlabel("probability" if number == len(indices) - 1 else "", fontsize=8)
-    title = (
-        f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n(students at "
+    about = (
+        "students at T = 1; picked: first those that the baseline gets wrong, teacher and KD right; not a fair sample"
     )
-    title += (
-        "T = 1; picked to show it: first those that the baseline gets wrong, teacher and KD right; not a fair sample)"
-    )
+    title = f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n({about})"
     figure.suptitle(title, fontsize=10)
     return figure

@@ -290,15 +290,15 @@ def test_a_signal_after_overwrite_began_says_how_to_resume(cli, flags, copy, mon
 @posix  # it forks
 @pytest.mark.slow
 def test_killed_at_random_moments_the_bits_are_the_same():
-    """The soak test, a short one: half of the kills at a random time of training, half of them inside a file write."""
-    words = ["--kills", "4", "--flips", "40", "--epochs", "2", "--longest", "0.1", "--seed", "2"]
+    """The soak test, a short one: one kill at a random time of training, one inside a file write."""
+    words = ["--kills", "2", "--flips", "40", "--epochs", "2", "--longest", "0.1", "--seed", "2"]
     done = subprocess.run([sys.executable, soak.__file__, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "round 1: 4 kills, 2 inside a file write, differences: none"
+    assert lines[0] == "round 1: 2 kills, 1 inside a file write, differences: none"
     for line, name in zip(lines[1:3], ("model.pt", "state.pt"), strict=True):
         assert line.startswith(f"{name}: ") and line.endswith("other weights in silence: 0")
-    assert lines[3] == "4 kills and 40 flips survived"
+    assert lines[3] == "2 kills and 40 flips survived"
 
 
 def test_the_soak_test_finds_differences(copy, finished):
