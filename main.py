@@ -34,7 +34,7 @@ from use.tasks import do_task
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global accuracy, choose_machine, describe, evaluate, measure_speeds, start, train, try_hooks, write_report
+    global accuracy, choose_machine, describe, evaluate, measure_speeds, start, train, try_hooks
     global data, distill, models, plan, records, torch
     import torch
 
@@ -42,7 +42,6 @@ def import_modules():
     import distill
     import models
     from reports import records
-    from reports.report import report as write_report
     from runs import plan
     from runs.machine import describe
     from runs.session import choose_machine, start, try_hooks
@@ -82,7 +81,9 @@ def main(arguments, stop):
                 teachers += [(path, models.load(path, hooks=hooks)) for path in found]
                 asked = train_students(session, teachers)
                 if group.leads:
-                    write_report(arguments.output_dir, asked)
+                    from reports.report import report  # only here: it takes a second, which no teacher needs
+
+                    report(arguments.output_dir, asked)
 
 
 def train_teachers(session):
