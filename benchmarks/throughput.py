@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -179,12 +180,12 @@ def seconds(function, machine):
     return time.perf_counter() - started
 
 
-def student_step(machine, compiled):
-    """Milliseconds of a student's forward and backward pass for one batch, the median of 20; None where it cannot be
-    compiled."""
-    network = models.create("student", CLASSES, 0).to(**machine.place).train()
+def training_step(machine, architecture, compiled=False):
+    """A function that takes the forward and backward pass of a new network for one batch."""
+    network = models.create(architecture, CLASSES, 0).to(**machine.place).train()
     images = torch.randn(BATCH, 3, SIZE, SIZE).to(**machine.place)
     labels = torch.arange(BATCH, device=machine.device) % CLASSES
+    forward = compile_network(network) if compiled else network
 
     def step():
         with machine.autocast():
@@ -192,8 +193,30 @@ def student_step(machine, compiled):
         network.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), labels).backward()
 
+    return step
+
+
+def narrow_images(machine):
+    """Where narrow images are convolved side by side (models.Convolution): milliseconds of both networks' passes with
+    and without that, {name: {"side by side" or "alone": the median of 20}}, measured in turn; elsewhere None."""
+    if machine.device.type != "cpu" or machine.precision != "bf16" or not HAS_AMX:
+        return None
+    result = {}
+    for name in models.ARCHITECTURES:
+        step, times = training_step(machine, name), {"side by side": [], "alone": []}
+        for _ in range(25):
+            for way, taken in times.items():
+                with patch.object(models, "HAS_AMX", way == "side by side"):
+                    taken.append(seconds(step, machine))
+        result[name] = {way: 1000 * statistics.median(taken[5:]) for way, taken in times.items()}
+    return result
+
+
+def student_step(machine, compiled):
+    """Milliseconds of a student's forward and backward pass for one batch, the median of 20; None where it cannot be
+    compiled."""
     try:
-        forward = compile_network(network) if compiled else network
+        step = training_step(machine, "student", compiled)
         return 1000 * statistics.median([seconds(step, machine) for _ in range(25)][5:])
     except Exception as error:  # a missing C++ compiler, say, must not cost the other measurements
         if not compiled:
@@ -327,11 +350,13 @@ def main():
     decoded = 2_000 if arguments.quick else 50_000
     imports, first_step = start_up(decoded, repeats, device)
     result = {
-        "command": f"python benchmarks/throughput.py --images {images} --repeats {repeats}",
+        "command": f"python benchmarks/throughput.py --images {images} --repeats {repeats}"
+        + (f" --output {arguments.output}" if arguments.output else ""),
         "environment": machine.environment(),
         "amx": device.type == "cpu" and HAS_AMX,
         "recipe": RECIPE,
         "student_step_ms": {name: student_step(machine, name == "compiled") for name in ("eager", "compiled")},
+        "narrow_images_ms": narrow_images(machine),
         "images": images,
         "batch_size": BATCH,
         "seconds": times,
@@ -363,6 +388,8 @@ def main():
     step = result["student_step_ms"]
     compiled = f", with --compile {step['compiled']:.1f} ms" if step["compiled"] else ""
     print(f"Student's step, forward and backward: {step['eager']:.1f} ms{compiled}")
+    for name, each in (result["narrow_images_ms"] or {}).items():
+        print(f"Narrow images side by side: a {name}'s step {each['alone'] / each['side by side']:.2f} times as fast")
     print("Peak memory: " + ", ".join(f"{v:.2f} GB" for k, v in result.items() if k.startswith("peak_")))
     if not arguments.quick:
         path = arguments.output or ROOT / "results" / f"throughput-{device.type}.json"

@@ -339,7 +339,7 @@ def dark_knowledge(comparison):
             axes.invert_yaxis()
             axes.tick_params(axis="x", labelsize=7)
             if softness > 1:
-                axes.axvline(1 / len(comparison.classes), color="black", linestyle=":", linewidth=1)
+                axes.axvline(1 / len(comparison.classes), color="0.6", linestyle=":", linewidth=1, zorder=0)
             axes.set_title(title if number == 0 else "", fontsize=9)
             axes.set_xlabel("probability" if number == len(indices) - 1 else "", fontsize=8)
     about = (

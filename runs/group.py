@@ -234,8 +234,8 @@ class Tally:
 def join(timeout=300):
     """The Group that this process belongs to, until all of it are through: of one, unless torchrun (or another launcher
     that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and for several machines LOCAL_RANK and LOCAL_WORLD_SIZE)
-    started it. Raises Failure where the others do not come
-    within `timeout` seconds, and Told where another one failed before this one did."""
+    started it. Raises Failure where the others do not come within `timeout` seconds, and Told where another one failed
+    before this one did."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 and not _torchrun_keeps_the_store():
         yield Group()

@@ -490,7 +490,13 @@ def test_a_device_that_cannot_compute_a_step_is_named(other, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("conv2d", "a convolution"), ("batch_norm", "batch norm"), ("max_pool2d", "max-pooling")]
+    ("name", "what"),
+    [
+        ("conv2d", "a convolution"),
+        ("batch_norm", "batch norm"),
+        ("max_pool2d", "max-pooling"),
+        ("cross_entropy", "the gradient of max-pooling"),
+    ],
 )
 def test_a_device_that_computes_wrongly_is_named(other, monkeypatch, name, what):
     monkeypatch.setattr(F, name, wrong(getattr(F, name)))

@@ -386,6 +386,12 @@ sys.exit(f"imported: {slow}" if slow else status)
     assert "imported:" not in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_what_draws_figures_is_imported_for_the_report_alone():
+    script = "import sys, main; main.import_modules(); print({'matplotlib', 'scipy', 'jinja2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done
+
+
 def test_help_names_every_option_with_its_default(cli):
     text = cli("--help").out
     for name, default in {
@@ -428,6 +434,7 @@ def test_the_command_named_for_an_unfinished_teacher_resumes_it(cli, flags, tmp_
     assert {"--data-dir", "--device", "--precision"} <= set(words) and "--compile" not in words
     got = cli(*words[2:])
     assert got.status == 0 and "teacher-s3: test accuracy" in got.out and not got.err, got  # both epochs were trained
+    assert "--data-dir" not in teacher_command(parse(["--data-dir", "pets"]), dataset="shapes")  # which refuses it
     zeros = teacher_command(parse([]), padding=0, weight_decay=0.0)
     assert zeros.endswith("--epochs 200 --padding 0 --weight-decay 0.0")
     assert teacher_command(parse([]), label_smoothing=0.2).endswith(" --label-smoothing 0.2")

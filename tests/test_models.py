@@ -1,5 +1,7 @@
 """The networks, their costs, and what model.pt guarantees."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,15 @@ def test_images_are_laid_side_by_side_for_amx_alone(monkeypatch, is_there):
     with torch.autocast("cpu", torch.bfloat16):
         network(images)
     assert sizes[7:] == ([*alone[:4], (7, 64), (7, 64), (3, 64)] if is_there else alone)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(images)
+    assert sizes[14:] == alone  # a compiled network fails where a second size of batches comes
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what its CPU has")
+def test_amx_is_found_where_linux_finds_it():
+    assert ("amx_bf16" in Path("/proc/cpuinfo").read_text().split()) == models.HAS_AMX
 
 
 def test_whitened_patches_are_uncorrelated_and_of_one_variance():

@@ -234,6 +234,8 @@ def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"about {first:.0f} hours for the first command and {second:.0f} for the second" in readme
     assert max(first, second) * 24 / 200 < 1  # "with --epochs 24 less than one for each"
+    look = 5 * (median["KD epoch, first"] + median["baseline epoch"]) * 50_000 / found["images"] / 60
+    assert 8 < look < 10.5 and "For a first look, in about ten minutes: `python main.py --epochs 5 " in readme
     targets = 10 * (median["KD epoch, first"] - median["baseline epoch"]) / median["baseline epoch"]
     assert round(targets) == 10 and "about as long as ten epochs without a teacher" in readme
     scaling = json.loads((ROOT / "results" / "scaling-cpu.json").read_text())
