@@ -96,9 +96,8 @@ def speed():
     return table(["times as fast", *machines], *rows) + (
         f"\n\nThis program in {made_with['precision']}, the textbook loop in float32 with SGD; torch "
         f"{made_with['torch']}; networks of recipe {first['recipe']}; medians, both loops measured in turn in one "
-        f"process: `{first['command']}` (with AMX `--output results/{SPEEDS[-1].name}`). There, convolving narrow "
-        f"images side by side makes a teacher's pass {gains['teacher']:.2f} times as fast and a student's "
-        f"{gains['student']:.2f}."
+        f"process: `{first['command']}`, with AMX `{measured[-1]['command']}`. There, convolving narrow images side by "
+        f"side makes a teacher's pass {gains['teacher']:.2f} times as fast and a student's {gains['student']:.2f}."
     )
 
 
