@@ -88,6 +88,14 @@ def all_points():
     return list(dict.fromkeys(point for points in (*records, other_trainings()) for point in points))
 
 
+def in_the_way(point, side, points):
+    """Whether another point lies where the name of `point` would be, to its right (`side` 1) or left (-1)."""
+    return any(
+        1.1 < (other.pflop / point.pflop) ** side < 4 and abs(other.accuracy - point.accuracy) < CLOSE / 2
+        for other in points
+    )
+
+
 def draw(points):
     """The figure: accuracy against PFLOP on a logarithmic axis, every point with its name."""
     figure = Figure((8, 4.6), layout="constrained")
@@ -98,6 +106,8 @@ def draw(points):
     named = set()
     for point in points:
         side = -1 if point.role in ("kd", "speed run") else 1
+        if in_the_way(point, side, points) and not in_the_way(point, -side, points):
+            side = -side
         below = (0 < point.accuracy - other.accuracy < CLOSE for other in points if other.role == point.role)
         beside = {"kd": 0.97, "baseline": 1.03}.get(point.role, 1)  # both can be seen, though they cost the same
         place = point.pflop * beside

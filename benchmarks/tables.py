@@ -25,7 +25,7 @@ from runs.settings import Settings, pair_name
 RESULTS = ROOT / "results"
 README, RECORD = ROOT / "README.md", RESULTS / "cifar10"
 SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
-SHORTER = [RESULTS / f"cifar10-{epochs}-epochs" for epochs in (10, 5)]  # other students of the record's teacher
+LENGTHS = [RESULTS / f"cifar10{epochs}" for epochs in ("-60-epochs", "", "-10-epochs", "-5-epochs")]  # of one teacher
 
 
 def table(head, *rows):
@@ -51,6 +51,12 @@ def record(folder=RECORD):
     return json.loads((folder / "comparison.json").read_text())
 
 
+def machine(found):
+    """Where a record was made."""
+    made = found["environment"]
+    return f"{made['device']}, {made['precision']}, torch {made['torch']}"
+
+
 def printed():
     """The block that the program printed for the record's first pair."""
     found = record()
@@ -59,13 +65,14 @@ def printed():
 
 
 def results():
-    """Accuracies and gains of the record, and of shorter students of the same teacher."""
+    """Accuracies and gains of the record, and of other students of the same teacher."""
     found = record()
-    environment, teacher = found["environment"], found["teacher"]
+    teacher, machines = found["teacher"], {machine(found): None}
     epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     rows, tests = [["teacher", epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
-    for each in (found, *map(record, SHORTER)):
+    for each in map(record, LENGTHS):
         epochs = each["settings"]["epochs"]
+        machines.setdefault(machine(each), epochs)
         for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"])):
             name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
             rows.append([name, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
@@ -82,7 +89,8 @@ def results():
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
         f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. Student, a "
         f"plain CNN: {sizes[1]}. "
-        f"{environment['device']}, {environment['precision']}, torch {environment['torch']}."
+        + "; ".join(f"students of {epochs} epochs: {each}" if epochs else each for each, epochs in machines.items())
+        + "."
     )
 
 
@@ -115,13 +123,13 @@ def few_labels(folder=RESULTS / "few-labels"):
         name = "distilled" if "temperature" in entry else "without a teacher"
         rows.append([name, length, len(entry["seeds"]), share(entry), gain(test["points"])])
     head = ["students", "epochs", "seeds", "test accuracy", "lead of the first row in points (95% interval)"]
-    settings, teacher, made = records[0]["settings"], records[0]["teacher"], records[0]["environment"]
+    settings, teacher = records[0]["settings"], records[0]["teacher"]
     corrected = max(test["points"]["p_holm"] for test in tests)
     return table(head, *rows) + (
         f"\n\nTeacher: {teacher['accuracy']:.4f}, trained on the 5,000 images for {epochs[1]} epochs. T = "
         f"{settings['temperature']:g}, alpha = {settings['alpha']:g}. ± is the standard deviation over seeds; p "
-        f"corrected for the four (Holm) is at most {corrected:.2g}. {made['device']}, {made['precision']}, torch "
-        f"{made['torch']}: `python benchmarks/unlabeled.py`."
+        f"corrected for the four (Holm) is at most {corrected:.2g}. {machine(records[0])}: "
+        "`python benchmarks/unlabeled.py`."
     )
 
 
@@ -144,14 +152,13 @@ def other_images(folder=RESULTS / "animals"):
         name = "distilled" if "temperature" in entry else "without a teacher"
         rows.append([name, length, share(entry), "", ""])
     lead = [f"lead over distilled of {length} epochs, in points (95% interval)" for length in epochs]
-    settings, teacher, made, count = same["settings"], same["teacher"], same["environment"], len(controls[0]["seeds"])
+    settings, teacher, count = same["settings"], same["teacher"], len(controls[0]["seeds"])
     corrected = " and ".join(f"{max(each['points']['p_holm'] for each in tests):.2g}" for tests in (of_same, of_other))
     return table(["students", "epochs", "test accuracy", *lead], *rows) + (
         f"\n\n{count} seeds each, ± is their standard deviation. Teacher: {teacher['accuracy']:.4f}, trained on the "
         f"3,000 images for {epochs[1]} epochs. T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. p, "
         f"corrected for all comparisons of a row's students (Holm), is at most {corrected}. "
-        f"{made['device']}, {made['precision']}, torch {made['torch']}: "
-        "`python benchmarks/unlabeled.py --classes bird cat deer dog frog horse`."
+        f"{machine(same)}: `python benchmarks/unlabeled.py --classes bird cat deer dog frog horse`."
     )
 
 
