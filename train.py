@@ -200,7 +200,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            parameters, rate = group["params"], group["lr"] * group["share"]
+            parameters, rate = [p for p in group["params"] if p.grad is not None], group["lr"] * group["share"]
+            if not parameters:
+                continue
             gradients = [p.grad for p in parameters]
             if group["weight_decay"]:
                 gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])

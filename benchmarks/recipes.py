@@ -51,6 +51,7 @@ CHANGES = {
     "decay": "weight decay of the head [0.0005]",
     "batchnorm": "momentum of batch norm [0.1]",
     "init": "dirac or he [dirac]",
+    "whitening": "in how many of the first epochs the whitening's bias is trained [all]",
     "widths": "of the network's layers, joined by commas",
     "teacher": "of a distilled student: model.pt or its folder",
     "temperature": "[4]",
@@ -146,6 +147,14 @@ def patches(role, changes):
         found.append(patch.object(nn, "BatchNorm2d", lambda width: layer(width, momentum=momentum)))
     if word(changes, "init", "dirac", "he"):
         found.append(patch.object(nn.init, "dirac_", lambda weights: weights))
+    if "whitening" in changes:
+        epochs, one_epoch = int(changes.pop("whitening")), train.train_one_epoch
+
+        def train_one_epoch(model, *about):
+            model.features[0].bias.requires_grad_(about[-1].epoch < epochs)
+            one_epoch(model, *about)
+
+        found.append(patch.object(train, "train_one_epoch", train_one_epoch))
     if "widths" in changes:
         widths = tuple(map(int, changes.pop("widths").split(",")))
         found.append(patch.object(network.__init__, "__defaults__", (widths, *network.__init__.__defaults__[1:])))
@@ -186,7 +195,7 @@ def main():
     if arguments.epochs < 1:
         parser.error("a training takes one epoch or more")
     for name, value in changes.items():
-        number = int if name in ("seed", "batch", "padding", "widths") else float
+        number = int if name in ("seed", "batch", "padding", "widths", "whitening") else float
         for part in value.split(",") if name == "widths" else [value]:
             try:
                 number(0 if name in WORDS and part else part)

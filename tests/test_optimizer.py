@@ -111,3 +111,19 @@ def test_only_the_head_has_weight_decay():
     assert [group["weight_decay"] for group in groups] == [0.0, 0.01, 0.0]
     trained = [p for p in models.create("teacher", 3, 0).parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in groups) == len(trained)
+
+
+def test_what_has_no_gradient_keeps_its_bits_and_the_others_move():
+    network = models.create("student", 3, 0)
+    first, images = network.features[0].bias, torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    optimizer, before = Muon(network, 0.1, 0.01), []
+    for is_trained in (True, False):
+        before = [p.detach().clone() for p in network.parameters()]
+        first.requires_grad_(is_trained)
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(network(images), torch.arange(8) % 3).backward()
+        optimizer.step()
+        moved = [not p.equal(old) for p, old in zip(network.parameters(), before, strict=True) if p.requires_grad]
+        assert all(moved) and first.equal(before[1]) != is_trained
+    optimizer.param_groups[2]["params"] = [first]  # a group may have none at all
+    optimizer.step()
