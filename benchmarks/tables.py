@@ -67,12 +67,12 @@ def printed():
 def results():
     """Accuracies and gains of the record, and of other students of the same teacher."""
     found = record()
-    teacher, machines = found["teacher"], {machine(found): None}
+    teacher, machines = found["teacher"], {machine(found): []}
     epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     rows, tests = [["teacher", epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
     for each in map(record, LENGTHS):
         epochs = each["settings"]["epochs"]
-        machines.setdefault(machine(each), epochs)
+        machines.setdefault(machine(each), []).append(epochs)
         for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"])):
             name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
             rows.append([name, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
@@ -85,12 +85,12 @@ def results():
              for each in (teacher, found["student"])]  # fmt: skip
     corrected = dict(zip(tests, holm([*tests.values()]), strict=True))
     lost = [f"{name} has p = {p:.2g}" for name, p in corrected.items() if tests[name] < SIGNIFICANCE <= p]
+    _, *elsewhere = (f"students of {' and '.join(map(str, e))} epochs: {name}" for name, e in machines.items())
     return table(head, *rows) + (
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
         f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. Student, a "
         f"plain CNN: {sizes[1]}. "
-        + "; ".join(f"students of {epochs} epochs: {each}" if epochs else each for each, epochs in machines.items())
-        + "."
+        f"{'; '.join([machine(found), *elsewhere])}."
     )
 
 
