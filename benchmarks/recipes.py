@@ -56,6 +56,7 @@ CHANGES = {
     "teacher": "of a distilled student: model.pt or its folder",
     "temperature": "[4]",
     "alpha": "[0.9]",
+    "cutout": "side in pixels of a square of each view that is blanked [0]",
     "mixed": "share of a student's views that are mixed with another image's, and so are a baseline's labels [0]",
     "cut": "yes or no: a square of the other view is pasted in, or the two are averaged [no]",
     "mirrored": "yes or no: soft targets are averaged over a view and its mirror image [no]",
@@ -63,6 +64,30 @@ CHANGES = {
 OF_DISTILLATION = {"teacher", "temperature", "alpha", "mirrored"}
 WORDS = {"init", "teacher", "cut", "mirrored"}  # whose values are no numbers
 OUT_OF_PLACE = {"kd": set(), "baseline": OF_DISTILLATION, "teacher": OF_DISTILLATION | {"mixed", "cut"}}
+
+
+class CutoutViews(data.Views):
+    """Views of which a square of `side` pixels shows the mean colour (Cutout, arXiv 1708.04552; the whole square lies
+    in the view). A function of the epoch and the image's index alone, as all views are."""
+
+    def __init__(self, *about, side):
+        super().__init__(*about)
+        self.side = side
+        self.corners = functools.lru_cache(maxsize=1)(self._corners)
+
+    def _corners(self, epoch):
+        """The rows and columns where the squares of all images begin in `epoch`: (2, N)."""
+        draws = models.generator(self.stream, "cutout", epoch)
+        return torch.randint(self.size - self.side + 1, (2, self.count), generator=draws).to(self.device)
+
+    @property
+    def recipe(self):
+        return [*super().recipe, "cutout", self.side]
+
+    def batch(self, epoch, indices):
+        corners, pixels = self.corners(epoch)[:, indices, None], torch.arange(self.size, device=self.device)
+        rows, columns = (corners <= pixels) & (pixels < corners + self.side)
+        return super().batch(epoch, indices).masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
 
 
 class MixedViews(data.Views):
@@ -195,7 +220,7 @@ def main():
     if arguments.epochs < 1:
         parser.error("a training takes one epoch or more")
     for name, value in changes.items():
-        number = int if name in ("seed", "batch", "padding", "widths", "whitening") else float
+        number = int if name in ("seed", "batch", "padding", "widths", "whitening", "cutout") else float
         for part in value.split(",") if name == "widths" else [value]:
             try:
                 number(0 if name in WORDS and part else part)
@@ -212,6 +237,8 @@ def main():
         parser.error("smoothing would change nothing: with mixed, or with alpha=1, no label is looked at")
     if "cut" in changes and "mixed" not in changes:
         parser.error("cut says how views are mixed: it needs mixed")
+    if "cutout" in changes and "mixed" in changes:
+        parser.error("views are either mixed or cut out")
     what = " ".join(arguments.changes) or "as it is"
 
     machine = start_machine(arguments.device, "auto")
@@ -226,15 +253,19 @@ def main():
     given["padding"] = int(changes.pop("padding", default_padding(arguments.epochs, loaded.image_size)))
     if not 0 <= given["padding"] < loaded.image_size:
         parser.error(f"padding must be less than the image size, {loaded.image_size}")
+    if not 0 <= int(changes.get("cutout", 0)) <= loaded.image_size:
+        parser.error(f"cutout must be at most the image size, {loaded.image_size}")
     with ExitStack() as stack:
         stack.enter_context(lock(arguments.output_dir))
         for change in patches(arguments.role, changes):
             stack.enter_context(change)
         share, cut, make_views = float(changes.pop("mixed", 0)), word(changes, "cut", "no", "yes"), data.Views
+        if side := int(changes.pop("cutout", 0)):
+            make_views = functools.partial(CutoutViews, side=side)
         if share:
             among = data.split(loaded.train_labels.cpu(), given["val_fraction"])[0]
             make_views = functools.partial(MixedViews, among=among, share=share, cut=cut)
-            stack.enter_context(patch.object(train, "Views", make_views))
+        stack.enter_context(patch.object(train, "Views", make_views))
         views = make_views(loaded.train_images, loaded.mean, loaded.std, "views", given["padding"])
         targets = None
         if arguments.role == "kd":

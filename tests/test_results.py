@@ -288,7 +288,7 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
         return models.digest(models.load(folder / "model.pt").state_dict())
 
     given = ("seed=1", "batch=16", "rate=0.1", "conv=0.1", "bias=3", "padding=3", "smoothing=0.2",
-             "decay=0.1", "batchnorm=0.4", "init=he", "whitening=0")  # fmt: skip
+             "decay=0.1", "batchnorm=0.4", "init=he", "whitening=0", "cutout=6")  # fmt: skip
     mixed = [("mixed=0.5",), ("mixed=0.5", "cut=yes")]
     found = [weights("baseline", *changes) for changes in ((), *((change,) for change in given), *mixed)]
     assert len(set(found)) == len(found)
@@ -296,15 +296,17 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     assert weights("baseline", "whitening=1") == found[0]  # of one epoch
     teacher = output / "teacher 1 as it is"
     weights("teacher")
-    pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=yes",), ("alpha=1",), ("alpha=1", "mixed=0.5"))
+    pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=yes",), ("alpha=1",), ("alpha=1", "mixed=0.5"),
+             ("cutout=6",))  # fmt: skip
     distilled = [weights("kd", f"teacher={teacher}", *more) for more in pairs]
-    assert len({*distilled, found[0]}) == 7
+    assert len({*distilled, found[0]}) == 8
     run("teacher", "widths=32,48,64")
     run("teacher", "widths=32,48,64")  # again: no second row
     for wrong, said in (
         ("padding=1.5", "padding=1.5 needs a whole number"), ("bias=x", "bias=x needs a number"),
         ("seed", "seed= needs a whole number"), ("init", "init= needs a value"), ("widths=3,b", "needs a whole number"),
-        ("alpha=0.5", "cannot be changed"), ("padding=16", "less than"), ("seed=1 seed=2", "twice"), ("x", "cannot")
+        ("alpha=0.5", "cannot be changed"), ("padding=16", "less than"), ("seed=1 seed=2", "twice"), ("x", "cannot"),
+        ("cutout=17", "at most"), ("cutout=4 mixed=0.5", "either mixed or cut out"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             run("baseline", *wrong.split())
@@ -319,7 +321,7 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     with pytest.raises(Failure, match="init=x: it can be dirac or he"):
         run("baseline", "init=x")
     rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 24
+    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 26
     assert len({row["network"] for row in rows}) == 3
     assert rows[0]["pflop"] == f"{models.costs('student', 3, 16).macs * 6 * 42 / 1e15:.4f}"
 
@@ -414,6 +416,25 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
     ):  # fmt: skip
         with pytest.raises(Failure, match=said):
             run(one, wrong)
+
+
+def test_a_square_of_every_view_is_blanked(images, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import recipes
+
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    about, everything = (loaded.train_images, loaded.mean, loaded.std, "views", 2), torch.arange(48)
+    blanked = recipes.CutoutViews(*about, side=6)
+    plain, views = data.Views(*about).batch(3, everything).numpy(), blanked.batch(3, everything).numpy()
+    assert np.array_equal(recipes.CutoutViews(*about, side=6).batch(3, everything[[6, 2]]).numpy(), views[[6, 2]])
+    corners = set()
+    for own, view in zip(plain, views, strict=True):
+        rows, columns = (view == 0).all(0).any(1).nonzero()[0], (view == 0).all(0).any(0).nonzero()[0]
+        corners.add((rows[0], columns[0]))
+        expected = own.copy()
+        expected[:, rows[0] : rows[0] + 6, columns[0] : columns[0] + 6] = 0
+        assert np.array_equal(view, expected) and np.ptp(rows) == np.ptp(columns) == 5
+    assert len(corners) > 24 and {0, 10} <= {row for row, _ in corners} & {column for _, column in corners}
 
 
 @pytest.mark.parametrize("cut", [False, True])
