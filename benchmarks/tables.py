@@ -94,18 +94,28 @@ def results():
     )
 
 
+def ratios(seconds):
+    """How many times as fast each repeat was, from the times of {"textbook": [...], "ours": [...]}."""
+    return [textbook / ours for textbook, ours in zip(seconds["textbook"], seconds["ours"], strict=True)]
+
+
 def speed():
     """How many times as fast as the textbook loop, on each machine."""
     measured = [json.loads(path.read_text()) for path in SPEEDS]
     first, made_with = measured[0], measured[0]["environment"]
     gains = {name: each["alone"] / each["side by side"] for name, each in measured[-1]["narrow_images_ms"].items()}
-    rows = [[name, *(f"{found['ratios'][name]:.1f}" for found in measured)] for name in first["ratios"]]
+    rows = []
+    for name in first["ratios"]:
+        repeats = [ratios(found["seconds"][name]) for found in measured]
+        cells = zip((found["ratios"][name] for found in measured), repeats, strict=True)
+        rows.append([name, *(f"{middle:.1f} ({min(each):.1f} to {max(each):.1f})" for middle, each in cells)])
     machines = [found["environment"]["device"] + ", AMX" * found.get("amx", False) for found in measured]
     return table(["times as fast", *machines], *rows) + (
         f"\n\nThis program in {made_with['precision']}, the textbook loop in float32 with SGD; torch "
-        f"{made_with['torch']}; networks of recipe {first['recipe']}; medians, both loops measured in turn in one "
-        f"process: `{first['command']}`, with AMX `{measured[-1]['command']}`. There, convolving narrow images side by "
-        f"side makes a teacher's pass {gains['teacher']:.2f} times as fast and a student's {gains['student']:.2f}."
+        f"{made_with['torch']}; networks of recipe {first['recipe']}; ratios of the medians of {len(repeats[0])} "
+        "repeats, in brackets the smallest and largest repeat; both loops measured in turn in one process: "
+        f"`{first['command']}`, with AMX `{measured[-1]['command']}`. There, convolving narrow images side by side "
+        f"makes a teacher's pass {gains['teacher']:.2f} times as fast and a student's {gains['student']:.2f}."
     )
 
 
@@ -157,7 +167,7 @@ def other_images(folder=RESULTS / "animals"):
     return table(["students", "epochs", "test accuracy", *lead], *rows) + (
         f"\n\n{count} seeds each, ± is their standard deviation. Teacher: {teacher['accuracy']:.4f}, trained on the "
         f"3,000 images for {epochs[1]} epochs. T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. p, "
-        f"corrected for all comparisons of a row's students (Holm), is at most {corrected}. "
+        f"corrected for the comparisons of each of the first two rows by itself (Holm), is at most {corrected}. "
         f"{machine(same)}: `python benchmarks/unlabeled.py --classes bird cat deer dog frog horse`."
     )
 

@@ -7,7 +7,7 @@ The textbook loop is what people use instead: torchvision transforms on PIL imag
 float32 (on a GPU with PyTorch's default, TF32 in convolutions), the teacher run again in every step of every student,
 `.item()` in every step. Networks, batch size and loss are the same; its optimizer is SGD, ours the program's, which
 takes longer and learns faster. Images are noise of CIFAR-10's size: accuracy is not measured here. Every figure is
-the median over the repeats, with the smallest and largest. Writes a JSON file, but for --quick.
+the median over the repeats, with the smallest and largest. Writes a JSON file, except with --quick.
 """
 
 import argparse

@@ -266,7 +266,7 @@ def reliability_diagrams(comparison):
         middle = (np.arange(BINS) + 0.5) / BINS
         many = share * len(logits) * len(comparison.labels) >= FEW
         for bins, alpha, label in (
-            (many, 0.55, "accuracy in the bin"),
+            (many, 0.55, "accuracy in the bin" + ", students of all seeds" * (len(comparison.kd_logits[0]) > 1)),
             (there & ~many, 0.15, f"accuracy, fewer than {FEW} images"),
         ):
             axes.bar(
