@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from reports.figures import STYLES
 from reports.statistics import paired_test
+from reports.styles import STYLES
 from runs.settings import default_padding, pair_name
 
 RESULTS = ROOT / "results"

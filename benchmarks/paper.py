@@ -15,8 +15,8 @@ Every student is trained with three seeds, each distilled one paired with a base
   multiplied by T^2 as here, which is alpha = 0.989: so the row names its temperature.
 
 Every step is a command of main.py, which is printed. So all of it can be interrupted and repeated: what is finished is
-reused; and more seeds of one experiment can be added later: --only "without bird" --seeds 5. Writes results/paper.json
-and results/paper.csv (--results names another folder), prints a Markdown table.
+reused; and more seeds of one experiment can be added later: --only "without bird" --seeds 5. Writes paper.json and
+paper.csv to outputs/paper (--results names another folder), prints a Markdown table.
 """
 
 import argparse
@@ -83,7 +83,12 @@ def rows(name, comparison):
     for plain in comparison["kd"][1:]:
         same = (plain["temperature"], plain["alpha"]) == (kd["temperature"], kd["alpha"])
         if kd.get("loss") and not plain.get("loss") and same and plain["first_over_this"]:  # of two seeds or more
-            found.append(row("test accuracy, over plain distillation", plain["first_over_this"], kd, plain))
+            test = plain["first_over_this"]
+            one, other = (
+                summary([each["accuracies"][each["seeds"].index(seed)] for seed in test["seeds"]])
+                for each in (kd, plain)
+            )
+            found.append(row("test accuracy, over plain distillation", test, one, other) | {"n": len(test["seeds"])})
     if "omitted" in kd:
         classes = " and ".join(kd["omitted"]["classes"])
         for key, what in (
@@ -138,10 +143,11 @@ def main():
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="where the table goes [results]")
+    parser.add_argument("--results", type=Path, help="where the table goes [the output folder's paper]")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them; the table keeps the others")
     parser.add_argument("options", nargs="*", help="more options for main.py, after --")
     arguments = parser.parse_args()
+    arguments.results = arguments.results or arguments.output_dir / "paper"
     todo = experiments(arguments.epochs, arguments.temperature, arguments.alpha, arguments.omit)
     unknown = set(arguments.only or ()) - todo.keys()
     if unknown:

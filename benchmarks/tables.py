@@ -123,6 +123,8 @@ def few_labels(folder=RESULTS / "few-labels"):
     """Students that saw images without labels, and how far they are ahead of those that did not."""
     tests = json.loads((folder / "difference.json").read_text())
     records = [json.loads((folder / name).read_text()) for name in ("comparison.json", "longer.json")]
+    if len(records[0]["classes"]) != 10:
+        raise ValueError(f"{folder} is not of all classes, of which the 5,000 images with labels are a tenth")
     (first, plain, *_), epochs = records[0]["kd"], [each["settings"]["epochs"] for each in records]
     others = [(epochs[0], plain), (epochs[0], records[0]["baseline"]),
               (epochs[1], records[1]["kd"][0]), (epochs[1], records[1]["baseline"])]  # fmt: skip
@@ -168,7 +170,8 @@ def other_images(folder=RESULTS / "animals"):
         f"\n\n{count} seeds each, ± is their standard deviation. Teacher: {teacher['accuracy']:.4f}, trained on the "
         f"3,000 images for {epochs[1]} epochs. T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. p, "
         f"corrected for the comparisons of each of the first two rows by itself (Holm), is at most {corrected}. "
-        f"{machine(same)}: `python benchmarks/unlabeled.py --classes bird cat deer dog frog horse`."
+        f"{machine(same)}: `python benchmarks/unlabeled.py --classes bird cat deer dog frog horse --output-dir "
+        "outputs/animals --results results/animals`."
     )
 
 

@@ -88,11 +88,14 @@ def main():
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="with labels; the others' images have none [all]")
     parser.add_argument("--processes", type=int, default=1, help="that share the students' trainings [1]")
     parser.add_argument("--data-dir", default="data", help="where CIFAR-10 is or is downloaded to [data]")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/few-labels"))
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "few-labels")
+    parser.add_argument("--output-dir", type=Path, help="[outputs/few-labels; with --classes there is no default]")
+    parser.add_argument("--results", type=Path, help="[results/few-labels; with --classes there is no default]")
     parser.add_argument("options", nargs="*", help="more options for main.py, after --")
     arguments = parser.parse_args()
-    output, results = arguments.output_dir.resolve(), arguments.results.resolve()
+    if arguments.classes and not (arguments.output_dir and arguments.results):
+        parser.error("with --classes, name another --output-dir and --results than those of all classes")
+    output = (arguments.output_dir or Path("outputs/few-labels")).resolve()
+    results = (arguments.results or ROOT / "results" / "few-labels").resolve()
     folder = output / "-".join(["images", f"{arguments.fraction:g}", *(arguments.classes or [])])
     longer, other = output / "longer", output / "other"
     try:

@@ -1,5 +1,4 @@
-"""The figures of a comparison. Colours are Okabe and Ito's, which the colour-blind tell apart; line styles and hatches
-tell roles apart in grey."""
+"""The figures of a comparison."""
 
 import csv
 import io
@@ -10,23 +9,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from reports.dark_knowledge import dark_knowledge
 from reports.statistics import BINS, by_confidence, paired_test, softmax
+from reports.styles import MARKERS, STYLES, broken, family, legend, pair_style, role_line
 from runs.files import Damaged, make_folder, read, remove, write
 from runs.settings import pair_name, variant_of
 
-STYLES = {
-    "teacher": {"color": "#000000", "linestyle": ":", "hatch": None, "label": "teacher"},
-    "kd": {"color": "#D55E00", "linestyle": "-", "hatch": None, "label": "student with KD"},
-    "baseline": {"color": "#0072B2", "linestyle": "--", "hatch": "//", "label": "student, baseline"},
-}
-PAIRS = (
-    ("#D55E00", "-"), ("#E69F00", "-."), ("#CC79A7", (0, (1, 1))), ("#009E73", (0, (5, 1, 1, 1))),
-    ("#56B4E9", (0, (6, 2))),
-)  # fmt: skip
-MARKERS = "Dvp*"  # of the pairs of each round through PAIRS
 FEW = 20  # images in a bin of a reliability diagram, below which it is drawn pale
-EXAMPLES = 3
 TICKS = 12  # below a panel of gains
+PANELS = 4  # of gains in a row
 
 
 def draw(comparison):
@@ -35,7 +26,7 @@ def draw(comparison):
     `comparison` is a reports.comparison.Comparison.
     """
     plain = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
-    matplotlib.rcParams.update(plain)  # a class may be called $5_$10
+    matplotlib.rcParams.update(plain | {"font.family": family()})  # a class may be called $5_$10
     folder = comparison.output / "figures"
     make_folder(folder)
     drawn = []
@@ -55,24 +46,6 @@ def draw(comparison):
     return drawn
 
 
-def _line(role):
-    return {name: STYLES[role][name] for name in ("color", "linestyle", "label")}
-
-
-def _style(number):
-    """(color, line style, marker) of the pair of temperature and alpha with this number."""
-    return *PAIRS[number % len(PAIRS)], MARKERS[number // len(PAIRS) % len(MARKERS)]
-
-
-def _legend(figure, panels, columns):
-    """One legend below all panels, each entry once."""
-    entries = {}
-    for axes in panels:
-        handles, names = axes.get_legend_handles_labels()
-        entries = dict(zip(names, handles, strict=True)) | entries  # as in the first panel that has it
-    figure.legend(entries.values(), entries.keys(), frameon=False, loc="outside lower center", ncols=columns)
-
-
 def curves(comparison):
     """Training loss and accuracy of all runs by epoch, with the final test accuracies to the right of them."""
     figure = Figure((9, 3.6), layout="constrained")
@@ -82,11 +55,11 @@ def curves(comparison):
     groups = []
     for run in runs:
         settings, history = run.settings, _history(run.folder / "history.csv")
-        style = _line(settings.role) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
+        style = role_line(settings.role) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
         if settings.role == "kd":
             pair = pair_name(vars(settings))
             style["label"] = f"KD, {pair}"
-            style["color"], style["linestyle"], marker = _style(pairs.index(pair))
+            style["color"], style["linestyle"], marker = pair_style(pairs.index(pair))
             style["marker"] = style["marker"] if marker == MARKERS[0] else marker
         group = style.pop("label")
         first = group not in groups
@@ -113,7 +86,7 @@ def curves(comparison):
         left.yaxis.set_major_locator(MaxNLocator(7))
         left.yaxis.set_minor_locator(NullLocator())
     if len(groups) > 5:
-        _legend(figure, [left], 4)
+        legend(figure, [left], 4)
     else:
         left.legend(frameon=False)
     figure.suptitle(f"Training curves of {len(runs)} runs")
@@ -137,7 +110,7 @@ def _history(path):
 def cost(comparison):
     """Test accuracy against multiply-adds: the teacher, the baseline and the distilled students, with their means and
     95% confidence intervals over the seeds."""
-    figure = Figure((6.4, 4), layout="constrained")
+    figure = Figure((6.4, 3.7 + 0.1 * len(comparison.kd)), layout="constrained")  # taller, as the legend is
     axes = figure.subplots()
     teacher, student = comparison.teacher, comparison.student
     axes.axhline(teacher["accuracy"], color="black", linewidth=0.8, linestyle=":")
@@ -145,28 +118,34 @@ def cost(comparison):
     _number(axes, teacher["macs"], teacher["accuracy"])
     groups = [("baseline", STYLES["baseline"]["color"], "D", comparison.baseline)]
     for number, entry in reversed([*enumerate(comparison.kd)]):
-        color, _, marker = _style(number)
+        color, _, marker = pair_style(number)
         groups.append((f"KD, {pair_name(entry)}", color, marker, entry))
     for position, (label, color, marker, entry) in enumerate(groups):
-        place = student["macs"] * 1.12 ** (position - (len(groups) - 1) / 2)  # side by side, though they cost the same
+        # Side by side, though they cost the same; however many, within a factor of 1.6 to either side.
+        step = min(1.12, 1.6 ** (2 / (len(groups) - 1)))
+        place = student["macs"] * step ** (position - (len(groups) - 1) / 2)
         interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
         error = interval and [[entry["mean"] - interval[0]], [interval[1] - entry["mean"]]]
         axes.plot([place] * len(entry["seeds"]), entry["accuracies"], ".", color=color, alpha=0.4)
         axes.errorbar(place, entry["mean"], error, fmt=marker, color=color, capsize=5, label=label)
         if position in (0, len(groups) - 1):
             _number(axes, place, entry["mean"], left=position == 0)
-    ticks = [
-        f"{name}\n{entry['macs'] / 1e6:,.1f} million multiply-adds\n{entry['parameters'] / 1e6:.2f} million parameters"
-        for name, entry in (("student", student), ("teacher", teacher))
-    ]
-    axes.set(xscale="log", xlim=(student["macs"] / 2.2, teacher["macs"] * 2.2), ylabel="test accuracy")
+    cheaper, dearer = sorted((student["macs"], teacher["macs"]))
+    axes.set(xscale="log", xlim=(cheaper / 2.2, dearer * 2.2), ylabel="test accuracy")
     axes.minorticks_off()
-    axes.set_xticks([student["macs"], teacher["macs"]], ticks)
+    axes.set_xticks([cheaper, dearer], ["", ""])
+    sides = ("right", "left") if dearer < 3 * cheaper else ("center", "center")  # side by side where they are close
+    for name, entry, side in (("student", student, sides[0]), ("teacher", teacher, sides[1])):
+        axes.annotate(
+            f"{name}\n{entry['macs'] / 1e6:,.1f} million multiply-adds\n{entry['parameters'] / 1e6:.2f} million "
+            "parameters", (entry["macs"], 0), ({"right": -4, "left": 4, "center": 0}[side], -6), va="top", ha=side,
+            xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+        )  # fmt: skip
     axes.margins(y=0.15)
     axes.grid(axis="y", alpha=0.25)
     seeds = len(comparison.kd[0]["seeds"])
     figure.suptitle(f"Accuracy against cost ({'one pair' if seeds == 1 else f'{seeds} seeds, 95% intervals'})")
-    _legend(figure, [axes], 3)
+    legend(figure, [axes], 3)
     return figure
 
 
@@ -181,13 +160,19 @@ def _number(axes, place, accuracy, left=False):
 def gain(comparison):
     """Each seed's gain with distillation, their mean and its 95% confidence interval: one panel for each pair of
     temperature and alpha."""
-    figure = Figure((1.8 + 3.2 * len(comparison.kd), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(comparison.kd), sharey=True, squeeze=False)[0]
+    count = len(comparison.kd)
+    rows, columns = math.ceil(count / PANELS), min(count, PANELS)
+    figure = Figure((1.8 + 3.2 * columns, 0.6 + 3 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels, unused = grid.flat[:count], grid.flat[count:]
     for axes, entry in zip(panels, comparison.kd, strict=True):
         _gain_of_a_pair(axes, entry)
-        axes.set_title(pair_name(entry), fontsize=9)
-    panels[0].set_ylabel("test accuracy with KD minus baseline\n(percentage points)")
-    _legend(figure, panels, 2)
+        axes.set_title(broken(pair_name(entry), 40), fontsize=9)
+    for axes in unused:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("test accuracy with KD minus baseline\n(percentage points)")
+    legend(figure, panels, 2)
     figure.suptitle("Gain with distillation")
     return figure
 
@@ -243,7 +228,7 @@ def sweep(comparison):
     figure.colorbar(image, label="gain over baseline (points)")
     seen = "\nThe teacher was trained on these images, too." * comparison.sweep_teacher_has_seen
     loss = f", {own[0]['loss']}" if own and "loss" in own[0] else ""
-    figure.suptitle(f"Validation accuracy{loss} (baseline {reference[0]:.4f}; framed: best){seen}", fontsize=9)
+    figure.suptitle(f"Validation accuracy{loss}\n(baseline {reference[0]:.4f}; framed: best){seen}", fontsize=9)
     return figure
 
 
@@ -278,73 +263,8 @@ def reliability_diagrams(comparison):
         error = np.mean(errors[role])  # of each seed by itself, as in the table
         axes.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
         name = STYLES[role]["label"] + (f", {pair_name(comparison.kd[0])}" if role == "kd" else "")
+        name = broken(name, 40)
         axes.set_title(f"{name}\nECE {error:.4f}, {share[-1]:.0%} of images in the last bin", fontsize=9)
     panels[0].set_ylabel("accuracy")
-    _legend(figure, panels, 3)
-    return figure
-
-
-def examples(comparison, count=EXAMPLES):
-    """Indices of the `count` test images that show best what soft targets carry, of different classes where possible.
-
-    First come those that teacher and distilled student get right and the baseline takes for the class that the teacher
-    finds second most likely; then those for which less of this holds. Among equals, the image whose second class has
-    the highest probability comes first.
-    """
-    labels = comparison.labels
-    teacher = softmax(comparison.teacher_logits)
-    ranked = teacher.argsort(1)
-    second = ranked[:, -2]
-    kd, baseline = comparison.kd_logits[0][0].argmax(1), comparison.baseline_logits[0].argmax(1)
-    right = (ranked[:, -1] == labels).astype(int)
-    score = 4 * right + 2 * (right & (kd == labels) & (baseline != labels)) + (right & (baseline == second))
-    order = np.lexsort((-teacher[np.arange(len(labels)), second], -score))
-    first = [order[labels[order] == k][:1] for k in range(len(comparison.classes))]
-    leaders = {int(each[0]) for each in first if len(each)}
-    chosen = [int(i) for i in order if int(i) in leaders] + [int(i) for i in order if int(i) not in leaders]
-    return chosen[:count]
-
-
-def dark_knowledge(comparison):
-    """Test images with the probabilities of teacher, at T = 1 and softened, and of both students at T = 1."""
-    entry, indices, shown = comparison.kd[0], examples(comparison), min(6, len(comparison.classes))
-    temperature, seed = entry["temperature"], entry["seeds"][0]
-    softened = f"teacher, T = {temperature:g}" + " (dotted: uniform)" * (temperature > 1)
-    columns = [
-        ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
-        (softened, "teacher", comparison.teacher_logits, temperature),
-        (f"with KD, {pair_name(entry)}", "kd", comparison.kd_logits[0][0], 1.0),
-        ("baseline", "baseline", comparison.baseline_logits[0], 1.0),
-    ]
-    figure = Figure((11, 0.6 + 1.35 * len(indices)), layout="constrained")
-    grid = figure.subplots(len(indices), 5, squeeze=False, width_ratios=(1, 1.5, 1.5, 1.5, 1.5))
-    for number, (row, index) in enumerate(zip(grid, indices, strict=True)):
-        row[0].imshow(comparison.images[index], interpolation="nearest")
-        row[0].set(xticks=[], yticks=[])
-        row[0].set_title(comparison.classes[comparison.labels[index]], fontsize=9)
-        row[0].spines[:].set_visible(False)
-        classes = comparison.teacher_logits[index].argsort()[::-1][:shown]
-        for axes, (title, role, logits, softness) in zip(row[1:], columns, strict=True):
-            found, style = softmax(logits[indices], softness), STYLES[role]
-            values, end = found[number][classes], 1.0 if found.max() > 0.5 else round(float(found.max()), 2)
-            look = {"color": style["color"], "hatch": style["hatch"], "alpha": 0.65, "edgecolor": "black"}
-            axes.barh(range(shown), values, linewidth=0.4, **look)
-            for place, value in enumerate(values):
-                words = f"{value:.{2 if end > 0.5 and value >= 0.0095 else 3}f}" if value >= 0.0005 else "<0.001"
-                axes.text(value + 0.02 * end, place, words, va="center", fontsize=7)
-            names = [comparison.classes[k][:14] for k in classes] if axes is row[1] else []
-            axes.set_yticks(range(len(names)), names, fontsize=8)
-            axes.set(xlim=(0, 1.2 * end), xticks=[0, end / 2, end])  # room for the number beside a full bar
-            axes.spines.bottom.set_bounds(0, end)
-            axes.invert_yaxis()
-            axes.tick_params(axis="x", labelsize=7)
-            if softness > 1:
-                axes.axvline(1 / len(comparison.classes), color="0.6", linestyle=":", linewidth=1, zorder=0)
-            axes.set_title(title if number == 0 else "", fontsize=9)
-            axes.set_xlabel("probability" if number == len(indices) - 1 else "", fontsize=8)
-    about = (
-        "students at T = 1; picked: first those that the baseline gets wrong, teacher and KD right; not a fair sample"
-    )
-    title = f"What the soft targets carry: test images, the teacher's {shown} likeliest classes, seed {seed}\n({about})"
-    figure.suptitle(title, fontsize=10)
+    legend(figure, panels, 3)
     return figure

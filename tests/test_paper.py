@@ -286,6 +286,23 @@ def test_the_papers_experiments_become_one_table(flags, finished, tmp_path, monk
     assert {row["teacher_sha256"] for each in found.values() for row in each["rows"]} == {teacher[:12]}
 
 
+def test_a_loss_is_compared_over_the_seeds_that_both_have(finished):
+    """Plain distillation has five seeds, the loss three of them: means and deviations are of these, as the interval."""
+    import paper
+
+    comparison = json.loads((finished / "comparison.json").read_text())
+    accuracies, seeds = [0.1, 0.2, 0.4, 0.9, 0.9], [0, 1, 2, 3, 4]
+    plain = comparison["kd"][0] | {"seeds": seeds, "accuracies": accuracies, "mean": 0.5, "std": 0.4}
+    loss = plain | {"loss": "dkd", "seeds": seeds[:3], "accuracies": [0.3, 0.5, 0.4], "mean": 0.4, "std": 0.1}
+    test = {"seeds": seeds[:3], "mean": 50 / 3, "ci95": [0, 1], "p_value": 0.5}
+    comparison["kd"] = [loss, plain | {"first_over_this": test}]
+    row = paper.rows("DKD", comparison)[1]
+    assert row["what"] == "test accuracy, over plain distillation" and row["n"] == 3
+    assert (row["distilled"], row["other"]) == pytest.approx((0.4, 0.7 / 3))
+    assert 100 * (row["distilled"] - row["other"]) == pytest.approx(row["mean"])
+    assert row["other_std"] == pytest.approx(np.std(accuracies[:3], ddof=1))
+
+
 def experiment(teacher, n):
     row = {"n": n, "teacher_sha256": teacher, "teacher": 0.9, "experiment": "all", "what": "test accuracy", "epochs": 8}
     return {"rows": [row]}

@@ -211,6 +211,20 @@ def test_what_images_without_labels_add_is_told_as_measured():
     assert "it is {:.2f} ({:+.2f} to {:+.2f}).".format(twice["mean"], *twice["ci95"]) in readme
 
 
+def test_what_is_measured_on_some_classes_takes_no_place_of_what_is_measured_on_all(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+    import unlabeled
+
+    with pytest.raises(ValueError, match="is not of all classes"):
+        tables.few_labels(ROOT / "results" / "animals")
+    for words in ([], ["--output-dir", "elsewhere"], ["--results", "elsewhere"]):
+        monkeypatch.setattr(sys, "argv", ["unlabeled.py", "--classes", "bird", "cat", *words])
+        with pytest.raises(SystemExit):
+            unlabeled.main()
+        assert "with --classes, name another --output-dir and --results" in capsys.readouterr().err
+
+
 def test_what_images_of_other_classes_add_is_told_as_measured():
     folder, measured = ROOT / "results" / "animals", " ".join((ROOT / "results" / "README.md").read_text().split())
     same, other, longer = (

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import models
-from reports import figures
+from reports import dark_knowledge, figures, styles
 from reports.comparison import Comparison
 from reports.statistics import paired_test
+from reports.styles import legend
 
 WORDS = ("--seeds", 2, "--temperature", 2, 4, "--alpha", 0.5, 0.9, "--val-fraction", 0.25)
 
@@ -386,6 +388,68 @@ def test_figures_are_not_blank_and_carry_their_labels(swept):
         assert pixels.std() > 10 and min(pixels.shape) > 300, name
 
 
+def of_students(count, **rest):
+    """What the figures of costs and examples need to know of a comparison of `count` pairs."""
+    kd = [{"temperature": 2.0**k, "alpha": 0.9, "seeds": [0, 1], "accuracies": [0.9, 0.91], "mean": 0.905}
+          for k in range(count)]  # fmt: skip
+    return SimpleNamespace(kd=kd, baseline=kd[0], **rest)
+
+
+@pytest.mark.parametrize(("macs", "count"), [(135e6, 18), (26e6, 1), (30e6, 2), (5e6, 1)])
+def test_the_figure_of_costs_holds_every_point_and_name(macs, count):
+    """Teachers that are larger than the student of 26 million multiply-adds, as large, and smaller."""
+    costs = [{"macs": each, "parameters": 1e6, "accuracy": 0.95} for each in (26e6, macs)]
+    figure = figures.cost(of_students(count, student=costs[0], teacher=costs[1]))
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert all(low < place < high for each in axes.lines[1:] for place in np.atleast_1d(each.get_xdata()))
+    student, teacher = (
+        next(text for text in axes.texts if text.get_text().startswith(name)).get_window_extent()
+        for name in ("student", "teacher")
+    )
+    assert not student.overlaps(teacher) and min(student.x0, teacher.x0) > 0
+    assert max(student.x1, teacher.x1) < figure.bbox.x1
+
+
+def test_the_legend_has_as_many_columns_as_its_names_leave_room_for(copy):
+    comparison = Comparison(copy)
+    narrow = Figure((6.4, 4))
+    axes = narrow.subplots()
+    for name in ("a", "KD, a_loss_with_quite_a_long_name, T=32, alpha=0.9"):
+        axes.plot([1], label=name)
+    legend(narrow, [axes], 3)
+    assert narrow.legends[0]._ncols == 1
+    assert figures.cost(comparison).legends[0]._ncols == 3
+
+
+@pytest.mark.parametrize("count", [3, 100, 1000])
+def test_dark_knowledge_of_many_classes_shows_whole_bars_and_their_numbers(count):
+    names = [f"{'a class with a long name ' * (number % 2)}{number}" for number in range(count)]
+    labels = np.arange(4) % 3
+    logits = np.random.default_rng(0).normal(0, 2, (4, count))
+    logits[range(4), labels] = 12
+    answers = {"teacher_logits": logits, "kd_logits": [[logits]], "baseline_logits": [logits[:, ::-1]]}
+    images = np.zeros((4, 16, 16, 3), np.uint8)
+    comparison = of_students(1, classes=names, labels=labels, images=images, **answers)
+    comparison.kd[0]["temperature"] = 32.0
+    figure = dark_knowledge.dark_knowledge(comparison)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        widths = [patch.get_width() for patch in axes.patches]
+        assert all(width < 0.9 * axes.get_xlim()[1] for width in widths)
+        for width, text in zip(widths, axes.texts, strict=True):
+            shown = text.get_text()
+            if shown.startswith("<"):
+                assert width < float(shown[1:])
+            else:
+                assert float(shown) == pytest.approx(width, rel=0.06, abs=0.006)
+        assert all(len(text.get_text()) <= 14 for text in axes.get_yticklabels())
+    softened = figure.axes[2]
+    assert len({text.get_text() for text in softened.texts}) > 1, "a teacher that prefers no class"
+    assert styles.shortened("0123456789", 9) == "0123…6789" and styles.shortened("012", 3) == "012"
+
+
 def test_the_sweep_frames_the_best_pair_and_of_equals_the_chosen_one():
     """Temperatures 2 and 16 are rows 0 and 1, alphas 0.5 and 0.9 columns 0 and 1; a frame is placed by its corner."""
     corners = {(2.0, 0.5): (-0.5, -0.5), (16.0, 0.5): (-0.5, 0.5), (2.0, 0.9): (0.5, -0.5), (16.0, 0.9): (0.5, 0.5)}
@@ -413,8 +477,8 @@ def test_examples_begin_with_those_that_show_most():
         kd_logits=[[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 0, 0]])]],
         baseline_logits=[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [0, 3, 0]])],
     )
-    assert figures.examples(comparison, 4) == [3, 2, 1, 0]
-    assert figures.examples(comparison, 2) == [3, 2]
+    assert dark_knowledge.examples(comparison, 4) == [3, 2, 1, 0]
+    assert dark_knowledge.examples(comparison, 2) == [3, 2]
 
 
 def test_examples_are_of_different_classes_where_possible():
@@ -425,4 +489,4 @@ def test_examples_are_of_different_classes_where_possible():
         kd_logits=[[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [0, 3, 0], [0, 3, 0]])]],
         baseline_logits=[np.array([[0.0, 3, 0], [0, 3, 0], [0, 3, 0], [0, 3, 0], [0, 3, 0]])],
     )
-    assert figures.examples(comparison, 4) == [0, 3, 1, 2]
+    assert dark_knowledge.examples(comparison, 4) == [0, 3, 1, 2]
