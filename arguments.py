@@ -273,7 +273,7 @@ def parse(argv):
         raise Usage("--model is for --predict and --export; a teacher is named with --teacher")
     if arguments.val_fraction is not None and not (arguments.sweep or arguments.train_teacher):
         raise Usage("--val-fraction needs a sweep, several values of --temperature or --alpha, or --train-teacher")
-    if len(arguments.alpha) > 1 and 0 in arguments.alpha:
+    if 0 in arguments.alpha and (len(arguments.alpha) > 1 or (arguments.sweep and not arguments.loss)):
         raise Usage("--alpha 0 is the baseline, which every sweep trains: leave it out")
     if arguments.unlabeled and arguments.sweep:
         raise Usage("--unlabeled is compared at one temperature and alpha: choose these by a sweep without it first")

@@ -8,6 +8,7 @@ bound by memory, and see a quarter of the data.
 import copy
 import functools
 import hashlib
+import itertools
 import math
 
 import torch
@@ -130,7 +131,8 @@ class Network(nn.Module):
 
     def normalize(self, images):
         """uint8 images (B, S, S, 3) -> what the network takes: float32 (B, 3, S, S) on its device."""
-        return normalize(images.to(next(self.parameters()).device), self.mean, self.std)
+        like = next(itertools.chain(self.parameters(), self.buffers()), images)  # a frozen program has neither
+        return normalize(images.to(like.device), self.mean, self.std)
 
 
 class Teacher(Network):
@@ -271,7 +273,8 @@ def digest(state_dict, more=""):
 
 def is_finite(state_dict):
     """Whether no weight or buffer is infinite or NaN."""
-    return bool(torch.stack([tensor.isfinite().all() for tensor in state_dict.values()]).all())
+    finite = [tensor.isfinite().all() for tensor in state_dict.values()]
+    return not finite or bool(torch.stack(finite).all())  # a frozen program has none
 
 
 def save(path, network, architecture, *, classes, image_size, mean, std, settings, accuracy, ranges=None):

@@ -39,13 +39,15 @@ def trade(comparison):
     several = len(teacher["members"])
     who = f"the {several} teachers together" if several > 1 else "the teacher"
     lost = 100 * (teacher["accuracy"] - entry["mean"])
-    parts = [_times(teacher["parameters"] / comparison.student["parameters"], "smaller", "larger", "as large")]
+    parts, sizes = [], [each["parameters"] for each in (teacher, comparison.student)]
+    if all(sizes):  # a network's weights may be constants
+        parts.append(_times(sizes[0] / sizes[1], "smaller", "larger", "as large"))
     if comparison.student["cost"]:
         fast = [each["cost"]["fp32"]["images_per_second"] for each in (comparison.student, teacher)]
         parts.append(_times(fast[0] / fast[1], "faster", "slower", "as fast") + " (float32, in batches)")
     as_accurate = f"{_points(lost)} less accurate" if lost > 0 else f"{_points(-lost)} more accurate"
     as_accurate = as_accurate if round(abs(lost), 2) else "as accurate"
-    words = f"Compared with {who} the student is {', '.join(parts)} and {as_accurate}"
+    words = f"Compared with {who} the student is {' and '.join([', '.join(parts)] * bool(parts) + [as_accurate])}"
     return f"{words}; {_recovered(entry, teacher['accuracy'], baseline['mean'])}."
 
 

@@ -112,7 +112,7 @@ def cost(comparison):
     95% confidence intervals over the seeds."""
     figure = Figure((6.4, 3.7 + 0.1 * len(comparison.kd)), layout="constrained")  # taller, as the legend is
     axes = figure.subplots()
-    teacher, student = comparison.teacher, comparison.student
+    teacher, student = (each | {"macs": max(1, each["macs"])} for each in (comparison.teacher, comparison.student))
     axes.axhline(teacher["accuracy"], color="black", linewidth=0.8, linestyle=":")
     axes.plot(teacher["macs"], teacher["accuracy"], "s", color="black", label="teacher")
     _number(axes, teacher["macs"], teacher["accuracy"])

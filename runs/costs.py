@@ -1,6 +1,8 @@
 """What a network costs, found by running it on the CPU once: multiply-adds, and the memory of training."""
 
+import contextlib
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,9 +41,22 @@ def any_macs(network, image_size):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not counted on a CPU
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),  # others are not counted on a CPU
+        _without_onednn(),
+    ):
         _answer(network, image_size, torch.enable_grad())  # without gradients attention takes a path of its own
     return counter.get_total_flops() // 2
+
+
+@contextlib.contextmanager
+def _without_onednn():
+    """oneDNN would compute an LSTM in one piece, which is not counted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TF32")  # which the flags touch, too
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def _answer(network, image_size, context=None):

@@ -117,8 +117,8 @@ PLAIN = (1.0, (), None)  # `Settings.shared` of such a run
 
 @dataclass(frozen=True)
 class Costs:
-    parameters: Positive
-    macs: Positive  # multiply-adds for one image
+    parameters: NotNegative  # none, where a network's weights are constants or buffers
+    macs: NotNegative  # multiply-adds for one image
 
     def __add__(self, other):
         return Costs(self.parameters + other.parameters, self.macs + other.macs)

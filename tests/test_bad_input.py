@@ -76,6 +76,7 @@ USAGE = {
     "report of a part": ("--report", "--seeds", "3"),
     "report of the default": ("--report", "--alpha", "0.1"),
     "sweep with the baseline": ("--alpha", "0", "0.5"),
+    "sweep of the baseline": ("--temperature", "2", "4", "--alpha", "0"),
     "batch norm of a single pixel": ("--batch-size", "1", "--image-size", "16"),
     "part of a teacher": ("--train-teacher", "--train-fraction", "0.1"),
     "class that a teacher omits": ("--train-teacher", "--omit-class", "bird"),

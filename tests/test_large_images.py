@@ -40,6 +40,23 @@ def test_multiply_adds_of_any_network_by_hand():
     assert network.training
 
 
+class Recurrent(nn.Module):
+    """Reads an image row by row."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.rows, self.head = kind(48, 32, batch_first=True), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.head(self.rows(x.permute(0, 2, 1, 3).flatten(2))[0][:, -1])
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
+def test_multiply_adds_of_recurrent_layers(kind, gates, recwarn):
+    assert models.costs_of(Recurrent(kind), 16).macs == 16 * gates * 32 * (48 + 32) + 32 * 8
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("architecture", ["teacher", "student"])
 def test_both_ways_of_counting_agree(architecture):
     network = models.create(architecture, 7, 0)

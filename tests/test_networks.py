@@ -494,17 +494,53 @@ def test_the_example_gives_a_network_its_own_normalization(tmp_path):
     assert torch.allclose(*answers, atol=1e-4)
 
 
-def test_a_frozen_program_is_kept_as_it_is(cli, flags, tmp_path):
+PROGRAMS = {
+    "a buffer": """
+class f(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("w", torch.ones(768, n))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.w
+""",
+    "nothing": """
+def f(n):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, n, bias=False))
+    nn.init.ones_(network[1].weight)
+    return torch.jit.freeze(torch.jit.script(network.eval()))
+""",
+}
+
+
+@pytest.mark.parametrize("holds", PROGRAMS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of TorchScript
+def test_a_frozen_program_is_kept_as_it_is_and_teaches(cli, flags, tmp_path, holds):
     """TorchScript's parameters are no leaves, and a frozen one has none: no optimizer takes them."""
     path = tmp_path / "program.py"
-    path.write_text(
-        "import torch\nfrom torch import nn\nclass f(nn.Module):\n    def __init__(self, n):\n"
-        "        super().__init__()\n        self.register_buffer('w', torch.ones(768, n))\n    def forward(self, x):\n"
-        "        return x.flatten(1) @ self.w\n"
-    )
-    words = (*flags, "--output-dir", tmp_path / "out", "--train-teacher", "--epochs", 0)
-    got = cli(*words, "--teacher-network", f"{path}:f")
+    path.write_text(f"import torch\nfrom torch import nn\n{PROGRAMS[holds]}")
+    words = (*flags, "--output-dir", tmp_path / "out", "--teacher-network", f"{path}:f")
+    got = cli(*words, "--train-teacher", "--epochs", 0)
     assert got.status == 0 and "teacher-f-s0: test accuracy 0.3333" in got.out, got
+    again = cli(*words, "--train-teacher", "--epochs", 0)
+    assert again.status == 0 and "(finished before)" in again.out, again
+    got = cli(*words, "--epochs", 1, "--alpha", 0.9, "--teacher", tmp_path / "out" / "teacher-f-s0")
+    assert got.status == 0 and "Teacher: 0 parameters" in got.out and "Improvement with KD" in got.out, got
+    assert "Compared with the teacher the student is" in got.out
+    network = models.load(tmp_path / "out" / "teacher-f-s0" / "model.pt", hook(path, "f").loaded)
+    assert network.normalize(torch.zeros(2, 16, 16, 3, dtype=torch.uint8)).shape == (2, 3, 16, 16)
+
+
+def test_a_student_of_no_multiply_adds_is_compared(cli, flags, finished, copy, tmp_path):
+    path = tmp_path / "sums.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n"
+        "class f(nn.Module):\n    def __init__(self, n):\n        super().__init__()\n"
+        "        self.w = nn.Parameter(torch.ones(n, 3))\n    def forward(self, x):\n"
+        "        return (x.mean((2, 3))[:, None] * self.w).sum(2)\n"
+    )
+    got = cli(*flags, "--output-dir", copy, "--student", f"{path}:f", "--epochs", 1)
+    assert got.status == 0 and "Improvement with KD" in got.out and "0.0 million multiply-adds" in got.out, got
 
 
 @pytest.mark.parametrize(
