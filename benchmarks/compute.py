@@ -134,7 +134,7 @@ def draw(points):
         ylabel="test accuracy",
     )
     low, high = min(point.pflop for point in points), max(point.pflop for point in points)
-    axes.set_xlim(low / 30, high * 6)
+    axes.set_xlim(low / 40, high * 6)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left", fontsize=8)

@@ -278,6 +278,20 @@ def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
     assert f"two processes of one thread train {ratio:.2f} times as many images a second as one of two" in readme
 
 
+def test_the_names_of_the_points_of_compute_lie_beside_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import compute
+
+    figure = compute.draw(compute.all_points())
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    names = [text.get_window_extent().padded(-1.5) for text in axes.texts]
+    assert len(names) == len(compute.all_points())
+    for number, name in enumerate(names):
+        assert axes.bbox.x0 < name.x0 and name.x1 < axes.bbox.x1, axes.texts[number]
+        assert not [other for other in names[:number] if name.overlaps(other)], axes.texts[number]
+
+
 def test_compute_is_counted_as_the_record_says():
     import compute
 
