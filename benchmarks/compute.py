@@ -2,7 +2,8 @@
 
     python benchmarks/compute.py    draws results/compute.png and prints its points as a table
 
-It reads results/*/comparison.json, their teachers' history.csv and results/other_trainings.csv.
+It reads results/*/comparison.json, as far as they are of the record's teacher, its history.csv, and
+results/other_trainings.csv.
 
 Compute is counted alike for all: multiply-adds x 2 operations x 3 (forward, and backward twice) x images x epochs, in
 PFLOP. A distilled student's is that of its own training, without its teacher's, and without the soft targets, which are
@@ -24,7 +25,7 @@ from matplotlib.ticker import FuncFormatter
 
 from reports.statistics import paired_test
 from reports.styles import STYLES
-from runs.settings import default_padding, pair_name
+from runs.settings import pair_name
 
 RESULTS = ROOT / "results"
 IMAGES = 50_000  # of an epoch
@@ -58,14 +59,12 @@ def record(folder):
     lengths = {len(path.read_text().splitlines()) - 1 for path in folder.glob("teacher-s*/history.csv")}
     (teacher_epochs,) = lengths  # all alike
     cost = pflop(teacher["macs"] / len(members), teacher_epochs)
-    padding = found["settings"].get("padding", 4)  # as it was before it became a setting
-    views = f", views by {padding} pixels" if padding != default_padding(epochs, 32) else ""
     points = [Point(f"teacher, {teacher_epochs} epochs", "teacher", cost, sum(members) / len(members), len(members))]
     for role, entry in (("kd", found["kd"][0]), ("baseline", found["baseline"])):
         pair = f" {pair_name(entry)}," if role == "kd" else ""
         interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
         half = interval and (interval[1] - interval[0]) / 2
-        what = f"{STYLES[role]['label']},{pair} {epochs} epochs{views}"
+        what = f"{STYLES[role]['label']},{pair} {epochs} epochs"
         points.append(Point(what, role, pflop(macs, epochs), entry["mean"], len(entry["seeds"]), half))
     return points
 
@@ -82,20 +81,25 @@ def other_trainings():
 
 
 def all_points():
-    """The Points of all records of all of CIFAR-10's images, and of other_trainings.csv; the teacher that several
-    records share is one of them."""
+    """The Points of all records with the teacher of results/cifar10, of that teacher, and of other_trainings.csv."""
     found = {path.parent: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/comparison.json"))}
-    images = found[RESULTS / "cifar10"]["settings"]["data"]
-    records = [record(folder) for folder, each in found.items() if each["settings"]["data"] == images]
+    teacher = found[RESULTS / "cifar10"]["settings"]["teacher"]
+    records = [record(folder) for folder, each in found.items() if each["settings"]["teacher"] == teacher]
     return list(dict.fromkeys(point for points in (*records, other_trainings()) for point in points))
 
 
-def in_the_way(point, side, points):
-    """Whether another point lies where the name of `point` would be, to its right (`side` 1) or left (-1)."""
-    return any(
-        1.1 < (other.pflop / point.pflop) ** side < 4 and abs(other.accuracy - point.accuracy) < CLOSE / 2
-        for other in points
-    )
+def side_of_name(point, points):
+    """Whether the name of `point` is written to its right (1) or left (-1): its role's side, unless another point lies
+    there and none on the other side."""
+
+    def in_the_way(side):
+        return any(
+            1.1 < (other.pflop / point.pflop) ** side < 3 and abs(other.accuracy - point.accuracy) < CLOSE / 2
+            for other in points
+        )
+
+    side = -1 if point.role in ("kd", "speed run") else 1
+    return -side if in_the_way(side) and not in_the_way(-side) else side
 
 
 def draw(points):
@@ -105,12 +109,12 @@ def draw(points):
     markers = {"teacher": "s", "kd": "D", "baseline": "o", "speed run": "^"}
     labels = {role: style["label"] for role, style in STYLES.items()} | {"speed run": "speed runs of others"}
     colors = {role: style["color"] for role, style in STYLES.items()} | {"speed run": "#009E73"}
-    named = set()
-    for point in points:
-        side = -1 if point.role in ("kd", "speed run") else 1
-        if in_the_way(point, side, points) and not in_the_way(point, -side, points):
-            side = -side
-        apart = [point.accuracy - other.accuracy for other in points if other.role == point.role]
+    named, (pair,) = set(), {point.what.rpartition(", ")[0] for point in points if point.role == "kd"}
+    labels["kd"] = pair  # which all have
+    sides = [side_of_name(point, points) for point in points]
+    for point, side in zip(points, sides, strict=True):
+        beside_it = [other for other, its in zip(points, sides, strict=True) if (other.role, its) == (point.role, side)]
+        apart = [point.accuracy - other.accuracy for other in beside_it]
         raised = 4 * (any(0 < each < CLOSE for each in apart) - any(-CLOSE < each < 0 for each in apart))
         beside = {"kd": 0.97, "baseline": 1.03}.get(point.role, 1)  # both can be seen, though they cost the same
         place = point.pflop * beside
@@ -122,7 +126,7 @@ def draw(points):
         )  # fmt: skip
         named.add(label)
         axes.annotate(
-            f"{point.what.removeprefix('student with KD, ').removeprefix('student, baseline, ')}: {point.accuracy:.4f}",
+            f"{point.what.removeprefix(f'{labels[point.role]}, ')}: {point.accuracy:.4f}",
             (place, point.accuracy), (7 * side, raised), textcoords="offset points", fontsize=7, va="center",
             ha="left" if side > 0 else "right", zorder=1,  # below the points
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
@@ -134,7 +138,7 @@ def draw(points):
         ylabel="test accuracy",
     )
     low, high = min(point.pflop for point in points), max(point.pflop for point in points)
-    axes.set_xlim(low / 40, high * 6)
+    axes.set_xlim(low / 6, high * 6)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left", fontsize=8)
