@@ -151,7 +151,7 @@ def parser():
 
     option = group("distillation")
     option("--temperature", "divides the logits of teacher and student in the loss; several values are a sweep; on "
-           "CIFAR-10 32 with --alpha 0.9 did better than the defaults (with --predict and --export: divides the "
+           "CIFAR-10 32 and alpha 0.9 did better than the defaults (with --predict and --export: divides the "
            "logits, 1 unless given)", [4.0],
            type=number(0, 1000, above=True), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep", [0.1],
@@ -189,7 +189,8 @@ def parser():
            "in networks of your own", 5e-4,
            type=number(0, 1), metavar="RATE")
     option("--label-smoothing", "replace each label by (1 - E) * label + E / classes, for all networks that "
-           "the command trains", 0.0, type=number(0, 0.9), metavar="E")
+           "the command trains; of a teacher, it makes soft targets that teach worse", 0.0,
+           type=number(0, 0.9), metavar="E")
     option("--padding", "random crops: each training image is moved by up to N pixels in both directions, its edges "
            "reflected [a sixteenth of the image size in trainings of up to 8 epochs, an eighth in longer ones]",
            type=integer(0, 255), metavar="N")

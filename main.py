@@ -268,7 +268,9 @@ def digests_of(session, teachers, role="teacher"):
         if digest in paths:
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network
-        session.group.say(f"{path}: {measured(network.settings)} accuracy {network.accuracy:.4f} ({role})")
+        smoothing = network.settings.get("label_smoothing")
+        note = smoothing and f"; its labels were smoothed by {smoothing:g}, which makes a worse teacher: see README"
+        session.group.say(f"{path}: {measured(network.settings)} accuracy {network.accuracy:.4f} ({role}{note or ''})")
     return {digest: networks[digest].to(**session.machine.place) for digest in sorted(networks)}
 
 

@@ -8,7 +8,6 @@ bound by memory, and see a quarter of the data.
 import copy
 import functools
 import hashlib
-import itertools
 import math
 
 import torch
@@ -131,8 +130,8 @@ class Network(nn.Module):
 
     def normalize(self, images):
         """uint8 images (B, S, S, 3) -> what the network takes: float32 (B, 3, S, S) on its device."""
-        like = next(itertools.chain(self.parameters(), self.buffers()), images)  # a frozen program has neither
-        return normalize(images.to(like.device), self.mean, self.std)
+        first, *_ = *self.parameters(), *self.buffers(), images  # a frozen program has neither of the others
+        return normalize(images.to(first.device), self.mean, self.std)
 
 
 class Teacher(Network):

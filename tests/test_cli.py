@@ -152,8 +152,11 @@ def test_alpha_0_is_the_baseline_bit_for_bit(cli, flags, copy):
 def test_labels_are_smoothed_for_the_teacher_and_for_both_students(cli, flags, copy, tmp_path):
     words = (*flags, "--output-dir", tmp_path / "new", "--label-smoothing", 0.5)
     assert cli(*words, "--train-teacher").status == 0
-    assert "- Label Smoothing: 0.5" in cli(*words).out
+    got = cli(*words)
+    assert "- Label Smoothing: 0.5" in got.out
+    assert "(teacher; its labels were smoothed by 0.5, which makes a worse teacher: see README)" in got.out
     assert "- Label Smoothing" not in cli("--report", "--output-dir", copy).out
+    assert "were smoothed" not in cli(*flags, "--output-dir", copy).out
 
     def digests(folder):
         return [models.digest(models.load(folder / name / "model.pt").state_dict()) for name in written(copy)]
