@@ -55,12 +55,12 @@ def dark_knowledge(comparison):
         for axes, (title, role, logits, softness) in zip(row[1:], columns, strict=True):
             found, style = softmax(logits[indices], softness), STYLES[role]
             values, end = found[number][classes], 1.0 if found.max() > 0.5 else float(f"{found.max():.2g}")
+            small = max(3, 2 - math.floor(math.log10(end)))  # digits of small values: three where the axis is short
             look = {"color": style["color"], "hatch": style["hatch"], "alpha": 0.65, "edgecolor": "black"}
             axes.barh(range(shown), values, linewidth=0.4, **look)
             for place, value in enumerate(values):
-                least = 10.0 ** -max(3, 2 - math.floor(math.log10(end)))  # of three digits, where the axis is short
-                digits = 2 if end > 0.5 and value >= 0.0095 else round(-math.log10(least))
-                words = f"{value:.{digits}f}" if value >= least / 2 else f"<{least:g}"
+                digits = 2 if end > 0.5 and value >= 0.0095 else small
+                words = f"{value:.{digits}f}" if value >= 0.5 * 10**-small else f"<{10**-small:g}"
                 axes.text(value + 0.02 * end, place, words, va="center", fontsize=7)
             names = [shortened(comparison.classes[k], 14) for k in classes] if axes is row[1] else []
             axes.set_yticks(range(len(names)), names, fontsize=8)

@@ -294,22 +294,26 @@ def test_the_names_of_the_points_of_compute_lie_beside_each_other(monkeypatch):
 
 def test_what_a_teacher_with_smoothed_labels_is_worth_is_told_as_measured():
     readme, measured = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/README.md"))
-    (test,) = json.loads((ROOT / "results" / "smoothed_teacher.json").read_text())
-    smoothed, plain = test["accuracies"]
+    test, over_baseline = json.loads((ROOT / "results" / "smoothed_teacher.json").read_text())
+    (smoothed, plain), (same, without) = test["accuracies"], over_baseline["accuracies"]
+    assert same == smoothed and over_baseline["seeds"] == test["seeds"]
     assert test["differ_in"] == ["teacher"] and test["seeds"] == [0, 1, 2, 3, 4]
     gains = 100 * (np.array(smoothed) - plain)
     half = 2.776445 * gains.std(ddof=1) / 5**0.5  # Student's t of 4 degrees of freedom, 97.5%
     low, high = gains.mean() - half, gains.mean() + half
     assert test["points"]["ci95"] == pytest.approx([low, high]) and high < 0
-    for group in (smoothed, plain):
+    for group in (smoothed, plain, without):
         assert f"{', '.join(f'{each:.4f}' for each in group)} ({np.mean(group):.4f})" in measured
     assert f"{gains.mean():+.2f} points ({low:+.2f} to {high:+.2f}), p = {test['points']['p_value']:.2g}" in measured
     told = f"{-gains.mean():.2f} points behind those of the other ({-high:.2f} to {-low:.2f}; 10 epochs, T = 32"
-    assert told in readme and f"at {np.mean(smoothed):.4f} about where" in readme
-    assert abs(np.mean(smoothed) - record(SHORTER)["baseline"]["mean"]) < 0.001, "about where a student without one is"
+    ends = "{:+.2f} to {:+.2f}".format(*over_baseline["points"]["ci95"])
+    told_too = (
+        f"their mean, {np.mean(smoothed):.4f}, is that of students without a teacher, {np.mean(without):.4f} ({ends}"
+    )
+    assert told in readme and told_too in readme and abs(np.mean(smoothed) - np.mean(without)) < 0.0002
     with open(ROOT / "results" / "other_trainings.csv", newline="") as file:
         teachers = [row["accuracy"] for row in csv.DictReader(file) if row["epochs"] == "35"]
-    assert f"as good, {teachers[1]} with labels smoothed by 0.2 and {teachers[0]} without" in readme
+    assert f"is as good with labels smoothed by 0.2, {teachers[1]}, as without, {teachers[0]}, but" in readme
 
 
 def test_compute_is_counted_as_the_record_says():

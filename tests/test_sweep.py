@@ -423,6 +423,18 @@ def test_the_legend_has_as_many_columns_as_its_names_leave_room_for(copy):
     assert figures.cost(comparison).legends[0]._ncols == 3
 
 
+def test_east_asian_letters_are_taken_from_a_font_that_is_installed(monkeypatch):
+    assert styles.family()[0] == "DejaVu Sans"
+    fonts = [SimpleNamespace(name=name) for name in ("Arial", "Yu Gothic", "Noto Sans CJK JP", "Yu Gothic")]
+    monkeypatch.setattr(styles, "fontManager", SimpleNamespace(ttflist=fonts))
+    assert styles.family() == ["DejaVu Sans", "Noto Sans CJK JP", "Yu Gothic"]
+
+
+def test_long_titles_are_broken_before_the_temperature():
+    assert styles.broken("standardised, T=4, alpha=0.9", 28) == "standardised, T=4, alpha=0.9"
+    assert styles.broken("standardised, T=4, alpha=0.9", 27) == "standardised,\nT=4, alpha=0.9"
+
+
 @pytest.mark.parametrize("count", [3, 100, 1000])
 def test_dark_knowledge_of_many_classes_shows_whole_bars_and_their_numbers(count):
     names = [f"{'a class with a long name ' * (number % 2)}{number}" for number in range(count)]
