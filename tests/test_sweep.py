@@ -412,6 +412,18 @@ def test_the_figure_of_costs_holds_every_point_and_name(macs, count):
     assert max(student.x1, teacher.x1) < figure.bbox.x1
 
 
+@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (4, 1, 4), (6, 2, 4)])
+def test_the_gains_of_many_pairs_are_drawn_in_several_rows(count, rows, columns):
+    comparison = of_students(count)
+    for entry in comparison.kd:
+        entry["improvement"] = paired_test([1.0, 2.0]) | {"by_seed": [1.0, 2.0]}
+    figure = figures.gain(comparison)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title()[:6] for axes in shown] == [f"T={2**k}, a"[:6] for k in range(count)]
+    assert figure.axes[0].get_gridspec().get_geometry() == (rows, columns)
+    assert [bool(axes.get_ylabel()) for axes in shown] == [number % columns == 0 for number in range(count)]
+
+
 def test_the_legend_has_as_many_columns_as_its_names_leave_room_for(copy):
     comparison = Comparison(copy)
     narrow = Figure((6.4, 4))
