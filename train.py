@@ -170,9 +170,10 @@ def schedule(step, steps, warm_up=0.0):
 
 def compile_network(network):
     """The network as one compiled function; on CUDA its kernels are launched together, as CUDA graphs. Which kernels
-    is decided by timing them there: two compiled runs on a GPU may differ in last bits."""
+    is decided by timing them there: two compiled runs on a GPU may differ in last bits. Each size of batches is
+    compiled by itself, so that a run's bits do not depend on the runs that its process trained before."""
     device = next(network.parameters()).device.type
-    return torch.compile(network, mode="reduce-overhead" if device == "cuda" else "default")
+    return torch.compile(network, mode="reduce-overhead" if device == "cuda" else "default", dynamic=False)
 
 
 class Muon(torch.optim.Optimizer):

@@ -22,7 +22,7 @@ import train
 from arguments import parse
 from runs.command import explain
 from runs.files import Damaged, Failure
-from runs.machine import check_arithmetic, choose_device, choose_precision
+from runs.machine import Machine, check_arithmetic, choose_device, choose_precision
 from runs.signals import Stop
 
 
@@ -458,7 +458,7 @@ class WrongSlope(torch.autograd.Function):
 
 
 def test_a_device_that_computes_rightly_may_train(other):
-    check_arithmetic(other)
+    check_arithmetic(Machine(other))
 
 
 def test_the_device_is_asked_for_nothing_that_networks_never_do(other, monkeypatch):
@@ -471,7 +471,7 @@ def test_the_device_is_asked_for_nothing_that_networks_never_do(other, monkeypat
         return normalize(images, mean, variance, weight, bias, **rest)
 
     monkeypatch.setattr(F, "batch_norm", as_on_a_gpu)
-    check_arithmetic(other)
+    check_arithmetic(Machine(other))
 
 
 def test_a_device_that_cannot_compute_a_step_is_named(other, monkeypatch):
@@ -485,9 +485,9 @@ def test_a_device_that_cannot_compute_a_step_is_named(other, monkeypatch):
 
     monkeypatch.setattr(F, "conv2d", convolution)
     with pytest.raises(
-        Failure, match="(?s)mps cannot compute a step of a training: no kernel for this[.].*--device cpu"
+        Failure, match="(?s)mps cannot compute a step of a training in fp32: no kernel for this[.].*--device cpu"
     ):
-        check_arithmetic(other)
+        check_arithmetic(Machine(other))
 
 
 @pytest.mark.parametrize(
@@ -501,8 +501,10 @@ def test_a_device_that_cannot_compute_a_step_is_named(other, monkeypatch):
 )
 def test_a_device_that_computes_wrongly_is_named(other, monkeypatch, name, what):
     monkeypatch.setattr(F, name, wrong(getattr(F, name)))
-    with pytest.raises(Failure, match=f"The device mps computes wrongly: {what} differs from the CPU's by 1 of"):
-        check_arithmetic(other)
+    with pytest.raises(
+        Failure, match=f"The device mps computes wrongly in fp32: {what} differs from the CPU's by 1 of"
+    ):
+        check_arithmetic(Machine(other))
 
 
 def test_a_wrong_gradient_is_named(other, monkeypatch):
@@ -514,16 +516,32 @@ def test_a_wrong_gradient_is_named(other, monkeypatch):
 
     monkeypatch.setattr(F, "conv2d", convolution)
     with pytest.raises(Failure, match="the gradient of a convolution's input differs from the CPU's by"):
-        check_arithmetic(other)
+        check_arithmetic(Machine(other))
+
+
+def test_what_is_wrong_only_in_the_precision_that_is_trained_in_is_named(other, monkeypatch):
+    """As a GPU's bf16 gradients may be, which float32 does not show."""
+    autocast, convolve = torch.autocast, F.conv2d
+    monkeypatch.setattr(torch, "autocast", lambda _, dtype: autocast("cpu", dtype))  # the device is none that it knows
+    check_arithmetic(Machine(other, "bf16"))
+
+    def convolution(images, weight, **rest):
+        is_bf16 = torch.is_autocast_enabled("cpu")
+        return convolve(WrongSlope.apply(images) if is_bf16 else images, weight, **rest)
+
+    monkeypatch.setattr(F, "conv2d", convolution)
+    check_arithmetic(Machine(other, "fp32"))
+    with pytest.raises(Failure, match="computes wrongly in bf16: the gradient of a convolution's input differs"):
+        check_arithmetic(Machine(other, "bf16"))
 
 
 def test_a_device_that_computes_wrongly_does_not_train(cli, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.machine, "choose_device", lambda *_: torch.device("mps"))
     samples = {"cpu": torch.ones(2), "mps": torch.full((2,), float("nan"))}
-    monkeypatch.setattr(runs.machine, "_sample", lambda device: {"a convolution": samples[device.type]})
+    monkeypatch.setattr(runs.machine, "_sample", lambda machine, *_: {"a convolution": samples[machine.device.type]})
     got = cli(*flags, "--train-teacher", "--output-dir", tmp_path / "out")
     assert got.status == 1 and explained(got), got
-    assert "The device mps computes wrongly: a convolution differs" in got.err and "--device cpu" in got.err
+    assert "The device mps computes wrongly in fp32: a convolution differs" in got.err and "--device cpu" in got.err
     assert not (tmp_path / "out" / "teacher-s0").exists()
 
 

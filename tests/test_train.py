@@ -737,6 +737,24 @@ def test_a_terminal_gets_a_bar_and_no_log(loaded, tmp_path, monkeypatch):
 HEADERS = Path(sysconfig.get_paths()["include"], "Python.h")
 
 
+def test_a_network_is_compiled_for_its_own_size_of_batches(monkeypatch):
+    """And not, from the second size in a process on, for any size, which would give other last bits."""
+    compiler, given = torch.compile, []
+
+    def backend(graph, inputs):
+        given.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda network, mode, **rest: compiler(network, backend=backend, **rest))
+    for size in (4, 6):
+        train.compile_network(models.create("student", 3, seed=0).eval())(torch.zeros(size, 3, 16, 16))
+    assert all(isinstance(each, torch.Tensor) for inputs in given for each in inputs)
+    assert [{len(each) for each in inputs if each.ndim == 4 and each.shape[1:] == (3, 16, 16)} for inputs in given] == [
+        {4},
+        {6},
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("g++") is None or not HEADERS.exists(),
