@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is expected here is what a CPU computes
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # PyTorch's threads share the cores with them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 
