@@ -130,26 +130,32 @@ def _tensor(array):
 
 
 class Views:
-    """The augmented views of a training set: cropped after reflection padding, flipped and normalized.
+    """The augmented views of a training set: cropped after reflection padding, flipped, normalized and, with `cutout`,
+    a square of each blanked.
 
-    An image's view in an epoch is a function of `stream`, `padding`, the epoch and the image's index alone: it is the
-    same for every seed, order and subset, so the teacher need be asked about it only once (Beyer et al., arXiv
-    2106.05237: the teacher must see the very view that the student sees).
+    An image's view in an epoch is a function of `stream`, `padding`, `cutout`, the epoch and the image's index alone:
+    it is the same for every seed, order and subset, so the teacher need be asked about it only once (Beyer et al.,
+    arXiv 2106.05237: the teacher must see the very view that the student sees).
     """
 
-    def __init__(self, images, mean, std, stream="views", padding=None):
-        """`images` are uint8 (N, S, S, 3); `padding` is how many pixels a crop moves at most [an eighth of S].
-        Raises ValueError unless it is less than S."""
+    def __init__(self, images, mean, std, stream="views", padding=None, cutout=0):
+        """`images` are uint8 (N, S, S, 3); `padding` is how many pixels a crop moves at most [an eighth of S], `cutout`
+        the side in pixels of the square that shows the mean colour (arXiv 1708.04552, but all of it lies in the view).
+        Raises ValueError unless `padding` is less than S and `cutout` at most S."""
         self.images, self.mean, self.std, self.stream = images, mean, std, stream
         self.count, self.size = images.shape[:2]
         self.device = images.device
         self.padding = self.size // 8 if padding is None else padding
         if not 0 <= self.padding < self.size:
             raise ValueError(f"views of {self.size} pixels cannot be moved by {padding}")
+        self.cutout = cutout
+        if not 0 <= cutout <= self.size:
+            raise ValueError(f"of views of {self.size} pixels no square of {cutout} can be blanked")
         edge = torch.arange(-self.padding, self.size + self.padding, device=self.device).abs()
         reflected = (self.size - 1) - ((self.size - 1) - edge).abs()
         self.windows = reflected.unfold(0, self.size, 1)  # (2 * padding + 1, S): source pixels of a crop, by its offset
         self.draws = functools.lru_cache(maxsize=1)(self._draws)
+        self.corners = functools.lru_cache(maxsize=1)(self._corners)
 
     def _draws(self, epoch):
         """(row offsets, column offsets, flips) of all images in `epoch`, counted from 0: three tensors (N,)."""
@@ -160,10 +166,16 @@ class Views:
         half = torch.rand(self.count, generator=generator(self.stream, VIEWS_VERSION, "flip")) < 0.5
         return rows, columns, (half ^ bool(epoch % 2)).to(self.device)
 
+    def _corners(self, epoch):
+        """The rows and columns where the blanked squares of all images begin in `epoch`: (2, N)."""
+        draws = generator(self.stream, VIEWS_VERSION, "cutout", epoch)
+        return torch.randint(self.size - self.cutout + 1, (2, self.count), generator=draws).to(self.device)
+
     @property
     def recipe(self):
         """All that the views depend on besides the images and the epoch, for the name of what is kept of them."""
-        return [self.stream, VIEWS_VERSION, self.size, self.padding, self.mean, self.std]
+        cutout = ["cutout", self.cutout] if self.cutout else []
+        return [self.stream, VIEWS_VERSION, self.size, self.padding, self.mean, self.std, *cutout]
 
     def numbers(self, epoch, indices):
         """Which images the views `indices` (B,) of `epoch` show: those of the same numbers."""
@@ -179,8 +191,12 @@ class Views:
         source = self.images.view(-1, 3)
         # Before PyTorch 2.14 index_select on MPS gives zeros beyond 2^31 elements, and no error (pytorch issue 188756).
         views = source[pixels] if self.device.type == "mps" else source.index_select(0, pixels)
-        views = views.view(-1, self.size, self.size, 3)
-        return models.normalize(views, self.mean, self.std)
+        views = models.normalize(views.view(-1, self.size, self.size, 3), self.mean, self.std)
+        if not self.cutout:
+            return views
+        corners, pixel = self.corners(epoch)[:, indices, None], torch.arange(self.size, device=self.device)
+        rows, columns = (corners <= pixel) & (pixel < corners + self.cutout)  # (B, S): those of the square
+        return views.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
 class UnlabeledViews(Views):
@@ -188,8 +204,8 @@ class UnlabeledViews(Views):
     all have had their turn. Like all views they are the same for every seed; which are flipped is drawn by their place
     in the epoch, and not by image."""
 
-    def __init__(self, images, mean, std, padding, count):
-        super().__init__(images, mean, std, "unlabeled views", padding)
+    def __init__(self, images, mean, std, count, **augmentation):
+        super().__init__(images, mean, std, "unlabeled views", **augmentation)
         self.count = count
         self.chosen = functools.lru_cache(maxsize=1)(self._chosen)
 
@@ -209,10 +225,11 @@ class UnlabeledViews(Views):
         return self.chosen(epoch)[indices]
 
 
-def unlabeled_views(data, padding, images, batch_size):
-    """The UnlabeledViews of students that see `images` images with labels: as many in a batch as of these."""
+def unlabeled_views(data, augmentation, images, batch_size):
+    """The UnlabeledViews of students that see `images` images with labels: as many in a batch as of these.
+    `augmentation` are the `padding` and `cutout` of Views."""
     batch = min(batch_size, images)
-    return UnlabeledViews(data.unlabeled.images, data.mean, data.std, padding, images // batch * batch)
+    return UnlabeledViews(data.unlabeled.images, data.mean, data.std, images // batch * batch, **augmentation)
 
 
 class JoinedViews:

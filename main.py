@@ -139,11 +139,11 @@ def soft_targets(session, networks):
         members = [distill.SoftTargets(network, digest, *about) for digest, network in networks.items()]
         return distill.Ensemble(members, unlabeled)
 
-    padding, others = plan.padding(arguments), None
+    augmentation, others = plan.augmentation(arguments, "kd"), None
     if loaded.unlabeled:
-        views = data.unlabeled_views(loaded, padding, len(session.transfer_set), arguments.batch_size)
+        views = data.unlabeled_views(loaded, augmentation, len(session.transfer_set), arguments.batch_size)
         others = ensemble(loaded.unlabeled.digest, views, None)
-    views = data.Views(loaded.train_images, loaded.mean, loaded.std, padding=padding)
+    views = data.Views(loaded.train_images, loaded.mean, loaded.std, **augmentation)
     return ensemble(loaded.digest, views, session.transfer_set, others)
 
 

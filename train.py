@@ -71,7 +71,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     parts = split(data.train_labels, settings.val_fraction, transfer_set)
     indices, validation = (part.to(machine.device) for part in parts)
     stream = "teacher " if settings.role == "teacher" else ""  # students share their views; the teacher has its own
-    views = Views(data.train_images, data.mean, data.std, f"{stream}views", settings.padding)
+    views = Views(data.train_images, data.mean, data.std, f"{stream}views", **settings.augmentation)
     network = new_network(settings, data, transfer_set, run.hooks)
     network = network.to(**machine.place).train()
     if settings.network:
@@ -88,7 +88,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
     with run.hooks.explained(f"fails while {run.name} is trained"), Progress(*about) as progress:
         labels, others = data.train_labels, None
         if settings.unlabeled:
-            others = unlabeled_views(data, settings.padding, len(indices), settings.batch_size)
+            others = unlabeled_views(data, settings.augmentation, len(indices), settings.batch_size)
             views = JoinedViews(views, others, progress.batch_size)
             labels = torch.cat([labels, labels.new_full((others.count,), UNLABELED)])
         while progress.epoch < settings.epochs:

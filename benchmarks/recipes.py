@@ -37,7 +37,7 @@ from runs.lock import lock
 from runs.machine import start_machine
 from runs.progress import Options
 from runs.run import Run
-from runs.settings import Settings, default_padding
+from runs.settings import Settings, default_augmentation
 
 FIELDS = ("role", "pflop", "epochs", "batch", "what", "settings", "network", "val_accuracy", "train_accuracy", "n")
 CHANGES = {
@@ -47,6 +47,7 @@ CHANGES = {
     "conv": "the convolutions' share of the learning rate",
     "bias": "the biases' share of it",
     "padding": "by how many pixels views are moved at most",
+    "cutout": "side in pixels of a square of each view that is blanked",
     "smoothing": "of the labels [0]",
     "decay": "weight decay of the head [0.0005]",
     "batchnorm": "momentum of batch norm [0.1]",
@@ -56,7 +57,6 @@ CHANGES = {
     "teacher": "of a distilled student: model.pt or its folder",
     "temperature": "[4]",
     "alpha": "[0.9]",
-    "cutout": "side in pixels of a square of each view that is blanked [0]",
     "mixed": "share of a student's views that are mixed with another image's, and so are a baseline's labels [0]",
     "cut": "yes or no: a square of the other view is pasted in, or the two are averaged [no]",
     "mirrored": "yes or no: soft targets are averaged over a view and its mirror image [no]",
@@ -66,37 +66,13 @@ WORDS = {"init", "teacher", "cut", "mirrored"}  # whose values are no numbers
 OUT_OF_PLACE = {"kd": set(), "baseline": OF_DISTILLATION, "teacher": OF_DISTILLATION | {"mixed", "cut"}}
 
 
-class CutoutViews(data.Views):
-    """Views of which a square of `side` pixels shows the mean colour (Cutout, arXiv 1708.04552; the whole square lies
-    in the view). A function of the epoch and the image's index alone, as all views are."""
-
-    def __init__(self, *about, side):
-        super().__init__(*about)
-        self.side = side
-        self.corners = functools.lru_cache(maxsize=1)(self._corners)
-
-    def _corners(self, epoch):
-        """The rows and columns where the squares of all images begin in `epoch`: (2, N)."""
-        draws = models.generator(self.stream, "cutout", epoch)
-        return torch.randint(self.size - self.side + 1, (2, self.count), generator=draws).to(self.device)
-
-    @property
-    def recipe(self):
-        return [*super().recipe, "cutout", self.side]
-
-    def batch(self, epoch, indices):
-        corners, pixels = self.corners(epoch)[:, indices, None], torch.arange(self.size, device=self.device)
-        rows, columns = (corners <= pixels) & (pixels < corners + self.side)
-        return super().batch(epoch, indices).masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
-
-
 class MixedViews(data.Views):
     """Views of which a `share` is mixed with the view of another image of `among`: averaged with a weight drawn evenly
     from 0 to 1 (mixup, arXiv 1710.09412), or, with `cut`, covered by a square of it of such a part of the area (CutMix,
     arXiv 1905.04899). A function of the epoch and the image's index alone, as all views are (arXiv 2106.05237)."""
 
-    def __init__(self, *about, among, share, cut):
-        super().__init__(*about)
+    def __init__(self, *about, among, share, cut, **augmentation):
+        super().__init__(*about, **augmentation)
         self.among, self.share, self.cut = among, share, cut
         self.mixing = functools.lru_cache(maxsize=1)(self._mixing)
 
@@ -237,8 +213,6 @@ def main():
         parser.error("smoothing would change nothing: with mixed, or with alpha=1, no label is looked at")
     if "cut" in changes and "mixed" not in changes:
         parser.error("cut says how views are mixed: it needs mixed")
-    if "cutout" in changes and "mixed" in changes:
-        parser.error("views are either mixed or cut out")
     what = " ".join(arguments.changes) or "as it is"
 
     machine = start_machine(arguments.device, "auto")
@@ -250,23 +224,23 @@ def main():
         "weight_decay": float(changes.pop("decay", 5e-4)), "seed": int(changes.pop("seed", 0)), "val_fraction": 0.1,
         "label_smoothing": float(changes.pop("smoothing", 0)),
     }  # fmt: skip
-    given["padding"] = int(changes.pop("padding", default_padding(arguments.epochs, loaded.image_size)))
+    for name, usual in default_augmentation(arguments.role, arguments.epochs, loaded.image_size).items():
+        given[name] = int(changes.pop(name, usual))
     if not 0 <= given["padding"] < loaded.image_size:
         parser.error(f"padding must be less than the image size, {loaded.image_size}")
-    if not 0 <= int(changes.get("cutout", 0)) <= loaded.image_size:
+    if not 0 <= given["cutout"] <= loaded.image_size:
         parser.error(f"cutout must be at most the image size, {loaded.image_size}")
     with ExitStack() as stack:
         stack.enter_context(lock(arguments.output_dir))
         for change in patches(arguments.role, changes):
             stack.enter_context(change)
         share, cut, make_views = float(changes.pop("mixed", 0)), word(changes, "cut", "no", "yes"), data.Views
-        if side := int(changes.pop("cutout", 0)):
-            make_views = functools.partial(CutoutViews, side=side)
         if share:
             among = data.split(loaded.train_labels.cpu(), given["val_fraction"])[0]
             make_views = functools.partial(MixedViews, among=among, share=share, cut=cut)
         stack.enter_context(patch.object(train, "Views", make_views))
-        views = make_views(loaded.train_images, loaded.mean, loaded.std, "views", given["padding"])
+        augmentation = {"padding": given["padding"], "cutout": given["cutout"]}
+        views = make_views(loaded.train_images, loaded.mean, loaded.std, **augmentation)
         targets = None
         if arguments.role == "kd":
             targets, digest = soft_targets(changes, loaded, views, machine, arguments.output_dir / "targets")
@@ -284,9 +258,10 @@ def main():
         last = list(csv.DictReader(file))[-1]
     images = len(data.split(loaded.train_labels, settings.val_fraction)[0])
     size = f"{costs.macs / 1e6:.1f}M MACs, {costs.parameters / 1e6:.2f}M params"
+    cutout = f", cutout {settings.cutout}" if settings.cutout else ""
     row = (
         arguments.role, f"{costs.macs * 6 * images * settings.epochs / 1e15:.4f}", settings.epochs, batch, what,
-        f"recipe {settings.recipe}, seed {settings.seed}, padding {settings.padding}", size, f"{accuracy:.4f}",
+        f"recipe {settings.recipe}, seed {settings.seed}, padding {settings.padding}{cutout}", size, f"{accuracy:.4f}",
         f"{float(last['train_accuracy']):.4f}", 1,
     )  # fmt: skip
     lines = list(csv.reader(arguments.table.read_text().splitlines())) if arguments.table.exists() else [FIELDS]

@@ -7,7 +7,7 @@ from pathlib import Path
 from runs.files import Failure, read_json
 from runs.hooks import settings_of
 from runs.run import Run
-from runs.settings import SPLIT_VERSION, RunRecord, Settings, default_learning_rate, default_padding
+from runs.settings import SPLIT_VERSION, RunRecord, Settings, default_augmentation, default_learning_rate
 
 
 def _settings(arguments, data, role, seed, images, network, **rest):
@@ -21,17 +21,18 @@ def _settings(arguments, data, role, seed, images, network, **rest):
         weight_decay=arguments.weight_decay,
         seed=seed,
         image_size=arguments.image_size,
-        padding=padding(arguments),
         label_smoothing=arguments.label_smoothing,
+        **augmentation(arguments, role),
         **settings_of("network", network),
         **rest,
     )
 
 
-def padding(arguments):
-    """By how many pixels the views of a command's runs are moved at most."""
-    given = arguments.padding
-    return default_padding(arguments.epochs, arguments.image_size) if given is None else given
+def augmentation(arguments, role):
+    """What is done to the views of a command's runs of this `role`: the `padding` and `cutout` of data.Views."""
+    given = {name: getattr(arguments, name) for name in ("padding", "cutout")}
+    asked = {name: value for name, value in given.items() if value is not None}
+    return default_augmentation(role, arguments.epochs, arguments.image_size) | asked
 
 
 def seeds(arguments):

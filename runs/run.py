@@ -81,8 +81,10 @@ class Run:
         found, wanted = complete(found), complete(self.settings.as_dict())
         phrases = differences(found, wanted)
         if phrases:
-            apart = differences(found | {"padding": wanted["padding"]}, wanted)
-            keep = "" if apart else f"--padding {found['padding']} to use or resume it as it is, "
+            views = {name: found[name] for name in ("padding", "cutout") if found[name] != wanted[name]}
+            apart = differences(found | {name: wanted[name] for name in views}, wanted)
+            words = " ".join(f"--{name} {value}" for name, value in views.items())
+            keep = "" if apart else f"{words} to use or resume it as it is, "
             raise Failure(
                 f"{self.folder} holds a run with other settings: {', '.join(phrases)}.\n"
                 f"Add {keep}--overwrite to train all runs of this command again, remove that folder to train only this "

@@ -78,13 +78,18 @@ def start(arguments, stop, group, hooks, machine, teachers):
     images = survey.look(loaded, arguments.output_dir, group.say)
     if loaded.unlabeled:
         images["unlabeled"] = survey.look_at_unlabeled(loaded, arguments.output_dir, group.say)
+    views = plan.augmentation(arguments, "teacher" if arguments.train_teacher else "kd")
+    blanked = f", a square of {views['cutout']} by {views['cutout']} blanked" if views["cutout"] else ""
+    moved = f"{views['padding']} pixel{'s' * (views['padding'] != 1)}"
+    if arguments.epochs:
+        group.say(f"Views: moved by up to {moved}, mirrored in every second epoch{blanked}")
     loaded = put(loaded, machine.device)
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
     if len(transfer_set) < len(loaded.train_labels):
         group.say(f"Students see {len(transfer_set):,} of the {len(loaded.train_labels):,} training images")
     if loaded.unlabeled:
-        views = data.unlabeled_views(loaded, plan.padding(arguments), len(transfer_set), arguments.batch_size)
-        times = views.count * arguments.epochs / len(loaded.unlabeled.names)
+        count = data.unlabeled_views(loaded, views, len(transfer_set), arguments.batch_size).count
+        times = count * arguments.epochs / len(loaded.unlabeled.names)
         group.say(f"In {arguments.epochs} epochs each image without labels is seen {times:,.1f} times")
     if not teachers:
         try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size, machine, group.say)

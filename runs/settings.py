@@ -25,7 +25,8 @@ class Settings:
     that of the same teacher trained without the validation images, where a sweep's student was distilled from that one.
     `split` is the version of data.split for those of a part of the images, None of the first.
 
-    A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it.
+    A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it. A
+    square of `cutout` pixels a side is blanked.
     Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and
     `network` are the names of functions of the user's own, in files of these names and digests; `unlabeled` is the
     SHA-256 of the images without labels that a distilled student sees, too. What is in OPTIONAL is recorded only where
@@ -58,6 +59,7 @@ class Settings:
     network_file: str | None = None
     network_sha256: str | None = None
     unlabeled: str | None = None
+    cutout: NotNegative = 0
 
     def __post_init__(self):
         if self.padding is None:
@@ -80,6 +82,11 @@ class Settings:
         return (self.loss, self.loss_sha256) if self.loss else self.unlabeled and ("unlabeled", self.unlabeled)
 
     @property
+    def augmentation(self):
+        """The `padding` and `cutout` of data.Views."""
+        return {"padding": self.padding, "cutout": self.cutout}
+
+    @property
     def images_per_label(self):
         """How many images a step takes for each with a label."""
         return 2 if self.unlabeled else 1
@@ -100,7 +107,7 @@ class Settings:
 
 
 # Of the settings: what a run has that records nothing of them.
-OPTIONAL = {"label_smoothing": 0.0, "train_fraction": 1.0, "omit_class": []} | dict.fromkeys(
+OPTIONAL = {"label_smoothing": 0.0, "cutout": 0, "train_fraction": 1.0, "omit_class": []} | dict.fromkeys(
     ["sweep_teacher", "split", "unlabeled"]
     + [f"{what}{more}" for what in ("loss", "network") for more in ("", "_file", "_sha256")]
 )
@@ -110,7 +117,7 @@ OTHERS = {  # what to say where two runs differ in what is no number
 }  # fmt: skip
 # Said of a sweep that is not fair, while it runs and in its report.
 UNFAIR_SWEEP = "The teacher was trained on these images, too: this can favour students that follow it closely."
-SHORT = 8  # epochs of a short training (default_padding)
+SHORT, LONG = 8, 60  # epochs up to which a training is short, and beyond which it is long (default_augmentation)
 LONGEST = 100  # bytes that the names of omitted classes take in a folder's name, of the 255 that file systems allow
 PLAIN = (1.0, (), None)  # `Settings.shared` of such a run
 
@@ -173,10 +180,13 @@ def default_learning_rate(batch_size, network=None):
     return 0.2 * (batch_size / 128) ** 0.5
 
 
-def default_padding(epochs, image_size):
-    """By how many pixels views are moved at most: a sixteenth of the image size in trainings of up to SHORT epochs, an
-    eighth in longer ones, in which the same images come back often (results/README.md)."""
-    return image_size // (16 if epochs <= SHORT else 8)
+def default_augmentation(role, epochs, image_size):
+    """The `padding` and `cutout` of data.Views. The more often the same images come back, the more the views differ:
+    they are moved by a sixteenth of the image size at most in trainings of up to SHORT epochs, by an eighth in longer
+    ones. Of a teacher's views in trainings of more than LONG epochs a square of three eighths of it is blanked, too; of
+    a student's, which is too small to learn its images by heart, none (results/README.md)."""
+    blanked = role == "teacher" and epochs > LONG
+    return {"padding": image_size // (16 if epochs <= SHORT else 8), "cutout": image_size * 3 // 8 * blanked}
 
 
 def run_name(role, temperature, alpha, seed, variant=None, shared=PLAIN):

@@ -13,8 +13,8 @@ from runs.settings import (
     RunRecord,
     Settings,
     complete,
+    default_augmentation,
     default_learning_rate,
-    default_padding,
     differences,
     run_name,
 )
@@ -94,8 +94,8 @@ def _typed(settings, arguments=None):
     its own."""
     same = ("epochs", "image_size", "batch_size", "weight_decay", "label_smoothing", "seed")
     typed = {name: getattr(settings, name) for name in same}
-    if settings.padding != default_padding(settings.epochs, settings.image_size):
-        typed["padding"] = settings.padding
+    usual = default_augmentation("teacher", settings.epochs, settings.image_size)
+    typed |= {name: value for name, value in settings.augmentation.items() if value != usual[name]}
     if settings.learning_rate != default_learning_rate(settings.batch_size, settings.network):
         typed["lr"] = settings.learning_rate
     if settings.val_fraction:

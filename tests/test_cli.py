@@ -258,18 +258,29 @@ def test_options_reach_what_they_are_about(cli, flags, tmp_path, monkeypatch):
     assert workers == [1] and options.save_every == 7 and run.settings.weight_decay == 0.001
     assert run.settings.learning_rate == pytest.approx(0.2 * (16 / 128) ** 0.5) and run.settings.padding == 1
     assert cli(*flags, *words, "--train-teacher", "--padding", 0).status == 0 and runs[-1][0].settings.padding == 0
+    assert cli(*flags, *words, "--train-teacher", "--cutout", 16).status == 0
+    assert runs[-1][0].settings.augmentation == {"padding": 1, "cutout": 16}
+    refused = cli(*flags, *words, "--train-teacher", "--cutout", 17)
+    assert refused.status == 2 and "--cutout must be at most --image-size, 16" in refused.err
+    got = cli(*flags, *words, "--train-teacher", "--epochs", 61)
+    assert got.status == 0
+    assert "Views: moved by up to 2 pixels, mirrored in every second epoch, a square of 6 by 6 blanked\n" in got.out
+    assert runs[-1][0].settings.augmentation == {"padding": 2, "cutout": 6}
     refused = cli(*flags, *words, "--train-teacher", "--padding", 16)
     assert refused.status == 2 and "--padding must be less than --image-size, 16" in refused.err
 
 
-@pytest.mark.parametrize(("more", "padding"), [((), 1), (("--padding", 0), 0)])
-def test_the_teacher_is_asked_about_views_that_move_as_the_students_do(cli, flags, copy, monkeypatch, more, padding):
+@pytest.mark.parametrize(
+    ("more", "views"), [((), (1, 0)), (("--padding", 0), (0, 0)), (("--padding", 0, "--cutout", 6), (0, 6))]
+)
+def test_the_teacher_is_asked_about_views_that_the_students_see(cli, flags, copy, monkeypatch, more, views):
     asked, batch = [], Views.batch
-    monkeypatch.setattr(Views, "batch", lambda self, *rest: asked.append(self.padding) or batch(self, *rest))
+    watched = lambda self, *rest: asked.append((self.padding, self.cutout)) or batch(self, *rest)  # noqa: E731
+    monkeypatch.setattr(Views, "batch", watched)
     shutil.rmtree(copy / "targets")
     assert cli(*flags, "--output-dir", copy, "--overwrite", *more).status == 0
     steps = 2 * 2 * (48 // 16)  # epochs of two students
-    assert set(asked) == {padding} and len(asked) > steps  # more: those of the teacher
+    assert set(asked) == {views} and len(asked) > steps  # more: those of the teacher
 
 
 # Overwriting, and sweeps ---------------------------------------------------------------------------------------------
@@ -427,7 +438,7 @@ def test_no_teacher_names_the_first_command(cli, tmp_path):
 
 
 def test_the_command_named_for_an_unfinished_teacher_resumes_it(cli, flags, tmp_path, monkeypatch):
-    own = ("--lr", 0.03, "--seed", 3, "--precision", "fp32", "--output-dir", tmp_path)
+    own = ("--lr", 0.03, "--padding", 0, "--cutout", 6, "--seed", 3, "--precision", "fp32", "--output-dir", tmp_path)
     with failing_at_the_end(monkeypatch, Interrupted(2)):
         assert cli(*flags, *own, "--train-teacher").status == 130
     got = cli("--epochs", 1, "--seed", 3, "--output-dir", tmp_path)

@@ -636,6 +636,12 @@ def test_views_cannot_move_by_a_whole_image(counted, padding):
         data.Views(counted, *PLAIN, padding=padding)
 
 
+@pytest.mark.parametrize("cutout", [17, -1])
+def test_no_square_larger_than_a_view_is_blanked(counted, cutout):
+    with pytest.raises(ValueError, match=f"of views of 16 pixels no square of {cutout} can be blanked"):
+        data.Views(counted, *PLAIN, cutout=cutout)
+
+
 @pytest.mark.parametrize(
     ("size", "padding"), [(16, None), (17, None), (21, 5), (33, None), (63, None), (64, None), (16, 0), (19, 18)]
 )
@@ -659,23 +665,53 @@ def test_views_are_what_numpy_makes_of_the_same_draws(size, padding):
     assert flipped == {True, False}
 
 
-def test_views_stay_the_same_from_version_to_version(counted):
+@pytest.mark.parametrize("size", [16, 21])
+def test_a_square_of_every_view_is_blanked(size):
+    """What is left is the view as it is without; the squares lie anywhere in the view, and elsewhere in each epoch."""
+    about = noise(40, size), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+    plain, blanked, everything = data.Views(*about), data.Views(*about, cutout=6), torch.arange(40)
+    corners = []
+    for epoch in range(4):
+        own, views = plain.batch(epoch, everything).numpy(), blanked.batch(epoch, everything).numpy()
+        for view, expected in zip(views, own, strict=True):
+            empty = (view == 0).all(0)
+            row, column = empty.any(1).argmax(), empty.any(0).argmax()
+            expected[:, row : row + 6, column : column + 6] = 0
+            assert np.array_equal(view, expected) and empty.sum() == 36
+            corners.append((row, column))
+    assert {row for row, _ in corners} == {column for _, column in corners} == set(range(size - 5))
+    assert corners[:40] != corners[40:80]
+    assert not torch.equal(data.Views(*about, "teacher views", cutout=6).corners(0), blanked.corners(0))
+    assert len(plain.recipe) == 6  # as before there was a cutout, so that soft targets of then are found
+    whole = data.Views(*about, cutout=size).batch(0, everything)
+    assert not whole.any() and data.Views(*about, cutout=0).recipe == plain.recipe != blanked.recipe
+
+
+@pytest.mark.parametrize(
+    ("cutout", "digest"),
+    [
+        (0, "4e5e04b24eb7d1c9795a24b252be013700ea04f119faa76875eaa774561d8c7b"),
+        (6, "133a2df553f1f13cb404c5565e92af5c56a4aed8e9d4bde044c4ffe10a93f5fb"),
+    ],
+)
+def test_views_stay_the_same_from_version_to_version(counted, cutout, digest):
     """Where this fails on purpose, raise VIEWS_VERSION: runs and soft targets of other views must not be reused."""
     total = hashlib.sha256()
     for epoch in range(3):
-        total.update(pixels(data.Views(counted, *PLAIN), epoch, torch.arange(40)))
-    assert total.hexdigest() == "4e5e04b24eb7d1c9795a24b252be013700ea04f119faa76875eaa774561d8c7b"
+        total.update(pixels(data.Views(counted, *PLAIN, cutout=cutout), epoch, torch.arange(40)))
+    assert total.hexdigest() == digest
 
 
-def test_views_are_a_function_of_epoch_and_image_alone(counted):
-    one, other = data.Views(counted, *PLAIN), data.Views(counted, *PLAIN)
+@pytest.mark.parametrize("cutout", [0, 6])
+def test_views_are_a_function_of_epoch_and_image_alone(counted, cutout):
+    one, other = (data.Views(counted, *PLAIN, cutout=cutout) for _ in range(2))
     every, some = one.batch(3, torch.arange(40)), torch.tensor([5, 2, 31])
     torch.manual_seed(1)
     other.batch(7, some)
     assert torch.equal(every[some], other.batch(3, some))
     assert not torch.equal(every[some], other.batch(4, some))
     assert torch.equal(every[some], other.batch(3, some))  # after another epoch, too
-    teacher = data.Views(counted, *PLAIN, "teacher views")
+    teacher = data.Views(counted, *PLAIN, "teacher views", cutout=cutout)
     assert not torch.equal(every[some], teacher.batch(3, some))
 
 

@@ -237,11 +237,12 @@ def test_other_views_have_another_folder(make, views):
     other = [
         Views(images, views.mean, views.std, stream="teacher views"),
         Views(images, views.mean, views.std, padding=views.padding + 1),
+        Views(images, views.mean, views.std, cutout=4),
         Views(images, views.mean, (0.2, 0.25, 0.25)),
         Views(images, (0.4, 0.5, 0.5), views.std),
         Views(torch.zeros(30, 24, 24, 3, dtype=torch.uint8), views.mean, views.std),
     ]
-    assert len({make(views=each).folder for each in (views, *other)}) == 6
+    assert len({make(views=each).folder for each in (views, *other)}) == 7
 
 
 def test_another_device_precision_or_version_has_another_folder(make, monkeypatch):

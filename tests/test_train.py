@@ -30,7 +30,7 @@ from runs.machine import Machine, keep_memory, make_deterministic
 from runs.plan import conflicts
 from runs.progress import Options
 from runs.run import Run
-from runs.settings import VERSION, Settings, default_learning_rate, default_padding, run_name
+from runs.settings import VERSION, Settings, default_augmentation, default_learning_rate, run_name
 from runs.signals import Interrupted, Stop
 from runs.state import HistoryRow
 
@@ -150,17 +150,22 @@ def test_the_default_learning_rate_follows_the_batch_size():
     np.testing.assert_allclose(rates, [0.1, 0.2, 0.4, 0.8])
 
 
-def test_views_of_short_trainings_move_by_half_as_much():
-    found = [default_padding(epochs, size) for epochs in (1, 8, 9, 200) for size in (16, 32, 100)]
-    assert found == [1, 2, 6, 1, 2, 6, 2, 4, 12, 2, 4, 12]
+def test_views_of_short_trainings_move_by_half_as_much_and_a_teachers_of_long_ones_are_cut_out():
+    pairs = [(epochs, size) for epochs in (1, 8, 9, 60, 61, 200) for size in (16, 32, 100)]
+    for role in ("teacher", "kd", "baseline"):
+        found = [default_augmentation(role, *pair) for pair in pairs]
+        assert [each["padding"] for each in found] == [1, 2, 6, 1, 2, 6, *[2, 4, 12] * 4]
+        assert [each["cutout"] for each in found] == [*[0] * 12, *([6, 12, 37] if role == "teacher" else [0] * 3) * 2]
 
 
-def test_a_training_takes_the_views_of_its_padding(loaded, tmp_path):
-    digests = set()
-    for padding in (0, 2, None):  # None: an eighth, 2 of these images, as runs have that record nothing of it
-        train_run(loaded, tmp_path / str(padding), settings(loaded, padding=padding, epochs=1))
-        digests.add(weights(tmp_path / str(padding)))
-    assert len(digests) == 2
+def test_a_training_takes_the_views_of_its_padding_and_cutout(loaded, tmp_path):
+    digests = []
+    # padding None: an eighth, 2 of these images, as runs have that record nothing of it
+    for views in ({"padding": 0}, {"padding": 2}, {"padding": None}, {"padding": 2, "cutout": 6}):
+        folder = tmp_path / str(len(digests))
+        train_run(loaded, folder, settings(loaded, epochs=1, **views))
+        digests.append(weights(folder))
+    assert digests[1] == digests[2] and len(set(digests)) == 3
 
 
 def test_runs_of_another_padding_are_refused(loaded, tmp_path):
@@ -173,6 +178,13 @@ def test_runs_of_another_padding_are_refused(loaded, tmp_path):
             run.refuse_other_settings(refused)
     with pytest.raises(Failure, match=r"padding 2 instead of 1, epochs 2 instead of 1\.\nAdd --overwrite to train"):
         run.refuse_other_settings(older | {"epochs": 2})
+    blanked = older | {"cutout": 6}
+    with pytest.raises(
+        Failure, match=r"cutout 6 instead of 0, padding 2 instead of 1\.\nAdd --padding 2 --cutout 6 to"
+    ):
+        run.refuse_other_settings(blanked)
+    with pytest.raises(Failure, match=r"settings: cutout 6 instead of 0\.\nAdd --cutout 6 to use or resume"):
+        run.refuse_other_settings(blanked | {"padding": 1})
     with pytest.raises(Failure, match="image size None instead of 16"):
         run.refuse_other_settings(older | {"image_size": None})
     Run(tmp_path, settings(loaded)).refuse_other_settings(settings(loaded).as_dict() | older | {"epochs": 2})

@@ -112,14 +112,29 @@ def test_a_batch_holds_the_labeled_views_and_then_the_others():
     random = torch.Generator().manual_seed(0)
     first, second = (torch.randint(0, 256, (n, 16, 16, 3), generator=random, dtype=torch.uint8) for n in (6, 9))
     views = Views(first, (0.5,) * 3, (0.2,) * 3, padding=2)
-    others = UnlabeledViews(second, (0.5,) * 3, (0.2,) * 3, padding=2, count=4)
+    others = UnlabeledViews(second, (0.5,) * 3, (0.2,) * 3, padding=2, count=4, cutout=6)
     batch = JoinedViews(views, others, 2).batch(3, torch.tensor([5, 1, 6 + 2, 6 + 0]))
     assert torch.equal(batch[:2], views.batch(3, torch.tensor([5, 1])))
     assert torch.equal(batch[2:], others.batch(3, torch.tensor([2, 0])))
+    assert (batch == 0).all(1).sum((1, 2)).tolist() == [0, 0, 36, 36]
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 # Training and comparing ----------------------------------------------------------------------------------------------
+
+
+def test_images_without_labels_are_moved_and_cut_out_as_the_others_are(cli, words, finished, tmp_path, monkeypatch):
+    """For the teacher and for the student."""
+    asked, batch = [], Views.batch
+
+    def recorded(views, *rest):
+        asked.append((type(views), views.padding, views.cutout))
+        return batch(views, *rest)
+
+    monkeypatch.setattr(Views, "batch", recorded)
+    more = ("--teacher", finished / "teacher-s0", "--padding", 0, "--cutout", 6, "--epochs", 1)
+    assert cli(*words, *more, "--output-dir", tmp_path).status == 0
+    assert set(asked) == {(Views, 0, 6), (UnlabeledViews, 0, 6)}
 
 
 def test_plain_distillation_and_baseline_are_those_without_the_option(cli, flags, taught, copy):
