@@ -224,11 +224,11 @@ def main():
         "weight_decay": float(changes.pop("decay", 5e-4)), "seed": int(changes.pop("seed", 0)), "val_fraction": 0.1,
         "label_smoothing": float(changes.pop("smoothing", 0)),
     }  # fmt: skip
-    for name, usual in default_augmentation(arguments.role, arguments.epochs, loaded.image_size).items():
-        given[name] = int(changes.pop(name, usual))
-    if not 0 <= given["padding"] < loaded.image_size:
+    usual = default_augmentation(arguments.role, arguments.epochs, loaded.image_size)
+    augmentation = {name: int(changes.pop(name, value)) for name, value in usual.items()}
+    if not 0 <= augmentation["padding"] < loaded.image_size:
         parser.error(f"padding must be less than the image size, {loaded.image_size}")
-    if not 0 <= given["cutout"] <= loaded.image_size:
+    if not 0 <= augmentation["cutout"] <= loaded.image_size:
         parser.error(f"cutout must be at most the image size, {loaded.image_size}")
     with ExitStack() as stack:
         stack.enter_context(lock(arguments.output_dir))
@@ -239,7 +239,6 @@ def main():
             among = data.split(loaded.train_labels.cpu(), given["val_fraction"])[0]
             make_views = functools.partial(MixedViews, among=among, share=share, cut=cut)
         stack.enter_context(patch.object(train, "Views", make_views))
-        augmentation = {"padding": given["padding"], "cutout": given["cutout"]}
         views = make_views(loaded.train_images, loaded.mean, loaded.std, **augmentation)
         targets = None
         if arguments.role == "kd":
@@ -249,7 +248,7 @@ def main():
         elif share:
             targets = MixedLabels(views, loaded.train_labels, len(loaded.classes))
             given |= {"role": "kd", "temperature": 1.0, "alpha": 1.0, "teacher": "mixed labels"}
-        settings = Settings(**given)
+        settings = Settings(**given, **augmentation)
         folder = arguments.output_dir / f"{arguments.role} {arguments.epochs} {what}".replace("/", "_")
         accuracy = train.train(Run(folder, settings), loaded, machine, Options(), targets)
         network = models.create(settings.architecture, len(loaded.classes), seed=0)

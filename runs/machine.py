@@ -19,8 +19,8 @@ from runs.settings import VERSION
 version = functools.cache(importlib.metadata.version)
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt, from its malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of `check_arithmetic`, as a share of the largest value. TF32, the coarsest float32, makes a thousandth; bf16, where it
-# computes rightly, 0.005 (on CPUs with AMX and with AVX512-BF16).
+# Of `check_arithmetic`, as a share of the largest value. TF32, the coarsest float32, makes a thousandth, bf16 five
+# (on a CPU with AMX).
 LARGEST_ERROR = {"fp32": 0.01, "bf16": 0.05}
 CONVOLUTIONS = (24, 32, 31), (224, 384, 7)  # of the networks: channels in and out, and the size of the images
 

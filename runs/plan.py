@@ -30,9 +30,8 @@ def _settings(arguments, data, role, seed, images, network, **rest):
 
 def augmentation(arguments, role):
     """What is done to the views of a command's runs of this `role`: the `padding` and `cutout` of data.Views."""
-    given = {name: getattr(arguments, name) for name in ("padding", "cutout")}
-    asked = {name: value for name, value in given.items() if value is not None}
-    return default_augmentation(role, arguments.epochs, arguments.image_size) | asked
+    usual = default_augmentation(role, arguments.epochs, arguments.image_size)
+    return usual | {name: given for name in usual if (given := getattr(arguments, name)) is not None}
 
 
 def seeds(arguments):

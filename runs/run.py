@@ -81,7 +81,7 @@ class Run:
         found, wanted = complete(found), complete(self.settings.as_dict())
         phrases = differences(found, wanted)
         if phrases:
-            views = {name: found[name] for name in ("padding", "cutout") if found[name] != wanted[name]}
+            views = {name: found[name] for name in self.settings.augmentation if found[name] != wanted[name]}
             apart = differences(found | {name: wanted[name] for name in views}, wanted)
             words = " ".join(f"--{name} {value}" for name, value in views.items())
             keep = "" if apart else f"{words} to use or resume it as it is, "

@@ -19,6 +19,7 @@ from conftest import CIFAR10_DIR, ROOT, needs_cifar10
 from PIL import Image
 
 import models
+import runs.settings
 import train
 from arguments import Usage, parse
 from data import Views
@@ -274,11 +275,13 @@ def test_options_reach_what_they_are_about(cli, flags, tmp_path, monkeypatch):
     ("more", "views"), [((), (1, 0)), (("--padding", 0), (0, 0)), (("--padding", 0, "--cutout", 6), (0, 6))]
 )
 def test_the_teacher_is_asked_about_views_that_the_students_see(cli, flags, copy, monkeypatch, more, views):
+    monkeypatch.setattr(runs.settings, "LONG", 1)  # so that a teacher's own views would have squares blanked
     asked, batch = [], Views.batch
     watched = lambda self, *rest: asked.append((self.padding, self.cutout)) or batch(self, *rest)  # noqa: E731
     monkeypatch.setattr(Views, "batch", watched)
     shutil.rmtree(copy / "targets")
-    assert cli(*flags, "--output-dir", copy, "--overwrite", *more).status == 0
+    got = cli(*flags, "--output-dir", copy, "--overwrite", *more)
+    assert got.status == 0 and ("blanked" in got.out) == (views[1] > 0)
     steps = 2 * 2 * (48 // 16)  # epochs of two students
     assert set(asked) == {views} and len(asked) > steps  # more: those of the teacher
 
