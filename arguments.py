@@ -25,6 +25,7 @@ examples:
   python main.py --train-teacher --seeds 2                  two teachers: teacher-s0 and teacher-s1
   python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    a student of their ensemble
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose them on a validation part, then compare
+  python main.py --width 0.5 --alpha 0.9 --seeds 5          a student with half of the channels
   python main.py --loss examples/dkd.py:dkd --alpha 0.9 --seeds 3    does that loss beat plain distillation?
   python main.py --dataset folder --data-dir pets --output-dir outputs/pets --train-teacher    your own images
   python main.py --unlabeled photos --alpha 0.9 --seeds 3   what do images without labels add to distillation?
@@ -170,6 +171,8 @@ def parser():
            "(B, 3, S, S) to logits", type=function, metavar="FILE.py:FUNCTION")
     option("--teacher-network", "a teacher network of your own, as --student; needed to train it and again to use "
            "it (of several teachers, name all networks)", type=function, nargs="+", metavar="FILE.py:FUNCTION")
+    option("--width", "multiplies the channels of all layers of the student, or with --train-teacher of the teacher",
+           1.0, type=number(0, 8, above=True), metavar="F")
     option("--train-fraction", "students are trained on this part of each class, always the same images", 1.0,
            type=number(0, 1, above=True), metavar="F")
     option("--omit-class", "students see no image of this class, which the teacher knows; may be repeated",
@@ -308,6 +311,8 @@ def parse(argv):
         raise Usage(f"--padding must be less than --image-size, {arguments.image_size}")
     if arguments.cutout is not None and arguments.cutout > arguments.image_size:
         raise Usage(f"--cutout must be at most --image-size, {arguments.image_size}")
+    if arguments.width != 1 and (arguments.teacher_network if arguments.train_teacher else arguments.student):
+        raise Usage("--width is for the program's own networks: write the width into your function")
     if arguments.batch_size == 1 and arguments.image_size == 16:
         raise Usage("--batch-size 1 needs --image-size 17 or more: batch norm cannot be trained on a single pixel")
     if arguments.seed + arguments.seeds > 2**31:

@@ -19,6 +19,7 @@ from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Tally, is_first, join
 from runs.hooks import find_hooks
+from runs.settings import other_width
 from runs.teachers import (
     check_answers,
     check_image_size,
@@ -292,9 +293,12 @@ def keep_for_report(session, networks, teachers):
     sizes = sum(Path(path).stat().st_size for path, _ in teachers)
     place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": sizes}
     hook, classes = session.hooks.student, len(loaded.classes)
-    student = models.build(hook.loaded, "student", classes, 0) if hook else models.create("student", classes, 0)
+    if hook:
+        student = models.build(hook.loaded, "student", classes, 0)
+    else:
+        student = models.create("student", classes, 0, width=session.arguments.width)
     measure = partial(measure_speeds, list(networks.values()), student, loaded.image_size, machine)
-    own = hook and (hook.function, hook.sha256)
+    own = (hook.function, hook.sha256) if hook else other_width(session.arguments.width)
     records.save_speed(output, list(networks), loaded.digest, place, machine.precision, measure, own)
 
 

@@ -7,20 +7,19 @@ bound by memory, and see a quarter of the data.
 
 import copy
 import functools
-import hashlib
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runs.checkpoints import ModelFile, save_checkpoint
+from runs.checkpoints import ModelFile, digest, is_finite, save_checkpoint
 from runs.costs import any_macs, layers_macs
 from runs.files import Damaged, Failure, decode
 from runs.foreign import load_own
 from runs.hooks import Hooks
 from runs.machine import HAS_AMX, memory_format
-from runs.settings import Costs
+from runs.settings import WIDEST, Costs
 from runs.streams import stream, stream_seed
 
 FORMAT = 2  # of model.pt; a file with another number is refused
@@ -134,18 +133,26 @@ class Network(nn.Module):
         return normalize(images.to(first.device), self.mean, self.std)
 
 
-class Teacher(Network):
-    """A ResNet of three stages."""
+def scaled(widths, width):
+    """The channels `widths` times `width`, to the nearest multiples of 8, in which processors compute them."""
+    return tuple(max(8, 8 * round(channels * width / 8)) for channels in widths)
 
-    def __init__(self, classes, widths=(64, 224, 384), depths=(1, 1, 2)):
+
+class Teacher(Network):
+    """A ResNet of three stages; `width` multiplies their channels."""
+
+    def __init__(self, classes, widths=(64, 224, 384), depths=(1, 1, 2), width=1.0):
+        widths = scaled(widths, width)
         inputs = (24, *widths[:-1])
         super().__init__(map(Stage, inputs, widths, depths), widths[-1], classes)
 
 
 class Student(Network):
-    """A plain CNN: three pairs of Blocks, the first of each pair halving the image, no shortcuts."""
+    """A plain CNN: three pairs of Blocks, the first of each pair halving the image, no shortcuts; `width` multiplies
+    their channels."""
 
-    def __init__(self, classes, widths=(32, 32, 96, 96, 128, 128)):
+    def __init__(self, classes, widths=(32, 32, 96, 96, 128, 128), width=1.0):
+        widths = scaled(widths, width)
         inputs = (24, *widths[:-1])
         super().__init__(map(Block, inputs, widths, (True, False) * 3), widths[-1], classes)
 
@@ -173,15 +180,16 @@ def generator(*purpose):
     return torch.Generator().manual_seed(stream_seed(*purpose))
 
 
-def create(architecture, classes, seed, images=None):
-    """A new network on the CPU with weights drawn from (architecture, seed); `classes` is their number.
+def create(architecture, classes, seed, images=None, width=1.0):
+    """A new network on the CPU with weights drawn from (architecture, seed); `classes` is their number, `width`
+    multiplies the channels.
 
     3x3 convolutions begin as the identity (Dirac) on as many channels as there are inputs, the others as PyTorch draws
     them (He et al., arXiv 1502.01852); the head has a variance of 1 / inputs. The whitening is fitted to `images`,
     normalized ones (N, 3, S, S) of the training set; without them it is drawn as well.
     """
     with torch.random.fork_rng(devices=[]):  # PyTorch's own first weights, which these replace, move the global state
-        network = ARCHITECTURES[architecture](classes)
+        network = ARCHITECTURES[architecture](classes, width=width)
     draws = generator("weights", architecture, seed)
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
@@ -206,9 +214,9 @@ def build(function, role, classes, seed):
 
 
 @functools.lru_cache
-def costs(architecture, classes, image_size):
+def costs(architecture, classes, image_size, width=1.0):
     """The Costs of one of this program's networks."""
-    return costs_of(create(architecture, classes, seed=0), image_size)
+    return costs_of(create(architecture, classes, seed=0, width=width), image_size)
 
 
 def costs_of(network, image_size):
@@ -261,27 +269,12 @@ def identity(state_dict, settings):
     return digest(state_dict, "" if settings.get("epochs") else settings.get("network_sha256") or "")
 
 
-def digest(state_dict, more=""):
-    """The SHA-256 of a network's weights and buffers (names, types, shapes and bits), and of the text `more`."""
-    total = hashlib.sha256(more.encode())
-    for name, tensor in state_dict.items():
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
-
-
-def is_finite(state_dict):
-    """Whether no weight or buffer is infinite or NaN."""
-    finite = [tensor.isfinite().all() for tensor in state_dict.values()]
-    return not finite or bool(torch.stack(finite).all())  # a frozen program has none
-
-
 def save(path, network, architecture, *, classes, image_size, mean, std, settings, accuracy, ranges=None):
     """Writes model.pt."""
     content = ModelFile(
         format=FORMAT,
         architecture=architecture,
-        arguments={"classes": len(classes)},
+        arguments={"classes": len(classes)} | {name: settings[name] for name in ("width",) if name in settings},
         classes=list(classes),
         image_size=image_size,
         mean=list(mean),
@@ -317,11 +310,17 @@ def load(path, network=None, hooks=None):
     if file.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise Damaged(f"{path} holds the unknown architecture '{file.architecture}'; known are: {known}.")
-    if file.arguments != {"classes": len(file.classes)}:
+    width = file.arguments.get("width", 1.0)
+    if file.arguments != {"classes": len(file.classes), **({"width": width} if width != 1 else {})}:
         raise Damaged(f"{path} is damaged: its class names do not match its arguments.")
+    if not 0 < width <= WIDEST:
+        raise Damaged(f"{path} is damaged: a width of {width} is out of range.")
     network = network or (hooks or Hooks()).network_of(file.settings, path)
     count, seed = len(file.classes), file.settings.get("seed", 0)  # of what a network draws outside its state_dict
-    network = build(network, file.architecture, count, seed) if network else ARCHITECTURES[file.architecture](count)
+    if network:
+        network = build(network, file.architecture, count, seed)
+    else:
+        network = ARCHITECTURES[file.architecture](count, width=width)
     own = file.settings.get("network")
     load_weights(network, file.state_dict, path, own and f"{own} in {file.settings.get('network_file')}")
     for name in ("architecture", "classes", "image_size", "mean", "std", "ranges", "settings", "accuracy"):

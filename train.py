@@ -126,7 +126,7 @@ def new_network(settings, data, transfer_set, hooks):
     count = WHITENED * 64**2 // max(64, data.image_size) ** 2
     some = transfer_set[:: max(1, len(transfer_set) // count)].to(data.train_images.device)
     some = models.normalize(data.train_images[some].cpu(), data.mean, data.std)
-    return models.create(settings.architecture, len(data.classes), settings.seed, some)
+    return models.create(settings.architecture, len(data.classes), settings.seed, some, settings.width)
 
 
 def evaluate(network, images, mean, std):

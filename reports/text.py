@@ -37,6 +37,8 @@ def _special(comparison):
     """What the students of this comparison have that others have not, a line each."""
     settings = comparison.settings
     lines = [f"- Student: {settings.network} in {settings.network_file}\n"] if settings.network else []
+    if settings.width != 1:
+        lines.append(f"- Width: {settings.width:g}\n")
     if settings.loss:
         lines.append(f"- Loss: {settings.loss} in {settings.loss_file}\n")
     if settings.unlabeled:
@@ -174,8 +176,8 @@ def _p(value):
 
 
 COLUMNS = (
-    "run", "role", "temperature", "alpha", "loss", "unlabeled", "network", "train_fraction", "omit_class", "seed",
-    "accuracy", "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay",
+    "run", "role", "temperature", "alpha", "loss", "unlabeled", "network", "width", "train_fraction", "omit_class",
+    "seed", "accuracy", "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay",
     "image_size", "padding", "cutout", "label_smoothing", "val_fraction", "seconds",
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Checkpoints: dicts of builtin values and tensors as PyTorch archives, whole or not at all, verified when read."""
 
+import hashlib
 import io
 import pickle
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ class ModelFile:
 
     format: int
     architecture: str
-    arguments: dict[str, int]
+    arguments: dict[str, int | float]
     classes: Annotated[list[str], Meta(min_length=2)]
     image_size: Annotated[int, Meta(ge=SMALLEST_IMAGE, le=LARGEST_IMAGE)]
     mean: tuple[Share, Share, Share]
@@ -65,6 +66,21 @@ def load_plain(path):
         if is_out_of_memory(error):
             raise
         raise Damaged(f"{path} is damaged: {first_line(error)}.") from None
+
+
+def digest(state_dict, more=""):
+    """The SHA-256 of a network's weights and buffers (names, types, shapes and bits), and of the text `more`."""
+    total = hashlib.sha256(more.encode())
+    for name, tensor in state_dict.items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def is_finite(state_dict):
+    """Whether no weight or buffer is infinite or NaN."""
+    finite = [tensor.isfinite().all() for tensor in state_dict.values()]
+    return not finite or bool(torch.stack(finite).all())  # a frozen program has none
 
 
 def has_format(checkpoint, version):

@@ -22,6 +22,7 @@ def _settings(arguments, data, role, seed, images, network, **rest):
         seed=seed,
         image_size=arguments.image_size,
         label_smoothing=arguments.label_smoothing,
+        width=width(arguments, role),
         **augmentation(arguments, role),
         **settings_of("network", network),
         **rest,
@@ -32,6 +33,12 @@ def augmentation(arguments, role):
     """What is done to the views of a command's runs of this `role`: the `padding` and `cutout` of data.Views."""
     usual = default_augmentation(role, arguments.epochs, arguments.image_size)
     return usual | {name: given for name in usual if (given := getattr(arguments, name)) is not None}
+
+
+def width(arguments, role):
+    """By what the channels of a command's networks of this `role` are multiplied: --width is for those that the command
+    is about, teachers with --train-teacher, else students."""
+    return arguments.width if (role == "teacher") == bool(arguments.train_teacher) else 1.0
 
 
 def seeds(arguments):

@@ -321,11 +321,11 @@ class Progress:
         """Writes what a finished run holds, model.pt, which makes it finished, last; returns its accuracy: on the test
         set, or on the validation part of a run that has one."""
         self._write_history()
-        record = {"seconds": sum(row.seconds + row.teacher_seconds for row in self.history)}
-        costs = self.options.costs or {
-            name: models.costs(name, len(data.classes), data.image_size) for name in models.ARCHITECTURES
-        }
-        record["costs"] = {name: vars(each) for name, each in costs.items()}
+        widths = dict.fromkeys(models.ARCHITECTURES, 1.0) | {self.settings.architecture: self.settings.width}
+        about = len(data.classes), data.image_size
+        costs = self.options.costs or {name: models.costs(name, *about, each) for name, each in widths.items()}
+        seconds = sum(row.seconds + row.teacher_seconds for row in self.history)
+        record = {"seconds": seconds, "costs": {name: vars(each) for name, each in costs.items()}}
         if test_logits is None:
             result = record["val_accuracy"] = self.history[-1].val_accuracy
         else:

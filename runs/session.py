@@ -94,15 +94,16 @@ def start(arguments, stop, group, hooks, machine, teachers):
     if not teachers:
         try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size, machine, group.say)
     own = own_networks(hooks, len(loaded.classes))
+    widths = {role: plan.width(arguments, role) for role in models.ARCHITECTURES}
     with hooks.explained("fails on the CPU, where its multiply-adds are counted whatever --device says"):
-        costs = costs_of(own, teachers, len(loaded.classes), loaded.image_size)
+        costs = costs_of(own, teachers, len(loaded.classes), loaded.image_size, widths)
     for name in ("teacher", "student"):
         millions = f"{costs[name].macs / 1e6:,.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
     if loaded.image_size > models.FULL_BATCH:
         largest = "student" if teachers else "teacher"  # of what this command trains
         batch = min(arguments.batch_size, len(loaded.train_labels)) * (2 if loaded.unlabeled and teachers else 1)
-        network = own.get(largest) or models.create(largest, len(loaded.classes), seed=0)
+        network = own.get(largest) or models.create(largest, len(loaded.classes), seed=0, width=widths[largest])
         group.say(describe_memory(largest, network, loaded.image_size, batch, machine, group.local_size))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
@@ -142,10 +143,10 @@ def own_networks(hooks, classes):
     return {role: models.build(hook.loaded, role, classes, 0) for role, hook in named.items() if hook}
 
 
-def costs_of(own, teachers, classes, image_size):
+def costs_of(own, teachers, classes, image_size, widths):
     """The Costs of "teacher" and "student", and of the `teachers` together where there are any yet; `own` as from
-    `own_networks`."""
-    found = {role: models.costs(role, classes, image_size) for role in models.ARCHITECTURES if role not in own}
+    `own_networks`, `widths` by role."""
+    found = {role: models.costs(role, classes, image_size, each) for role, each in widths.items() if role not in own}
     found |= {role: models.costs_of(network, image_size) for role, network in own.items()}
     if teachers:
         members = [models.costs_of(network, image_size) for network in teachers]

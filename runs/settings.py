@@ -13,6 +13,8 @@ RECIPE = 4  # of networks, initial weights, optimizer and schedule: raise it wit
 SPLIT_VERSION = 2  # of data.split for students of a part of the images
 VIEWS_VERSION = 1  # of the augmentation in data.Views: raise it with any change of it
 
+WIDEST = 8.0  # how many times as many channels a network may have
+
 Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
@@ -26,7 +28,7 @@ class Settings:
     `split` is the version of data.split for those of a part of the images, None of the first.
 
     A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it. A
-    square of `cutout` pixels a side is blanked.
+    square of `cutout` pixels a side is blanked. `width` multiplies the channels of the network.
     Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and
     `network` are the names of functions of the user's own, in files of these names and digests; `unlabeled` is the
     SHA-256 of the images without labels that a distilled student sees, too. What is in OPTIONAL is recorded only where
@@ -60,6 +62,7 @@ class Settings:
     network_sha256: str | None = None
     unlabeled: str | None = None
     cutout: NotNegative = 0
+    width: Annotated[float, Meta(gt=0, le=WIDEST)] = 1.0
 
     def __post_init__(self):
         if self.padding is None:
@@ -72,7 +75,7 @@ class Settings:
     @property
     def name(self):
         """The name of the run's folder: teacher-s0, kd-T4-a0.1-s0, kd-unlabeled-T4-a0.9-s0, baseline-s0,
-        baseline-f0.03-without-bird-s0."""
+        baseline-w0.5-s0, baseline-f0.03-without-bird-s0."""
         return run_name(self.role, self.temperature, self.alpha, self.seed, self.variant, self.shared)
 
     @property
@@ -99,7 +102,8 @@ class Settings:
     @property
     def shared(self):
         """What a distilled student and its baseline have in common beyond what every run has."""
-        return self.train_fraction, self.omit_class, self.network and (self.network, self.network_sha256)
+        network = (self.network, self.network_sha256) if self.network else other_width(self.width)
+        return self.train_fraction, self.omit_class, network
 
     def as_dict(self):
         values = asdict(self) | {"omit_class": list(self.omit_class), "architecture": self.architecture}
@@ -107,7 +111,7 @@ class Settings:
 
 
 # Of the settings: what a run has that records nothing of them.
-OPTIONAL = {"label_smoothing": 0.0, "cutout": 0, "train_fraction": 1.0, "omit_class": []} | dict.fromkeys(
+OPTIONAL = {"label_smoothing": 0.0, "cutout": 0, "width": 1.0, "train_fraction": 1.0, "omit_class": []} | dict.fromkeys(
     ["sweep_teacher", "split", "unlabeled"]
     + [f"{what}{more}" for what in ("loss", "network") for more in ("", "_file", "_sha256")]
 )
@@ -204,6 +208,12 @@ def run_name(role, temperature, alpha, seed, variant=None, shared=PLAIN):
             names = f"{len(omitted)}-class{'es' * (len(omitted) > 1)}-{digest}"
         parts += ["without", names]
     return "-".join([*parts, f"s{seed}"])
+
+
+def other_width(width):
+    """What `Settings.shared` says of the network of a run with another `width` than 1: a name and no digest; else
+    None."""
+    return None if width == 1 else (f"w{_short(width)}", "")
 
 
 def _safe(name):

@@ -92,7 +92,7 @@ def _unfinished(arguments, folder, known=()):
 def _typed(settings, arguments=None):
     """What to type for a teacher with these Settings, {name of the option: value}; of networks that `arguments` name
     its own."""
-    same = ("epochs", "image_size", "batch_size", "weight_decay", "label_smoothing", "seed")
+    same = ("epochs", "image_size", "batch_size", "weight_decay", "label_smoothing", "seed", "width")
     typed = {name: getattr(settings, name) for name in same}
     usual = default_augmentation("teacher", settings.epochs, settings.image_size)
     typed |= {name: value for name, value in settings.augmentation.items() if value != usual[name]}

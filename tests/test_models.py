@@ -126,15 +126,23 @@ CONVOLUTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", CONVOLUTIONS)
-def test_costs_against_a_count_by_hand(architecture):
+# With other widths: channels are the nearest multiples of 8, and at least 8.
+WIDTHS = {0.1: {32: 8, 96: 8, 128: 16}, 0.5: {32: 16, 96: 48, 128: 64}, 1.5: {64: 96, 224: 336, 384: 576}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width"),
+    [("student", 1.0), ("teacher", 1.0), ("student", 0.1), ("student", 0.5), ("teacher", 1.5)],
+)
+def test_costs_against_a_count_by_hand(architecture, width):
     """A 3x3 convolution costs inputs x outputs x 9 for each pixel, the whitening 3 x 24 x 4, the head inputs x classes;
     batch norm has two parameters for each output, the whitening a bias."""
-    convolutions = CONVOLUTIONS[architecture]
-    width = convolutions[-1][1]
-    parameters = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs, _ in convolutions) + width * 10
-    macs = sum(9 * inputs * outputs * side**2 for inputs, outputs, side in convolutions) + width * 10
-    costs = models.costs(architecture, 10, 32)
+    wide = {24: 24} | WIDTHS.get(width, {each: each for _, each, _ in CONVOLUTIONS[architecture]})
+    convolutions = [(wide[inputs], wide[outputs], side) for inputs, outputs, side in CONVOLUTIONS[architecture]]
+    last = convolutions[-1][1]
+    parameters = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs, _ in convolutions) + last * 10
+    macs = sum(9 * inputs * outputs * side**2 for inputs, outputs, side in convolutions) + last * 10
+    costs = models.costs(architecture, 10, 32, width)
     assert (costs.parameters, costs.macs) == (parameters + 12 * 24 + 24, macs + 12 * 24 * 31**2)
 
 
@@ -221,7 +229,12 @@ def changed(path, **entries):
         ({"classes": ["a"], "arguments": {"classes": 1}}, r"length >= 2 - at \$.classes"),
         ({"classes": [1, 2, 3]}, r"expected str, got int - at \$.classes"),
         ({"arguments": {"classes": 3, "widths": 10**9}}, "arguments"),
-        ({"arguments": {"classes": 3.5}}, r"expected int, got float - at \$.arguments"),
+        ({"arguments": {"classes": 3.5}}, "class names do not match"),
+        ({"arguments": {"classes": 3, "width": "2"}}, r"got str - at \$.arguments"),
+        ({"arguments": {"classes": 3, "width": 2.0}}, "weights do not fit this architecture"),
+        ({"arguments": {"classes": 3, "width": 0.0}}, "a width of 0.0 is out of range"),
+        ({"arguments": {"classes": 3, "width": float("nan")}}, "a width of nan is out of range"),
+        ({"arguments": {"classes": 3, "width": 9}}, "a width of 9 is out of range"),
         ({"image_size": 100_000}, r"int <= 256 - at \$.image_size"),
         ({"image_size": 15}, r"int >= 16 - at \$.image_size"),
         ({"mean": ["x"] * 3}, r"expected float, got str - at \$.mean"),
