@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from reports.statistics import holm, paired_test
-from reports.styles import STYLES, role_line
+from reports.styles import STYLES, legend, role_line
 from runs.files import make_folder, write_json
 
 COMPARED = ("settings", "environment", "teacher", "student", "baseline", "kd")  # what is kept of comparison.json
@@ -89,7 +89,8 @@ def draw(found):
     distilled, without = [each["kd"][0] for each in found], [each["baseline"] for each in found]
     for role, entries in (("kd", distilled), ("baseline", without)):
         halves = [half(paired_test(entry["accuracies"])) for entry in entries]  # of the mean; the pairing is with 0
-        left.errorbar(macs, [entry["mean"] for entry in entries], halves, marker="o", capsize=4, **role_line(role))
+        beside = [each * (0.97 if role == "kd" else 1.03) for each in macs]  # so that both bars can be seen
+        left.errorbar(beside, [entry["mean"] for entry in entries], halves, marker="o", capsize=4, **role_line(role))
     left.axhline(found[0]["teacher"]["accuracy"], **role_line("teacher"))
     tests, color = [entry["improvement"] for entry in distilled], STYLES["kd"]["color"]
     right.errorbar(macs, [test["mean"] for test in tests], list(map(half, tests)), marker="D", capsize=4, color=color)
@@ -103,10 +104,11 @@ def draw(found):
         axes.set_xticks(macs, [f"{each:.3g}" for each in macs])
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
         axes.grid(alpha=0.25)
-    left.legend(frameon=False)
-    settings, kd = found[0]["settings"], distilled[0]
+        axes.spines[["top", "right"]].set_visible(False)
+    legend(figure, [left], 3)
+    epochs, kd = found[0]["settings"]["epochs"], distilled[0]
     figure.suptitle(
-        f"Students of {len(found)} sizes, {settings['epochs']} epochs, T = {kd['temperature']:g}, alpha = "
+        f"Students of {len(found)} sizes after {epochs} epoch{'s' * (epochs > 1)}, T = {kd['temperature']:g}, alpha = "
         f"{kd['alpha']:g}; bars: 95% intervals over {len(kd['seeds'])} seeds"
     )
     return figure
