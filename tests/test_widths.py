@@ -141,11 +141,24 @@ def test_students_of_several_widths_are_compared(cli, monkeypatch, finished, fla
 
     monkeypatch.setattr(widths.subprocess, "run", run)
     widths.main()
-    assert [command[:4] for command in commands] == [["--width", each, "--epochs", "1"] for each in ("0.25", "1")]
+    expected = [[t, w] for t in ("32", "4") for w in ("0.25", "1")]
+    assert [[command[1], command[3]] for command in commands] == expected
     narrow, usual = (json.loads((results / f"width-{width}.json").read_text()) for width in ("0.25", "1"))
     assert narrow["settings"]["width"] == 0.25 and "width" not in usual["settings"]
-    gains = [np.subtract(each["kd"][0]["accuracies"], each["baseline"]["accuracies"]) for each in (narrow, usual)]
-    (found,) = json.loads((results / "gains.json").read_text())
-    assert found["points"]["mean"] == pytest.approx(100 * np.mean(gains[0] - gains[1]), abs=1e-9)
-    assert (found["width"], found["over"]) == (0.25, 1.0) and found["points"]["p_holm"] == found["points"]["p_value"]
+    accuracies = [[np.array(kd["accuracies"]) for kd in each["kd"]] for each in (narrow, usual)]
+    assert [kd["temperature"] for kd in narrow["kd"]] == [32, 4]
+    found = json.loads((results / "gains.json").read_text())
+    (more,) = found["gains"]
+    gains = [
+        first - each["baseline"]["accuracies"] for (first, _), each in zip(accuracies, (narrow, usual), strict=True)
+    ]
+    assert more["points"]["mean"] == pytest.approx(100 * np.mean(gains[0] - gains[1]), abs=1e-6)
+    assert (more["width"], more["over"], more["temperature"]) == (0.25, 1.0, 32.0)
+    assert more["points"]["p_holm"] == more["points"]["p_value"]
+    ahead = found["temperatures"]
+    assert [(each["width"], each["temperature"], each["over"]) for each in ahead] == [(0.25, 4, 32), (1, 4, 32)]
+    for (first, other), each in zip(accuracies, ahead, strict=True):
+        assert each["points"]["mean"] == pytest.approx(100 * np.mean(other - first), abs=1e-6)
+    smaller = min(ahead, key=lambda each: each["points"]["p_value"])["points"]
+    assert smaller["p_holm"] == pytest.approx(min(1, 2 * smaller["p_value"]))
     assert (results / "gain.png").read_bytes()[:4] == b"\x89PNG"
