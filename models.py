@@ -135,7 +135,7 @@ class Network(nn.Module):
 
 def scaled(widths, width):
     """The channels `widths` times `width`, to the nearest multiples of 8, in which processors compute them."""
-    return tuple(max(8, 8 * round(channels * width / 8)) for channels in widths)
+    return widths if width == 1 else tuple(max(8, 8 * round(channels * width / 8)) for channels in widths)
 
 
 class Teacher(Network):

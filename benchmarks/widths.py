@@ -113,10 +113,10 @@ def draw(found):
     macs = [each["student"]["macs"] / 1e6 for each in found]
     left.axhline(found[0]["teacher"]["accuracy"], **role_line("teacher"))
     lines = [(role_line("baseline") | {"marker": "o"}, [each["baseline"] for each in found])]
-    for number, kd in enumerate(found[0]["kd"]):
+    for number, each in enumerate(zip(*(each["kd"] for each in found), strict=True)):
         color, linestyle, marker = pair_style(number)
-        style = {"color": color, "linestyle": linestyle, "marker": marker, "label": f"KD, {pair_name(kd)}"}
-        lines.append((style, [each["kd"][number] for each in found]))
+        style = {"color": color, "linestyle": linestyle, "marker": marker, "label": f"KD, {pair_name(each[0])}"}
+        lines.append((style, each))
     for number, (style, entries) in enumerate(lines):
         beside = [each * (1 + 0.05 * (number - (len(lines) - 1) / 2)) for each in macs]  # so that no bar hides another
         halves = [half(paired_test(entry["accuracies"])) for entry in entries]  # of the mean; the pairing is with 0

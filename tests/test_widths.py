@@ -14,7 +14,9 @@ from conftest import CLASSES, ROOT
 
 import models
 import train
+from arguments import parse
 from runs.signals import Interrupted
+from runs.teachers import find_sweep_teachers
 
 HALF = models.costs("student", len(CLASSES), 16, 0.5)
 
@@ -92,6 +94,9 @@ def test_a_narrower_teacher_is_found_teaches_and_is_resumed_by_the_command_that_
     assert cli(*words[2:]).status == 0
     got = cli(*flags, "--output-dir", tmp_path)
     assert got.status == 0 and f"{tmp_path / 'teacher-w0.5-s0' / 'model.pt'}: test accuracy" in got.out
+    path = tmp_path / "teacher-w0.5-s0" / "model.pt"
+    missing = find_sweep_teachers(parse(["--output-dir", str(tmp_path)]), [(path, models.load(path))], 0.1)[1]
+    assert "--width 0.5 --val-fraction 0.1" in missing.splitlines()[-1]
     teacher, student = models.costs("teacher", 3, 16, 0.5), models.costs("student", 3, 16)
     assert f"Teacher: {teacher.parameters:,} parameters" in got.out
     assert f"Student: {student.parameters:,} parameters" in got.out and "- Width" not in got.out
@@ -154,11 +159,37 @@ def test_students_of_several_widths_are_compared(cli, monkeypatch, finished, fla
     ]
     assert more["points"]["mean"] == pytest.approx(100 * np.mean(gains[0] - gains[1]), abs=1e-6)
     assert (more["width"], more["over"], more["temperature"]) == (0.25, 1.0, 32.0)
-    assert more["points"]["p_holm"] == more["points"]["p_value"]
     ahead = found["temperatures"]
     assert [(each["width"], each["temperature"], each["over"]) for each in ahead] == [(0.25, 4, 32), (1, 4, 32)]
     for (first, other), each in zip(accuracies, ahead, strict=True):
         assert each["points"]["mean"] == pytest.approx(100 * np.mean(other - first), abs=1e-6)
-    smaller = min(ahead, key=lambda each: each["points"]["p_value"])["points"]
-    assert smaller["p_holm"] == pytest.approx(min(1, 2 * smaller["p_value"]))
     assert (results / "gain.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_widths_and_temperatures_are_tested_by_seed(monkeypatch):
+    """By hand: three differences, mean m, standard deviation s: t = m sqrt(3) / s, and p = 1 - t / sqrt(t^2 + 2)."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import widths
+
+    def found(*kds):
+        keys = ("temperature", "accuracies", "by_seed")
+        each = [dict(zip(keys, kd, strict=True)) for kd in kds]
+        return {"kd": [kd | {"improvement": {"by_seed": kd["by_seed"]}} for kd in each]}
+
+    wide = found((32, (0.8, 0.8, 0.8), (2.0, 2.0, 2.0)), (4, (0.79, 0.78, 0.77), (0, 0, 0)))
+    narrow = found((32, (0.6, 0.6, 0.6), (1.0, 0.0, -1.0)), (4, (0.6, 0.61, 0.61), (0, 0, 0)))
+    tests = widths.tests({0.5: narrow, 1.0: wide})
+    (gain,) = tests["gains"]
+    assert (gain["width"], gain["over"], gain["temperature"], gain["points"]["mean"]) == (0.5, 1.0, 32, -2)
+    t = 2 * 3**0.5
+    assert gain["points"]["p_value"] == gain["points"]["p_holm"] == pytest.approx(1 - t / (t * t + 2) ** 0.5)
+    first, last = tests["temperatures"]
+    assert [(each["width"], each["temperature"], each["over"]) for each in (first, last)] == [
+        (0.5, 4, 32),
+        (1.0, 4, 32),
+    ]
+    assert first["points"]["mean"] == pytest.approx(2 / 3) and last["points"]["mean"] == pytest.approx(-2)
+    assert last["points"]["p_value"] == pytest.approx(1 - t / (t * t + 2) ** 0.5)  # -1, -2 and -3 points
+    assert first["points"]["p_value"] == pytest.approx(1 - 2 / 6**0.5)  # 0, 1 and 1: s = 1 / sqrt(3), t = 2
+    assert last["points"]["p_holm"] == pytest.approx(2 * last["points"]["p_value"])
+    assert first["points"]["p_holm"] == first["points"]["p_value"]
