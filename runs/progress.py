@@ -1,11 +1,9 @@
 """How far a run is: its counters and sums, the state that is saved, what is shown, and its end."""
 
 import contextlib
-import csv
-import io
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from runs.files import Damaged, Failure, make_folder, remove, save_array, write,
 from runs.machine import describe
 from runs.settings import VERSION, RunRecord
 from runs.signals import Interrupted, Stop
-from runs.state import HistoryRow, State, load_state, save_state
+from runs.state import HistoryRow, State, as_csv, load_state, save_state
 
 REFRESH = 0.25  # seconds between progress figures
 
@@ -168,7 +166,7 @@ class Progress:
         self.epoch, self.step = self.epoch + 1, 0
         self._clear_sums()
         self._save()
-        self._write_history()
+        write(self.run.history, as_csv(self.history))
         self._write_record()
         if self.tally:
             self.tally.add("epochs", self.settings.images_per_label)
@@ -183,18 +181,21 @@ class Progress:
         self.seconds = self.teacher_seconds = 0.0
 
     def _check(self, weights=False):
-        """Raises Failure where a loss was not finite, or (if `weights`) what would be saved is not."""
-        bad = self.sums["first_bad"].item()
+        """Raises Failure where a loss was not finite, or (if `weights`) what would be saved is not, or learns no more:
+        no image of the last batch reaches the head (of networks of this program), and no gradient comes back."""
+        bad, what = self.sums["first_bad"].item(), "its loss or weights were not finite"
         if bad < 0 and weights:
             momenta = (each["momentum_buffer"] for each in self.optimizer.state.values())
             if not models.is_finite(self.network.state_dict()) or not all(m.isfinite().all() for m in momenta):
                 bad = self.step - 1
+            elif not self.settings.network and not self.network.head.weight.grad.any():
+                bad, what = self.step - 1, "it gave all images the same answer"
         if bad < 0:
             return
         rate = self.settings.learning_rate
         raise Failure(
-            f"{self.run.name} diverged: its loss or weights were not finite at step {bad + 1} of {self.steps} of "
-            f"epoch {self.epoch + 1} of {self.settings.epochs}.\nThe last good state is saved. "
+            f"{self.run.name} diverged: {what} at step {bad + 1} of {self.steps} of epoch {self.epoch + 1} of "
+            f"{self.settings.epochs}.\nThe last good state is saved. "
             f"Try a smaller learning rate: --lr {rate / 4:.3g} --overwrite (it was {rate:.3g})."
         )
 
@@ -310,17 +311,10 @@ class Progress:
         )
         write_json(self.run.record, {k: v for k, v in vars(record).items() if v is not None})
 
-    def _write_history(self):
-        text = io.StringIO()
-        table = csv.DictWriter(text, [each.name for each in fields(HistoryRow)], lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(row) for row in self.history)
-        write(self.run.history, text.getvalue())
-
     def finish(self, data, test_logits=None, test_accuracy=None, omitted_bias=None):
         """Writes what a finished run holds, model.pt, which makes it finished, last; returns its accuracy: on the test
         set, or on the validation part of a run that has one."""
-        self._write_history()
+        write(self.run.history, as_csv(self.history))
         widths = dict.fromkeys(models.ARCHITECTURES, 1.0) | {self.settings.architecture: self.settings.width}
         about = len(data.classes), data.image_size
         costs = self.options.costs or {name: models.costs(name, *about, each) for name, each in widths.items()}

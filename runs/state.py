@@ -1,6 +1,8 @@
 """The content of state.pt, from which an unfinished run is resumed, and of history.csv."""
 
-from dataclasses import dataclass, field
+import csv
+import io
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated
 
 import torch
@@ -29,6 +31,15 @@ class HistoryRow:
     seconds: float
     teacher_seconds: float
     images_per_second: float
+
+
+def as_csv(history):
+    """The text of history.csv, of HistoryRows."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, [each.name for each in fields(HistoryRow)], lineterminator="\n")
+    table.writeheader()
+    table.writerows(asdict(row) for row in history)
+    return text.getvalue()
 
 
 @dataclass

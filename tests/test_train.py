@@ -475,6 +475,26 @@ def test_weights_that_are_not_finite_are_never_saved(loaded, tmp_path, monkeypat
     assert models.is_finite(load_checkpoint(tmp_path / "state.pt")["network"])
 
 
+@pytest.mark.parametrize("save_every", [120, 0])
+def test_a_network_that_no_image_reaches_the_end_of_is_not_trained_on(loaded, tmp_path, monkeypatch, save_every):
+    """Its last channels are never positive again, so that no gradient brings it back."""
+    step, steps = train.Muon.step, []
+
+    def bury(optimizer):
+        step(optimizer)
+        steps.append(optimizer)
+        if len(steps) == 4:  # the first of the second epoch
+            optimizer.param_groups[2]["params"][-1].data.fill_(-1000.0)
+
+    monkeypatch.setattr(train.Muon, "step", bury)
+    place = "step 2 of 3" if save_every == 0 else "step 3 of 3"
+    with pytest.raises(
+        Failure, match=rf"diverged: it gave all images the same answer at {place} of epoch 2 of 2\.\n.*--lr"
+    ):
+        train_run(loaded, tmp_path, options=Options(save_every=save_every))
+    assert not (tmp_path / "model.pt").exists() and load_checkpoint(tmp_path / "state.pt")["epoch"] == 1
+
+
 # What a step sees ----------------------------------------------------------------------------------------------------
 
 
