@@ -46,6 +46,7 @@ CHANGES = {
     "rate": "the learning rate for batches of 128 [0.2]",
     "conv": "the convolutions' share of the learning rate",
     "bias": "the biases' share of it",
+    "clip": "the norm to which the gradients of all biases together are clipped [none]",
     "padding": "by how many pixels views are moved at most",
     "cutout": "side in pixels of a square of each view that is blanked",
     "smoothing": "of the labels [0]",
@@ -143,6 +144,14 @@ def patches(role, changes):
     for name, constant in (("conv", "CONVOLUTIONS"), ("bias", "BIASES")):
         if name in changes:
             found.append(patch.object(train, constant, (float(changes.pop(name)), getattr(train, constant)[1])))
+    if "clip" in changes:
+        limit, step = float(changes.pop("clip")), train.Muon.step
+
+        def clipped(optimizer):
+            nn.utils.clip_grad_norm_(optimizer.param_groups[2]["params"], limit)
+            step(optimizer)
+
+        found.append(patch.object(train.Muon, "step", clipped))
     if "batchnorm" in changes:
         layer, momentum = nn.BatchNorm2d, float(changes.pop("batchnorm"))
         found.append(patch.object(nn, "BatchNorm2d", lambda width: layer(width, momentum=momentum)))
