@@ -175,27 +175,6 @@ def other_images(folder=RESULTS / "animals"):
     )
 
 
-def widths(folder=RESULTS / "widths"):
-    """Students of several widths, at each temperature, and how much more the smaller ones gain than the largest."""
-    found = [json.loads(path.read_text()) for path in folder.glob("width-*.json")]
-    found.sort(key=lambda each: each["student"]["macs"])
-    rows = []
-    for each in found:
-        width, student = each["settings"].get("width", 1), each["student"]
-        size = [f"{width:g}", f"{student['parameters'] / 1e3:,.0f}", f"{student['macs'] / 1e6:.1f}"]
-        rows.append([*size, "without a teacher", share(each["baseline"]), ""])
-        for kd in each["kd"]:
-            rows.append([*size, f"distilled, T = {kd['temperature']:g}", share(kd), gain(kd["improvement"])])
-    head = ["width", "thousand parameters", "million multiply-adds", "student", "test accuracy"]
-    settings, teacher, count = found[0]["settings"], found[0]["teacher"], len(found[0]["baseline"]["seeds"])
-    return table([*head, "gain in points (95% interval)"], *rows) + (
-        f"\n\n{count} seeds each, ± is their standard deviation; each p is for its row alone. {settings['epochs']} "
-        f"epochs, alpha = {found[0]['kd'][0]['alpha']:g}. Teacher: {teacher['accuracy']:.4f}, "
-        f"{teacher['parameters'] / 1e6:.2f} million parameters. {machine(found[0])}: `python benchmarks/widths.py "
-        "--teacher results/cifar10/teacher-s0`."
-    )
-
-
 NUMBERS = ("distilled", "distilled_std", "other", "other_std", "mean", "low", "high")
 
 
@@ -224,7 +203,7 @@ def paper(path=None):
 
 BLOCKS = {
     "printed": printed, "results": results, "paper": paper, "few labels": few_labels, "other images": other_images,
-    "speed": speed, "widths": widths,
+    "speed": speed,
 }  # fmt: skip
 
 
