@@ -159,7 +159,7 @@ def test_comparison_csv_has_a_row_for_each_run(swept):
         assert balanced == row["accuracy"] == "" or float(balanced) == pytest.approx(kept["accuracy"])
         for column, text in row.items():
             # What a run.json does not say.
-            usual = {"train_fraction": 1.0, "label_smoothing": 0.0, "cutout": 0}.get(column)
+            usual = {"train_fraction": 1.0, "label_smoothing": 0.0, "cutout": 0, "width": 1.0}.get(column)
             value = kept.get(column, kept["settings"].get(column, usual))
             assert column == "run" or text == ("" if value is None else str(value)), (name, column)
 
