@@ -274,7 +274,7 @@ def save(path, network, architecture, *, classes, image_size, mean, std, setting
     content = ModelFile(
         format=FORMAT,
         architecture=architecture,
-        arguments={"classes": len(classes)} | {name: settings[name] for name in ("width",) if name in settings},
+        arguments={"classes": len(classes)} | ({"width": settings["width"]} if "width" in settings else {}),
         classes=list(classes),
         image_size=image_size,
         mean=list(mean),
@@ -311,7 +311,7 @@ def load(path, network=None, hooks=None):
         known = ", ".join(ARCHITECTURES)
         raise Damaged(f"{path} holds the unknown architecture '{file.architecture}'; known are: {known}.")
     width = file.arguments.get("width", 1.0)
-    if file.arguments != {"classes": len(file.classes), **({"width": width} if width != 1 else {})}:
+    if file.arguments | {"width": width} != {"classes": len(file.classes), "width": width}:
         raise Damaged(f"{path} is damaged: its class names do not match its arguments.")
     if not 0 < width <= WIDEST:
         raise Damaged(f"{path} is damaged: a width of {width} is out of range.")

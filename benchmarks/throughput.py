@@ -82,8 +82,8 @@ class Images(Dataset):
 
 
 def workers(device):
-    """How many processes load the textbook loop's images: two, as this program was asked for, or where a GPU trains and
-    all cores are free for it one per core."""
+    """How many processes load the textbook loop's images: two, or where a GPU trains and leaves the cores free, one for
+    each core."""
     return 2 if device.type == "cpu" else max(2, os.cpu_count())
 
 

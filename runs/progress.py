@@ -182,13 +182,14 @@ class Progress:
 
     def _check(self, weights=False):
         """Raises Failure where a loss was not finite, or (if `weights`) what would be saved is not, or learns no more:
-        no image of the last batch reaches the head (of networks of this program), and no gradient comes back."""
+        no image of the last batch reaches the head, and no gradient comes back. Only this program's own networks and
+        losses are judged by that: a loss of the user's own may well have no gradient left."""
         bad, what = self.sums["first_bad"].item(), "its loss or weights were not finite"
         if bad < 0 and weights:
             momenta = (each["momentum_buffer"] for each in self.optimizer.state.values())
             if not models.is_finite(self.network.state_dict()) or not all(m.isfinite().all() for m in momenta):
                 bad = self.step - 1
-            elif not self.settings.network and not self.network.head.weight.grad.any():
+            elif not (self.settings.network or self.settings.loss) and not self.network.head.weight.grad.any():
                 bad, what = self.step - 1, "it gave all images the same answer"
         if bad < 0:
             return

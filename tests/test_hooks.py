@@ -166,6 +166,14 @@ def test_it_is_refused_before_images_are_read_or_runs_removed(cli, flags, finish
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*-s0/*")} == before
 
 
+def test_a_loss_that_has_no_gradient_left_is_trained_on(cli, flags, copy, tmp_path):
+    """As a margin loss may have none once all margins are kept; a network without a gradient is no dead one then."""
+    file = tmp_path / "margin.py"
+    file.write_text("def kept(student, *rest):\n    return (student.abs() - 3).relu().sum()\n")
+    got = cli(*flags, "--output-dir", copy, "--loss", f"{file}:kept")
+    assert got.status == 0 and "kd-kept-T4-a0.1-s0: test accuracy" in got.out, got
+
+
 def test_a_loss_is_tried_with_all_pairs_of_a_sweep(cli, flags, finished, tmp_path):
     path = tmp_path / "own.py"
     path.write_text("def f(s, l, t, T, a):\n    return s.pow(2).mean() if T == 2 else 1\n")

@@ -317,6 +317,30 @@ def test_what_a_teacher_with_smoothed_labels_is_worth_is_told_as_measured():
     assert f"is as good with labels smoothed by 0.2, {teachers[1]}, as without, {teachers[0]}, but" in readme
 
 
+def test_what_narrower_students_gain_is_told_as_it_was_found():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    half, quarter = (json.loads((ROOT / "results" / "widths" / f"width-{w}.json").read_text()) for w in (0.5, 0.25))
+    told = []
+    for found, width in ((half, 0.5), (quarter, 0.25)):
+        assert found["settings"]["width"] == width and found["settings"]["epochs"] == 10
+        assert found["settings"]["teacher"] == record()["settings"]["teacher"]
+        (kd,) = found["kd"]
+        assert (kd["temperature"], kd["alpha"], kd["seeds"]) == (32, 0.9, [0, 1, 2, 3, 4])
+        gains = 100 * (np.array(kd["accuracies"]) - found["baseline"]["accuracies"])
+        ends = 2.776445 * gains.std(ddof=1) / 5**0.5  # Student's t of 4 degrees of freedom, 97.5%
+        p = kd["improvement"]["p_value"]
+        told.append(f"{abs(gains.mean()):.2f} ({gains.mean() - ends:+.2f} to {gains.mean() + ends:+.2f}, p = {p:.2f})")
+    assert f"of half the width gains {told[0].replace(' (', ' points (')}, and one of a quarter" in readme
+    assert f"(26,000 parameters) loses {told[1]}." in readme and quarter["student"]["parameters"] // 1000 == 26
+    with open(ROOT / "results" / "recipes.csv", newline="") as file:
+        narrow = [row["val_accuracy"] for row in csv.DictReader(file) if "widths=8,8,24,24,32,32" in row["what"]]
+    kd, clipped, alone, alone_clipped, cooler = narrow
+    words = (
+        f"it reached {clipped} instead of {kd} on validation images with T = 32, and {cooler} with T = 4; without a "
+    )
+    assert words + f"teacher {alone}, and {alone_clipped} clipped (6 epochs" in readme
+
+
 def test_compute_is_counted_as_the_record_says():
     import compute
 
