@@ -12,9 +12,16 @@ import pytest
 import torch
 from conftest import CLASSES, ROOT
 
+import data
 import models
+import runs.session
+import runs.speed
 import train
 from arguments import parse
+from runs.machine import Machine
+from runs.progress import Options
+from runs.run import Run
+from runs.settings import Settings
 from runs.signals import Interrupted
 from runs.teachers import find_sweep_teachers
 
@@ -72,6 +79,32 @@ def test_a_narrower_student_is_loaded_and_answers_as_it_was_trained(cli, flags, 
     np.testing.assert_allclose(logits.numpy(), np.load(folder / "test_logits.npy"), rtol=1e-4, atol=1e-4)
     got = cli("--output-dir", copy, "--model", folder, "--predict", images / "test" / "red")
     assert got.status == 0 and len(got.out.splitlines()) == 9, got
+
+
+def test_speed_and_memory_are_those_of_the_width(cli, flags, copy, monkeypatch):
+    measured, estimated, speeds = [], [], runs.speed.speeds
+    count = lambda network: sum(each.numel() for each in network.parameters())  # noqa: E731
+    monkeypatch.setattr(
+        runs.speed,
+        "speeds",
+        lambda teachers, student, *more: measured.append(student) or speeds(teachers, student, *more),
+    )
+    monkeypatch.setattr(runs.session, "describe_memory", lambda role, network, *_: estimated.append(network) or role)
+    monkeypatch.setattr(models, "FULL_BATCH", 8)  # so that images of 16x16 are large ones, whose memory is estimated
+    before = {path.name for path in (copy / "data").glob("speed-*")}
+    assert cli(*flags, "--output-dir", copy, "--width", 0.5).status == 0
+    assert [count(each) for each in (*measured, *estimated)] == [HALF.parameters] * 2
+    after = {path.name for path in (copy / "data").glob("speed-*")}
+    assert after > before and all(name.endswith("-w0.5.json") for name in after - before)
+    assert json.loads((copy / "comparison.json").read_text())["student"]["cost"]["bytes"] < 600_000
+
+
+def test_a_run_without_known_costs_counts_those_of_its_width(images, tmp_path):
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    settings = Settings("baseline", loaded.digest, 1, 16, 0.1, 5e-4, 0, 16, width=0.5)
+    train.train(Run(tmp_path / "run", settings), loaded, Machine(torch.device("cpu")), Options())
+    found = record(tmp_path / "run")["costs"]
+    assert found == {"student": vars(HALF), "teacher": vars(models.costs("teacher", 3, 16))}
 
 
 def test_a_narrower_teacher_is_found_teaches_and_is_resumed_by_the_command_that_is_named(
