@@ -19,6 +19,7 @@ from runs.streams import start_stream
 
 # Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
 CONVOLUTIONS, HEAD, BIASES = (0.3, 0.6), (1.0, 0.85), (30.0, 0.85)
+CLIPPED = 0.1  # the norm of all biases' gradients at most: labels give about 0.07, soft targets 0.2 to 0.6
 WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its highest rate from the start may diverge
 WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
@@ -182,7 +183,10 @@ class Muon(torch.optim.Optimizer):
 
     For a network's convolutions: Nesterov momentum, made orthogonal (`orthogonalize`); before each step the weights
     (outputs, inputs, 3, 3) are brought to the Frobenius norm sqrt(outputs), which batch norm makes free to choose.
-    For all else: SGD with Nesterov momentum, with weight decay on the head.
+    For all else: SGD with Nesterov momentum, with weight decay on the head. Muon's steps are as long whatever the loss,
+    SGD's are not; so the gradients of all biases together are clipped to the norm CLIPPED (Pascanu et al., arXiv
+    1211.5063), or soft targets, at the learning rate of labels, would drive the biases of a small student to where its
+    channels answer nothing.
 
     The learning rate of all groups is set to the schedule's, of which each takes its own share. Steps are made
     orthogonal in `dtype`; weights and momenta stay float32.
@@ -204,6 +208,8 @@ class Muon(torch.optim.Optimizer):
             parameters, rate = [p for p in group["params"] if p.grad is not None], group["lr"] * group["share"]
             if not parameters:
                 continue
+            if parameters[0].ndim == 1:
+                torch.nn.utils.clip_grad_norm_(parameters, CLIPPED)
             gradients = [p.grad for p in parameters]
             if group["weight_decay"]:
                 gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])

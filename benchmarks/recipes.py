@@ -46,7 +46,8 @@ CHANGES = {
     "rate": "the learning rate for batches of 128 [0.2]",
     "conv": "the convolutions' share of the learning rate",
     "bias": "the biases' share of it",
-    "clip": "the norm to which the gradients of all biases together are clipped [none]",
+    "head": "the head's share of it",
+    "clip": "the norm to which the gradients of all biases together are clipped",
     "padding": "by how many pixels views are moved at most",
     "cutout": "side in pixels of a square of each view that is blanked",
     "smoothing": "of the labels [0]",
@@ -141,17 +142,11 @@ def patches(role, changes):
     """The patches of this program's modules that make `changes`, which are taken out of the dict."""
     network = models.Teacher if role == "teacher" else models.Student
     found = []
-    for name, constant in (("conv", "CONVOLUTIONS"), ("bias", "BIASES")):
+    for name, constant in (("conv", "CONVOLUTIONS"), ("bias", "BIASES"), ("head", "HEAD")):
         if name in changes:
             found.append(patch.object(train, constant, (float(changes.pop(name)), getattr(train, constant)[1])))
     if "clip" in changes:
-        limit, step = float(changes.pop("clip")), train.Muon.step
-
-        def clipped(optimizer):
-            nn.utils.clip_grad_norm_(optimizer.param_groups[2]["params"], limit)
-            step(optimizer)
-
-        found.append(patch.object(train.Muon, "step", clipped))
+        found.append(patch.object(train, "CLIPPED", float(changes.pop("clip"))))
     if "batchnorm" in changes:
         layer, momentum = nn.BatchNorm2d, float(changes.pop("batchnorm"))
         found.append(patch.object(nn, "BatchNorm2d", lambda width: layer(width, momentum=momentum)))

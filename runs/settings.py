@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-VERSION = "2.1.0"  # of the program: raise it with any change of the bits that a training gives
-RECIPE = 4  # of networks, initial weights, optimizer and schedule: raise it with any change of more than last bits
+VERSION = "2.2.0"  # of the program: raise it with any change of the bits that a training gives
+RECIPE = 5  # of networks, initial weights, optimizer and schedule: raise it with any change of more than last bits
 SPLIT_VERSION = 2  # of data.split for students of a part of the images
 VIEWS_VERSION = 1  # of the augmentation in data.Views: raise it with any change of it
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import models
-from train import BIASES, CONVOLUTIONS, HEAD, Muon, orthogonalize
+from train import BIASES, CLIPPED, CONVOLUTIONS, HEAD, Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(32, 27), (64, 288), (128, 96), (64, 64)])
@@ -64,9 +64,11 @@ def polynomial(matrix):
     return left @ np.diag(values) @ right
 
 
+@pytest.mark.parametrize("scale", [0.01, 10])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_a_step_by_hand(memory_format):
-    """Three steps of a student: convolutions against NumPy in float64, all else against torch.optim.SGD."""
+def test_a_step_by_hand(memory_format, scale):
+    """Three steps of a student: convolutions against NumPy in float64, all else against torch.optim.SGD, of which the
+    biases' gradients, long at scale 10, are clipped by hand."""
     rate, decay = 0.1, 0.01
     network, other = (models.create("student", 3, 0).to(memory_format=memory_format) for _ in range(2))
     muon = Muon(network, rate, decay)
@@ -86,7 +88,8 @@ def test_a_step_by_hand(memory_format):
         images, labels = torch.randn(8, 3, 16, 16, generator=draws), torch.randint(0, 3, (8,), generator=draws)
         for each in (network, other):
             each.zero_grad()
-            F.cross_entropy(each(images), labels).backward()
+            (scale * F.cross_entropy(each(images), labels)).backward()
+        clip_by_hand(other, expected_to_clip=scale == 10)
         for name, parameter in network.named_parameters():
             if name in expected:
                 gradient = parameter.grad.double().numpy()
@@ -102,6 +105,26 @@ def test_a_step_by_hand(memory_format):
                 twin.data.copy_(parameter.data)
             else:
                 torch.testing.assert_close(parameter, twin)
+
+
+def clip_by_hand(network, expected_to_clip):
+    gradients = [p.grad for p in network.parameters() if p.ndim == 1 and p.requires_grad]
+    norm = np.sqrt(sum((gradient.double().numpy() ** 2).sum() for gradient in gradients))
+    assert (norm > CLIPPED) == expected_to_clip
+    for gradient in gradients:
+        gradient.mul_(min(1.0, CLIPPED / norm))
+
+
+def test_a_loss_a_hundred_times_as_large_moves_convolutions_and_biases_as_far():
+    """But for the head, all that is trained is then the same up to rounding, whatever a loss is multiplied by."""
+    networks = [models.create("student", 3, 0) for _ in range(2)]
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for network, scale in zip(networks, (1, 100), strict=True):
+        (scale * F.cross_entropy(network(images), torch.arange(8) % 3)).backward()
+        Muon(network, 0.1, 0.01).step()
+    for one, other in zip(*(network.parameters() for network in networks), strict=True):
+        if one.ndim != 2:
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 def test_only_the_head_has_weight_decay():
