@@ -5,10 +5,10 @@
     python benchmarks/recipes.py teacher 12                        a teacher that has not seen the 5,000 images
     python benchmarks/recipes.py kd 4 temperature=2 "teacher=outputs/recipes/teacher 12 as it is"
 
-Adds a row to results/recipes.csv; a training that was interrupted is resumed by the same command. The test set is never
-read. All are judged on the same images: the standard error of a difference between two rows is about 0.4 points. A
-teacher that main.py trained has seen the 5,000 images: its students are to be compared with each other only. The names
-that can be changed:
+Adds a row to results/recipes.csv and prints how long the gradients of the biases were; a training that was interrupted
+is resumed by the same command. The test set is never read. All are judged on the same images: the standard error of a
+difference between two rows is about 0.4 points. A teacher that main.py trained has seen the 5,000 images: its students
+are to be compared with each other only. The names that can be changed:
 """
 
 import argparse
@@ -17,7 +17,7 @@ import functools
 import io
 import math
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -166,6 +166,23 @@ def patches(role, changes):
     return found
 
 
+@contextmanager
+def said_of_biases():
+    """Prints of the trainings in this context how long the biases' gradients were and how many were clipped."""
+    norms, clip = [], nn.utils.clip_grad_norm_
+
+    def noted(parameters, limit):
+        norms.append(clip(parameters, limit))
+
+    with patch.object(nn.utils, "clip_grad_norm_", noted):
+        yield
+    if norms:  # none where a finished training is repeated
+        found = torch.stack(norms).cpu()
+        said = f"median {found.median():.3f}, largest {found.max():.3f}"
+        clipped = f"{(found > train.CLIPPED).float().mean():.0%} of {len(norms):,} steps"
+        print(f"Norm of the biases' gradients: {said}; clipped in {clipped}")
+
+
 def soft_targets(changes, loaded, views, machine, folder):
     """The distill.Ensemble of the teacher that `changes` name, and its digest."""
     path = Path(changes.pop("teacher"))
@@ -254,7 +271,8 @@ def main():
             given |= {"role": "kd", "temperature": 1.0, "alpha": 1.0, "teacher": "mixed labels"}
         settings = Settings(**given, **augmentation)
         folder = arguments.output_dir / f"{arguments.role} {arguments.epochs} {what}".replace("/", "_")
-        accuracy = train.train(Run(folder, settings), loaded, machine, Options(), targets)
+        with said_of_biases():
+            accuracy = train.train(Run(folder, settings), loaded, machine, Options(), targets)
         network = models.create(settings.architecture, len(loaded.classes), seed=0)
         costs = models.costs_of(network, loaded.image_size)
     with open(folder / "history.csv", newline="") as file:

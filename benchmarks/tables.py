@@ -25,7 +25,8 @@ from runs.settings import Settings, pair_name
 RESULTS = ROOT / "results"
 README, RECORD = ROOT / "README.md", RESULTS / "cifar10"
 SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
-LENGTHS = [RESULTS / f"cifar10{epochs}" for epochs in ("-60-epochs", "", "-10-epochs", "-5-epochs")]  # of one teacher
+NAMES = ("recipe-5/10-epochs", *(f"cifar10{epochs}" for epochs in ("-60-epochs", "", "-10-epochs", "-5-epochs")))
+OF_ONE_TEACHER = [RESULTS / name for name in NAMES]
 
 
 def table(head, *rows):
@@ -69,23 +70,23 @@ def results():
     found = record()
     teacher, machines = found["teacher"], {machine(found): []}
     epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
-    rows, tests = [["teacher", epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
-    for each in map(record, LENGTHS):
-        epochs = each["settings"]["epochs"]
-        machines.setdefault(machine(each), []).append(epochs)
+    rows, tests = [["teacher", found["settings"]["recipe"], epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
+    for each in map(record, OF_ONE_TEACHER):
+        epochs, recipe = each["settings"]["epochs"], each["settings"]["recipe"]
+        machines.setdefault(machine(each), []).append(f"of recipe {recipe} and {epochs} epochs")
         for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"])):
             name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
-            rows.append([name, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
-            tests[f"{pair_name(kd)} after {epochs} epochs"] = kd["improvement"]["p_value"]
+            rows.append([name, recipe, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
+            tests[f"{pair_name(kd)} of recipe {recipe} after {epochs} epochs"] = kd["improvement"]["p_value"]
         without = each["baseline"]
         name = "the same student without distillation (baseline)"
-        rows.append([name, epochs, len(without["seeds"]), share(without), ""])
-    head = ["", "epochs", "seeds", "test accuracy", "gain in points (95% interval)"]
+        rows.append([name, recipe, epochs, len(without["seeds"]), share(without), ""])
+    head = ["", "recipe", "epochs", "seeds", "test accuracy", "gain in points (95% interval)"]
     sizes = [f"{each['parameters'] / 1e6:.2f} million parameters, {each['macs'] / 1e6:.0f} million multiply-adds"
              for each in (teacher, found["student"])]  # fmt: skip
     corrected = dict(zip(tests, holm([*tests.values()]), strict=True))
     lost = [f"{name} has p = {p:.2g}" for name, p in corrected.items() if tests[name] < SIGNIFICANCE <= p]
-    _, *elsewhere = (f"students of {' and '.join(map(str, e))} epochs: {name}" for name, e in machines.items())
+    _, *elsewhere = (f"students {' and '.join(which)}: {name}" for name, which in machines.items())
     return table(head, *rows) + (
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
         f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. Student, a "

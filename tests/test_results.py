@@ -20,6 +20,8 @@ from runs.files import Failure
 RECORD = ROOT / "results" / "cifar10"
 LONGER, SHORTER, SHORTEST = (ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in (60, 10, 5))  # same teacher
 
+CLIPPED = ROOT / "results" / "recipe-5" / "10-epochs"  # the same teacher; all others are of recipe 4
+
 SEEDS = {"seed=0", "seed=1"}
 
 
@@ -33,7 +35,8 @@ def entry(folder, temperature, alpha):
 
 
 ALL = [(LONGER, 60, [(32, 0.9)]), (RECORD, 24, [(32, 0.9), (4, 0.1), (4, 0.9)]), (SHORTEST, 5, [(32, 0.9)]),
-       (SHORTER, 10, [(32, 0.9), (1, 0.9), (4, 0.1), (4, 0.9), (16, 0.9)])]  # fmt: skip
+       (SHORTER, 10, [(32, 0.9), (1, 0.9), (4, 0.1), (4, 0.9), (16, 0.9)]),
+       (CLIPPED, 10, [(4, 0.9)])]  # fmt: skip
 
 
 @pytest.mark.parametrize(("folder", "epochs", "pairs"), ALL)
@@ -43,12 +46,13 @@ def test_the_records_hold_what_their_plans_name(folder, epochs, pairs):
     assert all(kd["seeds"] == seeds for kd in comparison["kd"])
     assert comparison["baseline"]["seeds"] == seeds and comparison["settings"]["epochs"] == epochs
     assert comparison["settings"]["teacher"] == record()["settings"]["teacher"]
+    assert comparison["settings"]["recipe"] == (5 if folder == CLIPPED else 4)
     lengths = {path.parent.name: len(path.read_text().splitlines()) - 1 for path in folder.glob("*/history.csv")}
-    assert lengths.pop("teacher-s0") == 24 and set(lengths.values()) <= {epochs}
+    assert lengths.pop("teacher-s0", 24) == 24 and set(lengths.values()) <= {epochs}
     assert len(lengths) == (20 if folder == RECORD else 0)
 
 
-@pytest.mark.parametrize("folder", [RECORD, LONGER, SHORTER, SHORTEST])
+@pytest.mark.parametrize("folder", [CLIPPED, RECORD, LONGER, SHORTER, SHORTEST])
 def test_the_gains_are_those_of_a_paired_t_test_by_hand(folder):
     comparison = record(folder)
     for kd in comparison["kd"]:
@@ -68,8 +72,9 @@ def test_the_fifth_seed_lies_within_the_prediction_interval_of_the_other_four():
 
 
 def test_the_prose_has_the_figures_of_the_records():
-    """What the two READMEs say between their tables is computed again here from the files in results/."""
-    readme, measured = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/README.md"))
+    """What the READMEs say between their tables is computed again here from the files in results/."""
+    paths = ("README.md", "results/README.md", "results/recipe-5/README.md")
+    readme, measured, clipping = (" ".join((ROOT / path).read_text().split()) for path in paths)
     pair = record()["kd"][0], record()["baseline"]
 
     def against(name):
@@ -116,7 +121,7 @@ def test_the_prose_has_the_figures_of_the_records():
     assert "{:+.2f} points (standard error {:.2f}) became {:+.2f} ({:.2f})".format(*numbers) in measured
     with open(ROOT / "results" / "recipes.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["epochs"] == "6"]
-    assert len(rows) == 49 and all(f"{float(row['val_accuracy']):.4f}" in measured for row in rows)
+    assert len(rows) == 82 and all(f"{float(row['val_accuracy']):.4f}" in f"{measured} {clipping}" for row in rows)
 
     def validation(*words):
         """The mean of the two seeds that were trained with a change, and with nothing else changed."""
@@ -331,14 +336,78 @@ def test_what_narrower_students_gain_is_told_as_it_was_found():
         p = kd["improvement"]["p_value"]
         told.append(f"{abs(gains.mean()):.2f} ({gains.mean() - ends:+.2f} to {gains.mean() + ends:+.2f}, p = {p:.2f})")
     assert f"of half the width gains {told[0].replace(' (', ' points (')}, and one of a quarter" in readme
-    assert f"(26,000 parameters) loses {told[1]}." in readme and quarter["student"]["parameters"] // 1000 == 26
+    assert f"(26,000 parameters) loses {told[1]};" in readme and quarter["student"]["parameters"] // 1000 == 26
+
+
+def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
+    readme, told = ((ROOT / path).read_text() for path in ("README.md", "results/recipe-5/README.md"))
+    trials = {}
     with open(ROOT / "results" / "recipes.csv", newline="") as file:
-        narrow = [row["val_accuracy"] for row in csv.DictReader(file) if "widths=8,8,24,24,32,32" in row["what"]]
-    kd, clipped, alone, alone_clipped, cooler = narrow
+        for row in csv.DictReader(file):
+            what, *teacher = row["what"].split(", teacher")
+            if row["epochs"] != "6" or (row["role"] == "kd" and not teacher[0].startswith(" of 48 epochs")):
+                continue
+            words = what.split()
+            seeds = [int(word.removeprefix("seed=")) for word in words if word.startswith("seed=")]
+            key = row["role"], *sorted(word for word in words if not word.startswith("seed="))
+            if seeds or key != ("baseline", "as", "is", "it"):  # which is of the record's machine
+                trials.setdefault(key, {})[seeds[0] if seeds else 0] = row["val_accuracy"]
+
+    def cell(*key):
+        found = trials.get((key[0], *sorted(key[1:])), {})
+        return ", ".join(found.get(seed, "-") for seed in range(max(found, default=-1) + 1))
+
+    lines = [[part.strip() for part in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("| ")]
+    four, softest, quarter = ("kd", "temperature=4"), ("kd", "temperature=32"), "widths=8,8,24,24,32,32"
+    students = {
+        "T = 4": four, "T = 32": softest, "T = 8": ("kd", "temperature=8"), "T = 2": ("kd", "temperature=2"),
+        "without a teacher": ("baseline",), "half of the channels, T = 32": (*softest, "widths=16,16,48,48,64,64"),
+        "a quarter, T = 32": (*softest, quarter), "a quarter, T = 4": (*four, quarter),
+        "a quarter, without a teacher": ("baseline", quarter),
+    }  # fmt: skip
+    rates = {"T = 4": "bias=6", "T = 32": "bias=8", "half of the channels, T = 32": "bias=15"}
+    for name, key in students.items():
+        norms = [cell(*key, *norm) for norm in ((), *((f"clip={norm}",) for norm in (0.15, 0.1, 0.06, 0.03)))]
+        rate = rates.get(name, "bias=7.5")
+        other = f"rate {rate[5:]}: {rated}" if (rated := cell(*key, rate)) else ""
+        if name == "T = 4":
+            other += f"; 0.1 and the head's rate times 0.3: {cell(*key, 'clip=0.1', 'head=0.3')}"
+        untried = "diverged" if name == "a quarter, T = 4" else ""
+        assert [name, norms[0] or untried, *norms[1:], other] in lines
+    mean = [
+        f"{np.mean([float(each) for each in trials[key].values()]):.4f}"
+        for key in (four, ("kd", "clip=0.1", "temperature=4"), softest, ("kd", "clip=0.1", "temperature=32"),
+                    ("kd", "clip=0.1", "temperature=8"))
+    ]  # fmt: skip
     words = (
-        f"it reached {clipped} instead of {kd} on validation images with T = 32, and {cooler} with T = 4; without a "
+        "clipping raised T = 4 from {} to {}, and T = 32 from {} to {}; T = 8 reached {}. A student of a quarter of the"
     )
-    assert words + f"teacher {alone}, and {alone_clipped} clipped (6 epochs" in readme
+    words += f" channels, whose training with T = 4 diverged, reached {cell(*four, quarter, 'clip=0.1')}."
+    readme, told = (" ".join(text.split()) for text in (readme, told))
+    assert words.format(*mean) in readme
+
+    def ahead(ones, others):
+        """Mean and ends of the interval, in points."""
+        gains = 100 * (np.array(ones) - others)
+        ends = 2.776445 * gains.std(ddof=1) / 5**0.5  # Student's t of 4 degrees of freedom, 97.5%
+        return gains.mean(), gains.mean() - ends, gains.mean() + ends
+
+    (baselines,) = json.loads((CLIPPED.parent / "baselines.json").read_text())
+    same, before = baselines["accuracies"]
+    assert baselines["differ_in"] == ["recipe"] and same == record(CLIPPED)["baseline"]["accuracies"]
+    now, then = (entry(folder, 4, 0.9)["accuracies"] for folder in (CLIPPED, SHORTER))
+    for words, found in (
+        ("T = 4 is {:.2f} points ahead of T = 4 by recipe 4 ({:+.2f} to {:+.2f};", ahead(now, then)),
+        ("as good as before ({:+.2f} points, {:+.2f} to {:+.2f}; 10 epochs, one machine)", ahead(same, before)),
+        ("gains {:.2f} points ({:+.2f} to {:+.2f}) after 10 epochs", ahead(now, same)),
+    ):
+        assert words.format(*found) in readme
+    assert "by recipe 5 it is {:+.2f} points ahead ({:+.2f} to {:+.2f}; not planned)".format(*ahead(now, then)) in told
+    for each in (before, then):
+        assert ", ".join(f"{accuracy:.4f}" for accuracy in each) in told
+    for kd in record(CLIPPED)["kd"]:
+        listed = ", ".join(f"{accuracy:.4f}" for accuracy in kd["accuracies"])
+        assert f"T = {kd['temperature']:g}, alpha = 0.9 | {listed} |" in told
 
 
 def test_compute_is_counted_as_the_record_says():
@@ -384,6 +453,10 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     assert len(set(found)) == len(found)
     assert weights("baseline", "padding=1", "conv=0.3", "batch=128") == found[0]  # the recipe as it is
     assert weights("baseline", "whitening=1") == weights("baseline", "clip=0.1") == found[0]  # of one epoch; as it is
+    for norm, share in (("0.001", 100), ("1e9", 0)):
+        capsys.readouterr()
+        run("baseline", f"clip={norm}")
+        assert f"; clipped in {share}% of 1 steps\n" in capsys.readouterr().out
     teacher = output / "teacher 1 as it is"
     weights("teacher")
     pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=yes",), ("alpha=1",), ("alpha=1", "mixed=0.5"),
@@ -411,7 +484,7 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     with pytest.raises(Failure, match="init=x: it can be dirac or he"):
         run("baseline", "init=x")
     rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 28
+    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 31
     assert len({row["network"] for row in rows}) == 3
     assert rows[0]["pflop"] == f"{models.costs('student', 3, 16).macs * 6 * 42 / 1e15:.4f}"
 
