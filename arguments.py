@@ -21,7 +21,7 @@ examples:
   python main.py --demo                                     teacher and comparison on drawn shapes, offline, in a minute
   python main.py --train-teacher --epochs 200               train the teacher
   python main.py --epochs 200 --temperature 4 --alpha 0.1   train the student with and without it, and compare
-  python main.py --temperature 32 --alpha 0.9 --seeds 5     five pairs of students: is the gain real?
+  python main.py --alpha 0.9 --seeds 5                      five pairs of students: is the gain real?
   python main.py --train-teacher --seeds 2                  two teachers: teacher-s0 and teacher-s1
   python main.py --output-dir outputs/two --teacher outputs/teacher-s0 outputs/teacher-s1    a student of their ensemble
   python main.py --temperature 1 2 4 8 --alpha 0.1 0.5 0.9  choose them on a validation part, then compare

@@ -19,7 +19,7 @@ from runs.streams import start_stream
 
 # Of the optimizer, for each kind of parameter: its learning rate as a share of the run's, and its momentum.
 CONVOLUTIONS, HEAD, BIASES = (0.3, 0.6), (1.0, 0.85), (30.0, 0.85)
-CLIPPED = 0.1  # the norm of all biases' gradients at most: labels give about 0.07, soft targets 0.2 to 0.6
+CLIPPED = 0.1  # the norm of all biases' gradients at most: labels give about 0.06, soft targets 0.2 to 0.6
 WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its highest rate from the start may diverge
 WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source

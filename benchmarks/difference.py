@@ -1,9 +1,9 @@
 """Are these students better than those? Any two groups of finished runs, paired by seed.
 
-    python main.py --epochs 200 --temperature 32 --alpha 0.9 --seeds 5
-    python main.py --epochs 200 --temperature 32 --alpha 0.9 --seeds 5 --label-smoothing 0.1 \\
+    python main.py --epochs 200 --alpha 0.9 --seeds 5
+    python main.py --epochs 200 --alpha 0.9 --seeds 5 --label-smoothing 0.1 \\
         --teacher outputs/teacher-s0 --output-dir outputs/smoothed
-    python benchmarks/difference.py outputs/kd-T32-a0.9-s? \\
+    python benchmarks/difference.py outputs/kd-T4-a0.9-s? \\
         --over outputs/smoothed/baseline-s? --over outputs/baseline-s?
 
 What main.py compares differs in nothing but the teacher. Here the two may differ in anything; what differs is printed.

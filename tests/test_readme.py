@@ -62,7 +62,7 @@ def test_the_snippet_classifies_an_image(finished, images, tmp_path):
     (snippet,) = (text for kind, text in FENCES if kind == "python" and "read_image" in text)
     assert len(snippet.strip().splitlines()) <= 12
     image = next((images / "test" / "red").iterdir())
-    snippet = snippet.replace("outputs/pets/kd-T32-a0.9-s0/model.pt", str(finished / "kd-T4-a0.1-s0" / "model.pt"))
+    snippet = snippet.replace("outputs/pets/kd-T4-a0.9-s0/model.pt", str(finished / "kd-T4-a0.1-s0" / "model.pt"))
     script = tmp_path / "snippet.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + snippet.replace("photo.jpg", str(image)))
     done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
@@ -82,7 +82,7 @@ def test_the_output_files_are_those_of_the_table(finished):
     rows = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
     named = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
     existing = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    assert existing <= named and named - existing == {"selection", "kd-unlabeled-T32-a0.9-s0"}
+    assert existing <= named and named - existing == {"selection", "kd-unlabeled-T4-a0.9-s0"}
 
 
 def test_the_requirements_are_what_the_modules_import():

@@ -409,6 +409,20 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
         listed = ", ".join(f"{accuracy:.4f}" for accuracy in kd["accuracies"])
         assert f"T = {kd['temperature']:g}, alpha = 0.9 | {listed} |" in told
 
+    narrow = json.loads((CLIPPED.parent / "width-0.25.json").read_text())
+    (kd,), without = narrow["kd"], narrow["baseline"]
+    assert (narrow["settings"]["width"], kd["temperature"], kd["seeds"]) == (0.25, 4, [0, 1, 2, 3, 4])
+    groups = [f"{', '.join(f'{a:.4f}' for a in each['accuracies'])} ({each['mean']:.4f} ± {each['std']:.4f})"
+              for each in (kd, without)]  # fmt: skip
+    mean, *interval = ahead(kd["accuracies"], without["accuracies"])
+    ends = "{:+.2f} to {:+.2f}".format(*interval)
+    p = kd["improvement"]["p_value"]
+    assert f"{groups[0]}, without {groups[1]}, {mean:+.2f} points ({ends}), p = {p:.2g}." in told
+    assert f"by that it is {mean:.2f} points ahead with T = 4 ({ends}, p = {p:.2f}), which five seeds" in readme
+    wide = json.loads((ROOT / "results" / "widths" / "width-0.25.json").read_text())
+    for each in (wide["kd"][0], wide["baseline"]):
+        assert ", ".join(f"{accuracy:.4f}" for accuracy in each["accuracies"]) in told
+
 
 def test_compute_is_counted_as_the_record_says():
     import compute
