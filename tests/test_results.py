@@ -36,7 +36,7 @@ def entry(folder, temperature, alpha):
 
 ALL = [(LONGER, 60, [(32, 0.9)]), (RECORD, 24, [(32, 0.9), (4, 0.1), (4, 0.9)]), (SHORTEST, 5, [(32, 0.9)]),
        (SHORTER, 10, [(32, 0.9), (1, 0.9), (4, 0.1), (4, 0.9), (16, 0.9)]),
-       (CLIPPED, 10, [(4, 0.9)])]  # fmt: skip
+       (CLIPPED, 10, [(32, 0.9), (4, 0.9)])]  # fmt: skip
 
 
 @pytest.mark.parametrize(("folder", "epochs", "pairs"), ALL)
@@ -396,12 +396,18 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
     same, before = baselines["accuracies"]
     assert baselines["differ_in"] == ["recipe"] and same == record(CLIPPED)["baseline"]["accuracies"]
     now, then = (entry(folder, 4, 0.9)["accuracies"] for folder in (CLIPPED, SHORTER))
+    softer = entry(CLIPPED, 32, 0.9)["accuracies"]
     for words, found in (
         ("T = 4 is {:.2f} points ahead of T = 4 by recipe 4 ({:+.2f} to {:+.2f};", ahead(now, then)),
         ("as good as before ({:+.2f} points, {:+.2f} to {:+.2f}; 10 epochs, one machine)", ahead(same, before)),
         ("gains {:.2f} points ({:+.2f} to {:+.2f}) after 10 epochs", ahead(now, same)),
+        ("and T = 32 {:.2f} ({:+.2f} to {:+.2f}).", ahead(softer, same)),
+        ("T = 4 is {:.2f} points ahead ({:+.2f} to {:+.2f}).", ahead(now, softer)),
     ):
         assert words.format(*found) in readme
+    (test,) = json.loads((CLIPPED / "temperature_4.json").read_text())
+    assert test["accuracies"] == [now, softer] and test["differ_in"] == ["temperature"]
+    assert "ahead of T = 32 by {:+.2f} points ({:+.2f} to {:+.2f}), p = ".format(*ahead(now, softer)) in told
     assert "by recipe 5 it is {:+.2f} points ahead ({:+.2f} to {:+.2f}; not planned)".format(*ahead(now, then)) in told
     for each in (before, then):
         assert ", ".join(f"{accuracy:.4f}" for accuracy in each) in told
@@ -418,7 +424,10 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
     ends = "{:+.2f} to {:+.2f}".format(*interval)
     p = kd["improvement"]["p_value"]
     assert f"{groups[0]}, without {groups[1]}, {mean:+.2f} points ({ends}), p = {p:.2g}." in told
-    assert f"by that it is {mean:.2f} points ahead with T = 4 ({ends}, p = {p:.2f}), which five seeds" in readme
+    assert (
+        f"the student of a quarter is {mean:.2f} points ahead with T = 4 ({ends}, p = {p:.2f}), which five seeds"
+        in readme
+    )
     wide = json.loads((ROOT / "results" / "widths" / "width-0.25.json").read_text())
     for each in (wide["kd"][0], wide["baseline"]):
         assert ", ".join(f"{accuracy:.4f}" for accuracy in each["accuracies"]) in told
