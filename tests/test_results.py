@@ -476,10 +476,20 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     assert len(set(found)) == len(found)
     assert weights("baseline", "padding=1", "conv=0.3", "batch=128") == found[0]  # the recipe as it is
     assert weights("baseline", "whitening=1") == weights("baseline", "clip=0.1") == found[0]  # of one epoch; as it is
+    norms, step = [], train.Muon.step
+
+    def noted(optimizer):
+        gradients = [p.grad.double().numpy() for p in optimizer.param_groups[2]["params"]]
+        norms.append(np.sqrt(sum((gradient**2).sum() for gradient in gradients)))
+        step(optimizer)
+
+    monkeypatch.setattr(train.Muon, "step", noted)
     for norm, share in (("0.001", 100), ("1e9", 0)):
-        capsys.readouterr()
-        run("baseline", f"clip={norm}")
-        assert f"; clipped in {share}% of 1 steps\n" in capsys.readouterr().out
+        capsys.readouterr(), norms.clear()
+        run("baseline", "batch=14", f"clip={norm}")  # of 42 images
+        said = f"median {np.median(norms):.3f}, largest {max(norms):.3f}; clipped in {share}% of 3 steps\n"
+        assert f"Norm of the biases' gradients: {said}" in capsys.readouterr().out
+    monkeypatch.setattr(train.Muon, "step", step)
     teacher = output / "teacher 1 as it is"
     weights("teacher")
     pairs = ((), ("temperature=1",), ("alpha=0.1",), ("mirrored=yes",), ("alpha=1",), ("alpha=1", "mixed=0.5"),
