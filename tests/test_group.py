@@ -30,8 +30,10 @@ PROGRAM = """
 import os, shutil, signal, sys, time
 sys.path.insert(0, {root!r})
 import main
-from runs import group
+from reports import figures
+from runs import group, speed
 from runs.command import exit_status
+figures.draw, speed.SPEED_SECONDS = (lambda comparison: []), 0  # see leave_out in conftest.py
 rank = int(os.environ["RANK"])
 {code}
 sys.exit(exit_status(main.main))
@@ -125,43 +127,126 @@ def students(flags, output):
     return (*flags, *STUDENTS, "--output-dir", output)
 
 
-# The same files ------------------------------------------------------------------------------------------------------
+# Several commands in one launch --------------------------------------------------------------------------------------
 
-
-@pytest.mark.slow
-def test_teachers_more_processes_than_runs_and_images_decoded_once(flags, plain, tmp_path):
-    code = """
+SEVERAL = """
+import torch._dynamo  # before: an import that is interrupted cannot be repeated in the same process
 from sources import kept
-write = kept._write
+main.import_modules()
+group.BEAT = group.GRACE = 0.1
+write, said = kept._write, [os.dup(1), os.dup(2)]
 kept._write = lambda *words: print("images are decoded", flush=True) or write(*words)
+for name, words in {commands!r}.items():
+    for number, stream in ((1, "out"), (2, "err")):
+        with open(f"{top}/{{name}}-{{rank}}.{{stream}}", "w") as file:
+            os.dup2(file.fileno(), number)
+    print("ends with", exit_status(main.main, words), flush=True)
+os.dup2(said[0], 1), os.dup2(said[1], 2)
+
+def lose(arguments, stop):
+    group.LOST = 1
+    if rank == 1:
+        group.Group._watch = lambda self, ended: ended.wait()
+    with group.join() as joined:
+        joined.barrier()
+        time.sleep(3600 * rank)
+main.main, sys.argv = lose, sys.argv[:1]
 """
-    words = ("--train-teacher", "--seeds", 2, "--output-dir", tmp_path)
-    got = launch(*flags, *words, processes=3, code=code)
-    assert got.status == 0, got
-    assert got.out.count("images are decoded") == 1 and got.out.count("folder: 48 training and") == 1, got
-    found, wanted = digests(tmp_path), digests(plain / "one")
-    if Group(local_size=3).threads() == THREADS:
-        assert found == {name: digest for name, digest in wanted.items() if name.startswith("teacher")}
-    assert got.err.count("epoch 2 of 2") == 2 and "] [2/2] teacher-s1: " in got.err and "of 2 runs done, " in got.err, (
-        got
-    )
 
 
-@pytest.mark.slow
-def test_a_sweep_of_an_ensemble_gives_the_same_bits_and_the_same_comparison(flags, plain, tmp_path):
+@pytest.fixture(scope="session")
+def several(tmp_path_factory, flags, plain):
+    """What two processes say in one launch, command by command: {name: (statuses, standard output, standard error)}.
+    torchrun does not know of the commands' ends: as on two machines, the group itself ends the process that did not
+    fail. `launch` is what torchrun says in the end, when one process falls silent."""
+    top = tmp_path_factory.mktemp("several")
+    folder, trained = shutil.copytree(plain / "one", top / "out"), plain / "one"
+    state = top / "state" / "baseline-s0"
+    shutil.copytree(trained / "teacher-s0", state)
+    (state / "model.pt").rename(state / "state.pt")  # a state that is none, found only when its turn comes
+    (state / "run.json").unlink()
     for seed in (0, 1):
         name = f"selection/teacher-s{seed}"
-        shutil.copytree(plain / "sweep" / name, tmp_path / name)
-    got = launch(*flags, *sweep(plain / "one", tmp_path))
-    assert got.status == 0 and got.out.count("Final Test Accuracies") == 1, got
-    assert UNFAIR_SWEEP not in got.out and digests(tmp_path) == digests(plain / "sweep")
-    assert got.err.count("epoch 2 of 2") == len(digests(tmp_path)) - 2, got  # each run was trained once
-    assert compared(tmp_path) == compared(plain / "sweep")
+        shutil.copytree(plain / "sweep" / name, top / "sweep" / name)
+    students = (*flags, *STUDENTS, "--teacher", folder / "teacher-s0", "--output-dir")
+    commands = {
+        "teacher": (*flags, "--train-teacher", "--output-dir", top / "teacher"),
+        "sweep": (*flags, *sweep(trained, top / "sweep")),
+        "usage": (*flags, "--alpha", 3),
+        "locked": (*students, top / "locked"),
+        "no teacher": (*flags, "--output-dir", top / "new"),
+        "other settings": (*students, folder, "--epochs", 3),
+        "other state": (*students, state.parent),
+        "finished": (*students, folder),
+    }
+    words = {name: [*map(str, words)] for name, words in commands.items()}
+    with lock(top / "locked"):
+        launched = launch(code=SEVERAL.format(commands=words, top=top))
+    found = {"launch": launched, "top": top}
+    for name in commands:
+        out, err = ([(top / f"{name}-{rank}.{stream}").read_text() for rank in (0, 1)] for stream in ("out", "err"))
+        statuses = tuple(int(text.rsplit("ends with ", 1)[1]) for text in out)
+        found[name] = SimpleNamespace(statuses=statuses, out="".join(out), err="".join(err))
+    return found
+
+
+STOPPED = 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_more_processes_than_runs_and_images_decoded_once(several, plain):
+    got = several["teacher"]
+    assert got.statuses == (0, 0), got
+    assert got.out.count("images are decoded") == 1 and got.out.count("folder: 48 training and") == 1, got
+    assert digests(several["top"] / "teacher").items() <= digests(plain / "one").items()
+    assert got.err.count("teacher-s0: epoch 2 of 2") == 1, got
+
+
+@pytest.mark.slow
+def test_a_sweep_of_an_ensemble_gives_the_same_bits_and_the_same_comparison(several, plain):
+    got, output = several["sweep"], several["top"] / "sweep"
+    assert got.statuses == (0, 0) and got.out.count("Final Test Accuracies") == 1, got
+    assert UNFAIR_SWEEP not in got.out and digests(output) == digests(plain / "sweep")
+    assert got.err.count("epoch 2 of 2") == len(digests(output)) - 2, got  # each run was trained once
+    assert "[0] [" in got.err and "[1] [" in got.err and " runs done, " in got.err, got
+    assert compared(output) == compared(plain / "sweep")
     kept = [
         {path.name + path.parent.name: path.read_bytes() for path in (each / "targets").rglob("*.npz")}
-        for each in (tmp_path, plain / "sweep")
+        for each in (output, plain / "sweep")
     ]
     assert kept[0] == kept[1] and len(kept[0]) == 4 * 2  # teachers and epochs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "status", "text"),
+    [
+        ("usage", 2, "argument --alpha: "),
+        ("locked", 1, "is in use by process"),
+        ("no teacher", 1, "There is no teacher in"),
+        ("other settings", 1, "other settings: "),
+        ("other state", 1, "baseline-s0/state.pt is a state of another version of this program"),
+    ],
+)
+def test_what_went_wrong_is_said_once(several, name, status, text):
+    got = several[name]
+    if name == "usage":
+        assert got.statuses == (2, 2), got
+    else:  # the process that failed, and the one that the group stopped
+        assert sorted(got.statuses) == [status, STOPPED], got
+        stopped = got.statuses.index(STOPPED)
+        assert f"[{stopped}] This process stops: another process has failed or was stopped" in got.err, got
+        assert stopped == 1 or name == "other state", got  # a state is found by the process whose turn the run is
+    assert got.err.count("error: ") == got.err.count(text) == 1, got
+
+
+@pytest.mark.slow
+def test_a_finished_command_and_a_process_that_falls_silent(several):
+    got, launched = several["finished"], several["launch"]
+    assert got.statuses == (0, 0) and got.out.count("(finished before)") == 4, got
+    assert got.out.count("Improvement with KD") == 1, got
+    assert launched.status != 0, launched
+    assert "[0] This process stops: process 1 has not been heard of for 1 seconds" in launched.err, launched
 
 
 def compared(output):
@@ -222,13 +307,12 @@ EPOCHS = sorted(
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_restarts_or_the_same_command_go_on(students, output, plain, tmp_path):
-    first = launch(*students, code=KILLED.format(marker=str(tmp_path / "first")))
-    assert first.status != 0 and (tmp_path / "first").exists() and "error:" not in first.err, first
+def test_a_killed_process_ends_all_and_the_same_command_goes_on(students, output, plain, tmp_path):
+    first = launch(*students, code=KILLED.format(marker=str(tmp_path / "killed")))
+    assert first.status != 0 and (tmp_path / "killed").exists() and "error:" not in first.err, first
     assert not (output / "comparison.json").exists()
-    agent = ("--standalone", "--max-restarts", "1")
-    second = launch(*students, agent=agent, code=KILLED.format(marker=str(tmp_path / "second")))
-    assert second.status == 0 and (tmp_path / "second").exists(), second
+    second = launch(*students)  # main.py itself, as a person types it
+    assert second.status == 0 and "Improvement with KD" in second.out, second
     assert digests(output).items() <= digests(plain / "one").items() and len(runs_of(output)) == 4
     assert epochs_trained(first, second) == EPOCHS, (first, second)  # each once: all were continued
 
@@ -285,8 +369,8 @@ def machines():
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores cannot be shared out here")
 def test_two_machines(students, output, plain, tmp_path):
-    """Two machines retrain what is there already, and one process of them is killed meanwhile: what the others have
-    trained is not removed again."""
+    """Two machines retrain what is there already; one process of them is killed meanwhile, and torchrun restarts all:
+    what the others have trained is not removed again."""
     for name in runs_of(plain / "one"):
         shutil.copytree(plain / "one" / name, output / name)
     code = KILLED.format(marker=str(tmp_path / "killed"))
@@ -324,59 +408,7 @@ main.main = wait
     assert third.startswith("[0] error: WORLD_SIZE is set, but not"), third
 
 
-# One voice ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_failure_in_one_process_ends_all_with_one_sentence(students, output):
-    folder = output / "baseline-s0"
-    shutil.copytree(output / "teacher-s0", folder)
-    (folder / "model.pt").rename(folder / "state.pt")  # a state that is none, found only when its turn comes
-    (folder / "run.json").unlink()
-    got = launch(*students)
-    assert got.status != 0 and got.err.count(" error: ") == 1, got
-    assert f"{folder}/state.pt is a state of another version of this program" in got.err, got
-
-
-@pytest.mark.slow
-def test_what_ends_before_training_is_said_once(flags, plain, tmp_path):
-    """Several commands in one launch, torchrun not knowing of their ends: as on two machines, the group itself ends the
-    process that did not fail."""
-    folder = shutil.copytree(plain / "one", tmp_path / "out")
-    students = (*flags, *STUDENTS, "--output-dir", folder, "--teacher", folder / "teacher-s0")
-    commands = {
-        "usage": (*flags, "--alpha", 3),
-        "locked": (*flags, "--output-dir", tmp_path / "locked", "--teacher", folder / "teacher-s0"),
-        "no teacher": (*flags, "--output-dir", tmp_path / "new"),
-        "other settings": (*students, "--epochs", 3),
-        "finished": students,
-    }
-    code = f"""
-import torch._dynamo  # before: an import that is interrupted cannot be repeated in the same process
-main.import_modules()
-group.BEAT = group.GRACE = 0.1
-for name, words in { ({name: [*map(str, words)] for name, words in commands.items()})!r}.items():
-    print(f"{{name}} {{rank}} ends with {{exit_status(main.main, words)}}", flush=True)
-
-def lose(arguments, stop):
-    group.LOST = 1
-    if rank == 1:
-        group.Group._watch = lambda self, ended: ended.wait()
-    with group.join() as joined:
-        joined.barrier()
-        time.sleep(3600 * rank)
-main.main, sys.argv = lose, sys.argv[:1]
-"""
-    with lock(tmp_path / "locked"):
-        got = launch(code=code)
-    for name, status in (("usage", 2), ("locked", 1), ("no teacher", 1), ("other settings", 1), ("finished", 0)):
-        others = status if name in ("usage", "finished") else 128 + signal.SIGTERM
-        assert f"{name} 0 ends with {status}\n" in got.out and f"{name} 1 ends with {others}\n" in got.out, got
-    for text in ("error: ", "argument --alpha: ", "is in use by process", "There is no teacher in", "other settings: "):
-        assert got.err.count(text) == (4 if text == "error: " else 1), (text, got)
-    assert got.out.count("(finished before)") == 4 and got.out.count("Improvement with KD") == 1, got
-    assert got.err.count("[1] This process stops: another process has failed or was stopped") == 3, got
-    assert got.status != 0 and "[0] This process stops: process 1 has not been heard of for 1 seconds" in got.err, got
+# A group by itself ----------------------------------------------------------------------------------------------------
 
 
 def test_a_plain_command_is_a_group_of_one(tmp_path, monkeypatch):
