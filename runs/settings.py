@@ -261,5 +261,6 @@ def differences(found: Mapping, wanted: Mapping):
             elif name in OTHERS:
                 phrases.append(OTHERS[name])
             else:
-                phrases.append(f"{name.replace('_', ' ')} {found.get(name, 'unknown')} instead of {value}")
+                why = " (networks or training of another version of this program)" if name == "recipe" else ""
+                phrases.append(f"{name.replace('_', ' ')} {found.get(name, 'unknown')} instead of {value}{why}")
     return phrases

@@ -185,6 +185,8 @@ def test_runs_of_another_padding_are_refused(loaded, tmp_path):
         run.refuse_other_settings(blanked)
     with pytest.raises(Failure, match=r"settings: cutout 6 instead of 0\.\nAdd --cutout 6 to use or resume"):
         run.refuse_other_settings(blanked | {"padding": 1})
+    with pytest.raises(Failure, match=r"recipe 1 instead of \d+ \(networks or training of another version"):
+        run.refuse_other_settings(run.settings.as_dict() | {"recipe": 1})
     with pytest.raises(Failure, match="image size None instead of 16"):
         run.refuse_other_settings(older | {"image_size": None})
     Run(tmp_path, settings(loaded)).refuse_other_settings(settings(loaded).as_dict() | older | {"epochs": 2})
