@@ -200,6 +200,8 @@ def parser():
     option("--cutout", "blank a square of N pixels a side, anywhere in each training image; 0 for none [of a teacher "
            "trained for more than 60 epochs three eighths of the image size, else 0]",
            type=integer(0, 256), metavar="N")
+    option("--mirror", "mirror each training image in every second epoch; --no-mirror is for digits, letters and "
+           "signs, whose mirror images are other things [on]", action=argparse.BooleanOptionalAction)
     option("--seed", "seed of the initial weights and of the order of images", 0,
            type=integer(0, 2**31 - 1), metavar="N")
 
@@ -324,6 +326,13 @@ def command(values):
     """The words of the command that trains a teacher with these arguments, a dict; defaults are left out."""
     words, defaults = ["python", "main.py", "--train-teacher"], parser()
     for name, value in values.items():
-        if name == "epochs" or (value is not False and value != defaults.get_default(name)):
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        off = value is False and name != "mirror"
+        if name == "epochs" or (value != defaults.get_default(name) and not off):
+            words += typed(name, value)
     return words
+
+
+def typed(name, value):
+    """The words of one option."""
+    name = name.replace("_", "-")
+    return [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]

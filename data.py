@@ -130,17 +130,18 @@ def _tensor(array):
 
 
 class Views:
-    """The augmented views of a training set: cropped after reflection padding, flipped, normalized and, with `cutout`,
-    a square of each blanked.
+    """The augmented views of a training set: cropped after reflection `padding`, mirrored where `mirror` says so,
+    normalized and, with `cutout`, a square of each blanked.
 
-    An image's view in an epoch is a function of `stream`, `padding`, `cutout`, the epoch and the image's index alone:
-    it is the same for every seed, order and subset, so the teacher need be asked about it only once (Beyer et al.,
-    arXiv 2106.05237: the teacher must see the very view that the student sees).
+    An image's view in an epoch is a function of these three, `stream`, the epoch and the image's index alone: it is the
+    same for every seed, order and subset, so the teacher need be asked about it only once (Beyer et al., arXiv
+    2106.05237: the teacher must see the very view that the student sees).
     """
 
-    def __init__(self, images, mean, std, stream="views", padding=None, cutout=0):
+    def __init__(self, images, mean, std, stream="views", padding=None, cutout=0, mirror=True):
         """`images` are uint8 (N, S, S, 3); `padding` is how many pixels a crop moves at most [an eighth of S], `cutout`
-        the side in pixels of the square that shows the mean colour (arXiv 1708.04552, but all of it lies in the view).
+        the side in pixels of the square that shows the mean colour (arXiv 1708.04552, but all of it lies in the view);
+        without `mirror` no image is mirrored, else each is in every second epoch.
         Raises ValueError unless `padding` is less than S and `cutout` at most S."""
         self.images, self.mean, self.std, self.stream = images, mean, std, stream
         self.count, self.size = images.shape[:2]
@@ -151,6 +152,7 @@ class Views:
         self.cutout = cutout
         if not 0 <= cutout <= self.size:
             raise ValueError(f"of views of {self.size} pixels no square of {cutout} can be blanked")
+        self.mirror = mirror
         edge = torch.arange(-self.padding, self.size + self.padding, device=self.device).abs()
         reflected = (self.size - 1) - ((self.size - 1) - edge).abs()
         self.windows = reflected.unfold(0, self.size, 1)  # (2 * padding + 1, S): source pixels of a crop, by its offset
@@ -162,6 +164,8 @@ class Views:
         places = 2 * self.padding + 1
         draws = generator(self.stream, VIEWS_VERSION, epoch)
         rows, columns = torch.randint(0, places, (2, self.count), generator=draws).to(self.device)
+        if not self.mirror:
+            return rows, columns, torch.zeros_like(rows, dtype=torch.bool)
         # Alternating flip (arXiv 2404.00498): a random half is flipped in even epochs, the other half in odd ones.
         half = torch.rand(self.count, generator=generator(self.stream, VIEWS_VERSION, "flip")) < 0.5
         return rows, columns, (half ^ bool(epoch % 2)).to(self.device)
@@ -175,7 +179,8 @@ class Views:
     def recipe(self):
         """All that the views depend on besides the images and the epoch, for the name of what is kept of them."""
         cutout = ["cutout", self.cutout] if self.cutout else []
-        return [self.stream, VIEWS_VERSION, self.size, self.padding, self.mean, self.std, *cutout]
+        mirror = [] if self.mirror else ["not mirrored"]
+        return [self.stream, VIEWS_VERSION, self.size, self.padding, self.mean, self.std, *cutout, *mirror]
 
     def numbers(self, epoch, indices):
         """Which images the views `indices` (B,) of `epoch` show: those of the same numbers."""
@@ -227,7 +232,7 @@ class UnlabeledViews(Views):
 
 def unlabeled_views(data, augmentation, images, batch_size):
     """The UnlabeledViews of students that see `images` images with labels: as many in a batch as of these.
-    `augmentation` are the `padding` and `cutout` of Views."""
+    `augmentation` are the `padding`, `cutout` and `mirror` of Views."""
     batch = min(batch_size, images)
     return UnlabeledViews(data.unlabeled.images, data.mean, data.std, images // batch * batch, **augmentation)
 

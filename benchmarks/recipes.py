@@ -246,7 +246,7 @@ def main():
         "label_smoothing": float(changes.pop("smoothing", 0)),
     }  # fmt: skip
     usual = default_augmentation(arguments.role, arguments.epochs, loaded.image_size)
-    augmentation = {name: int(changes.pop(name, value)) for name, value in usual.items()}
+    augmentation = {name: type(value)(changes.pop(name, value)) for name, value in usual.items()}
     if not 0 <= augmentation["padding"] < loaded.image_size:
         parser.error(f"padding must be less than the image size, {loaded.image_size}")
     if not 0 <= augmentation["cutout"] <= loaded.image_size:

@@ -178,7 +178,7 @@ def _p(value):
 COLUMNS = (
     "run", "role", "temperature", "alpha", "loss", "unlabeled", "network", "width", "train_fraction", "omit_class",
     "seed", "accuracy", "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay",
-    "image_size", "padding", "cutout", "label_smoothing", "val_fraction", "seconds",
+    "image_size", "padding", "cutout", "mirror", "label_smoothing", "val_fraction", "seconds",
 )  # fmt: skip
 
 

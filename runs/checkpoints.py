@@ -27,7 +27,7 @@ class ModelFile:
     image_size: Annotated[int, Meta(ge=SMALLEST_IMAGE, le=LARGEST_IMAGE)]
     mean: tuple[Share, Share, Share]
     std: tuple[Scale, Scale, Scale]
-    settings: dict[str, str | int | float | list[str] | None]
+    settings: dict[str, bool | str | int | float | list[str] | None]
     accuracy: Share
     state_dict: dict[str, torch.Tensor]
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # as sources.decode.read_image takes them

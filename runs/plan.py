@@ -30,7 +30,7 @@ def _settings(arguments, data, role, seed, images, network, **rest):
 
 
 def augmentation(arguments, role):
-    """What is done to the views of a command's runs of this `role`: the `padding` and `cutout` of data.Views."""
+    """What is done to the views of a command's runs of this `role`: `padding`, `cutout` and `mirror` of data.Views."""
     usual = default_augmentation(role, arguments.epochs, arguments.image_size)
     return usual | {name: given for name in usual if (given := getattr(arguments, name)) is not None}
 

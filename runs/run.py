@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import models
+from arguments import typed
 from runs.files import Damaged, Failure, read_json, remove
 from runs.hooks import Hooks
 from runs.settings import RunRecord, complete, differences
@@ -83,7 +84,7 @@ class Run:
         if phrases:
             views = {name: found[name] for name in self.settings.augmentation if found[name] != wanted[name]}
             apart = differences(found | {name: wanted[name] for name in views}, wanted)
-            words = " ".join(f"--{name} {value}" for name, value in views.items())
+            words = " ".join(word for pair in views.items() for word in typed(*pair))
             keep = "" if apart else f"{words} to use or resume it as it is, "
             raise Failure(
                 f"{self.folder} holds a run with other settings: {', '.join(phrases)}.\n"

@@ -81,8 +81,14 @@ def start(arguments, stop, group, hooks, machine, teachers):
     views = plan.augmentation(arguments, "teacher" if arguments.train_teacher else "kd")
     blanked = f", a square of {views['cutout']} by {views['cutout']} blanked" if views["cutout"] else ""
     moved = f"{views['padding']} pixel{'s' * (views['padding'] != 1)}"
+    mirrored = "mirrored in every second epoch" if views["mirror"] else "not mirrored"
     if arguments.epochs:
-        group.say(f"Views: moved by up to {moved}, mirrored in every second epoch{blanked}")
+        group.say(f"Views: moved by up to {moved}, {mirrored}{blanked}")
+    if views["mirror"] and not all(teacher.settings.get("mirror", True) for teacher in teachers):
+        group.say(
+            "Warning: a teacher was trained with --no-mirror, but is asked about mirrored images, which it has never "
+            "seen. Add --no-mirror, unless mirror images show the same things."
+        )
     loaded = put(loaded, machine.device)
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))
     if len(transfer_set) < len(loaded.train_labels):

@@ -28,11 +28,11 @@ class Settings:
     `split` is the version of data.split for those of a part of the images, None of the first.
 
     A view is moved by at most `padding` pixels; by an eighth of the image size in runs that record nothing of it. A
-    square of `cutout` pixels a side is blanked. `width` multiplies the channels of the network.
-    Students see `train_fraction` of the training images and none of the classes `omit_class`; `loss` and
-    `network` are the names of functions of the user's own, in files of these names and digests; `unlabeled` is the
-    SHA-256 of the images without labels that a distilled student sees, too. What is in OPTIONAL is recorded only where
-    it differs from that default, as older runs have none of it."""
+    square of `cutout` pixels a side is blanked, and with `mirror` each image is mirrored in every second epoch.
+    `width` multiplies the channels of the network. Students see `train_fraction` of the training images and none of
+    the classes `omit_class`; `loss` and `network` are the names of functions of the user's own, in files of these names
+    and digests; `unlabeled` is the SHA-256 of the images without labels that a distilled student sees, too. What is in
+    OPTIONAL is recorded only where it differs from that default, as older runs have none of it."""
 
     role: Literal["teacher", "kd", "baseline"]
     data: str
@@ -62,6 +62,7 @@ class Settings:
     network_sha256: str | None = None
     unlabeled: str | None = None
     cutout: NotNegative = 0
+    mirror: bool = True
     width: Annotated[float, Meta(gt=0, le=WIDEST)] = 1.0
 
     def __post_init__(self):
@@ -86,8 +87,8 @@ class Settings:
 
     @property
     def augmentation(self):
-        """The `padding` and `cutout` of data.Views."""
-        return {"padding": self.padding, "cutout": self.cutout}
+        """The `padding`, `cutout` and `mirror` of data.Views."""
+        return {"padding": self.padding, "cutout": self.cutout, "mirror": self.mirror}
 
     @property
     def images_per_label(self):
@@ -111,7 +112,14 @@ class Settings:
 
 
 # Of the settings: what a run has that records nothing of them.
-OPTIONAL = {"label_smoothing": 0.0, "cutout": 0, "width": 1.0, "train_fraction": 1.0, "omit_class": []} | dict.fromkeys(
+OPTIONAL = {
+    "label_smoothing": 0.0,
+    "cutout": 0,
+    "mirror": True,
+    "width": 1.0,
+    "train_fraction": 1.0,
+    "omit_class": [],
+} | dict.fromkeys(
     ["sweep_teacher", "split", "unlabeled"]
     + [f"{what}{more}" for what in ("loss", "network") for more in ("", "_file", "_sha256")]
 )
@@ -185,12 +193,13 @@ def default_learning_rate(batch_size, network=None):
 
 
 def default_augmentation(role, epochs, image_size):
-    """The `padding` and `cutout` of data.Views. The more often the same images come back, the more the views differ:
-    they are moved by a sixteenth of the image size at most in trainings of up to SHORT epochs, by an eighth in longer
-    ones. Of a teacher's views in trainings of more than LONG epochs a square of three eighths of it is blanked, too; of
-    a student's, which is too small to learn its images by heart, none (results/README.md)."""
+    """The `padding`, `cutout` and `mirror` of data.Views. The more often the same images come back, the more the views
+    differ: they are moved by a sixteenth of the image size at most in trainings of up to SHORT epochs, by an eighth in
+    longer ones. Of a teacher's views in trainings of more than LONG epochs a square of three eighths of it is blanked,
+    too; of a student's, which is too small to learn its images by heart, none (results/README.md)."""
     blanked = role == "teacher" and epochs > LONG
-    return {"padding": image_size // (16 if epochs <= SHORT else 8), "cutout": image_size * 3 // 8 * blanked}
+    padding = image_size // (16 if epochs <= SHORT else 8)
+    return {"padding": padding, "cutout": image_size * 3 // 8 * blanked, "mirror": True}
 
 
 def run_name(role, temperature, alpha, seed, variant=None, shared=PLAIN):

@@ -177,7 +177,7 @@ def spare_teachers(paths, runs):
 
 def teacher_command(arguments, **changed):
     """The command that trains the teacher which these arguments need, some of them `changed`."""
-    names = ("dataset", "data_dir", "epochs", "image_size", "output_dir", "teacher_network", *FOLDER_OPTIONS)
+    names = ("dataset", "data_dir", "epochs", "image_size", "mirror", "output_dir", "teacher_network", *FOLDER_OPTIONS)
     values = {name: getattr(arguments, name) for name in names} | changed
     if values["dataset"] != "folder":
         values |= dict.fromkeys(FOLDER_OPTIONS, False)  # --skip-damaged of --unlabeled, which no teacher sees

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import json
 import pickle
 import re
@@ -260,30 +261,61 @@ def test_options_reach_what_they_are_about(cli, flags, tmp_path, monkeypatch):
     assert run.settings.learning_rate == pytest.approx(0.2 * (16 / 128) ** 0.5) and run.settings.padding == 1
     assert cli(*flags, *words, "--train-teacher", "--padding", 0).status == 0 and runs[-1][0].settings.padding == 0
     assert cli(*flags, *words, "--train-teacher", "--cutout", 16).status == 0
-    assert runs[-1][0].settings.augmentation == {"padding": 1, "cutout": 16}
+    assert runs[-1][0].settings.augmentation == {"padding": 1, "cutout": 16, "mirror": True}
     refused = cli(*flags, *words, "--train-teacher", "--cutout", 17)
     assert refused.status == 2 and "--cutout must be at most --image-size, 16" in refused.err
     got = cli(*flags, *words, "--train-teacher", "--epochs", 61)
     assert got.status == 0
     assert "Views: moved by up to 2 pixels, mirrored in every second epoch, a square of 6 by 6 blanked\n" in got.out
-    assert runs[-1][0].settings.augmentation == {"padding": 2, "cutout": 6}
+    assert runs[-1][0].settings.augmentation == {"padding": 2, "cutout": 6, "mirror": True}
+    got = cli(*flags, *words, "--train-teacher", "--no-mirror")
+    assert got.status == 0 and "Views: moved by up to 1 pixel, not mirrored\n" in got.out
+    assert runs[-1][0].settings.augmentation == {"padding": 1, "cutout": 0, "mirror": False}
     refused = cli(*flags, *words, "--train-teacher", "--padding", 16)
     assert refused.status == 2 and "--padding must be less than --image-size, 16" in refused.err
 
 
 @pytest.mark.parametrize(
-    ("more", "views"), [((), (1, 0)), (("--padding", 0), (0, 0)), (("--padding", 0, "--cutout", 6), (0, 6))]
+    ("more", "views"),
+    [
+        ((), (1, 0, True)),
+        (("--padding", 0), (0, 0, True)),
+        (("--padding", 0, "--cutout", 6, "--no-mirror"), (0, 6, False)),
+    ],
 )
 def test_the_teacher_is_asked_about_views_that_the_students_see(cli, flags, copy, monkeypatch, more, views):
     monkeypatch.setattr(runs.settings, "LONG", 1)  # so that a teacher's own views would have squares blanked
     asked, batch = [], Views.batch
-    watched = lambda self, *rest: asked.append((self.padding, self.cutout)) or batch(self, *rest)  # noqa: E731
+    watched = lambda self, *rest: asked.append((self.padding, self.cutout, self.mirror)) or batch(self, *rest)  # noqa: E731
     monkeypatch.setattr(Views, "batch", watched)
     shutil.rmtree(copy / "targets")
     got = cli(*flags, "--output-dir", copy, "--overwrite", *more)
     assert got.status == 0 and ("blanked" in got.out) == (views[1] > 0)
     steps = 2 * 2 * (48 // 16)  # epochs of two students
     assert set(asked) == {views} and len(asked) > steps  # more: those of the teacher
+
+
+def test_without_mirrored_images(cli, flags, tmp_path):
+    """Digits, letters, signs: students are told if their teacher never saw a mirrored image; the option is typed in
+    every command that is named."""
+    words = (*flags, "--epochs", 1, "--output-dir", tmp_path)
+    missing = cli(*words, "--no-mirror")
+    assert missing.status == 1 and " --no-mirror " in missing.err.splitlines()[-1], missing
+    assert cli(*shlex.split(missing.err.splitlines()[-1])[2:], *flags).status == 0
+    warning = "Warning: a teacher was trained with --no-mirror, but is asked about mirrored images"
+    mirrored = cli(*words)
+    assert mirrored.status == 0 and warning in mirrored.out, mirrored
+    refused = cli(*words, "--no-mirror")
+    assert (
+        "kd-T4-a0.1-s0 holds a run with other settings: mirror True instead of False.\nAdd --mirror to use"
+        in refused.err
+    )
+    got = cli(*words, "--no-mirror", "--overwrite")
+    assert got.status == 0 and "Warning" not in got.out, got
+    again = cli(*words)
+    assert "mirror False instead of True.\nAdd --no-mirror to use or resume it as it is, --overwrite" in again.err
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        assert {row["mirror"] for row in csv.DictReader(file)} == {"False"}
 
 
 # Overwriting, and sweeps ---------------------------------------------------------------------------------------------
@@ -441,7 +473,8 @@ def test_no_teacher_names_the_first_command(cli, tmp_path):
 
 
 def test_the_command_named_for_an_unfinished_teacher_resumes_it(cli, flags, tmp_path, monkeypatch):
-    own = ("--lr", 0.03, "--padding", 0, "--cutout", 6, "--seed", 3, "--precision", "fp32", "--output-dir", tmp_path)
+    own = ("--lr", 0.03, "--padding", 0, "--cutout", 6, "--no-mirror", "--seed", 3, "--precision", "fp32")
+    own += ("--output-dir", tmp_path)
     with failing_at_the_end(monkeypatch, Interrupted(2)):
         assert cli(*flags, *own, "--train-teacher").status == 130
     got = cli("--epochs", 1, "--seed", 3, "--output-dir", tmp_path)

@@ -715,6 +715,20 @@ def test_views_are_a_function_of_epoch_and_image_alone(counted, cutout):
     assert not torch.equal(every[some], teacher.batch(3, some))
 
 
+def test_no_image_is_mirrored_without_mirror():
+    """With it, a view is that of the image or of its mirror image, which is asked here without."""
+    images, *about = noise(40, 16), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+    usual = data.Views(images, *about, cutout=6)
+    plain, turned = (data.Views(each, *about, cutout=6, mirror=False) for each in (images, images.flip(2)))
+    for epoch in range(3):
+        mirrored = usual.draws(epoch)[2]
+        assert not plain.draws(epoch)[2].any() and 5 < mirrored.sum() < 35
+        views, own, others = (each.batch(epoch, torch.arange(40)) for each in (usual, plain, turned))
+        assert torch.equal(views, torch.where(mirrored[:, None, None, None], others, own))
+        assert not torch.equal(own, others)
+    assert plain.recipe != usual.recipe
+
+
 def test_flips_alternate_between_epochs(counted):
     views = data.Views(counted, *PLAIN)
     first, second, third = (views.draws(epoch)[2] for epoch in range(3))

@@ -153,14 +153,14 @@ def test_comparison_csv_has_a_row_for_each_run(swept):
     # The teacher, two baselines, two students of the chosen pair and one of the first command's, and the sweep.
     folders = {path.parent.relative_to(swept).as_posix() for path in swept.rglob("model.pt")}
     assert rows.keys() == folders and len(rows) == 1 + 2 + 2 + 1 + 5 * 2
+    # What a run.json does not say.
+    usual = {"train_fraction": 1.0, "label_smoothing": 0.0, "cutout": 0, "mirror": True, "width": 1.0}
     for name, row in rows.items():
         kept = json.loads((swept / name / "run.json").read_text())
         balanced = row.pop("balanced_accuracy")  # of classes with equally many test images
         assert balanced == row["accuracy"] == "" or float(balanced) == pytest.approx(kept["accuracy"])
         for column, text in row.items():
-            # What a run.json does not say.
-            usual = {"train_fraction": 1.0, "label_smoothing": 0.0, "cutout": 0, "width": 1.0}.get(column)
-            value = kept.get(column, kept["settings"].get(column, usual))
+            value = kept.get(column, (usual | kept["settings"]).get(column))
             assert column == "run" or text == ("" if value is None else str(value)), (name, column)
 
 

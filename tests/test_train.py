@@ -155,6 +155,7 @@ def test_views_of_short_trainings_move_by_half_as_much_and_a_teachers_of_long_on
     for role in ("teacher", "kd", "baseline"):
         found = [default_augmentation(role, *pair) for pair in pairs]
         assert [each["padding"] for each in found] == [1, 2, 6, 1, 2, 6, *[2, 4, 12] * 4]
+        assert all(each["mirror"] is True for each in found)
         assert [each["cutout"] for each in found] == [*[0] * 12, *([6, 12, 37] if role == "teacher" else [0] * 3) * 2]
 
 
