@@ -125,7 +125,7 @@ def test_the_prose_has_the_figures_of_the_records():
     assert "{:+.2f} points (standard error {:.2f}) became {:+.2f} ({:.2f})".format(*numbers) in measured
     with open(ROOT / "results" / "recipes.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["epochs"] == "6"]
-    assert len(rows) == 82 and all(f"{float(row['val_accuracy']):.4f}" in f"{measured} {clipping}" for row in rows)
+    assert len(rows) == 85 and all(f"{float(row['val_accuracy']):.4f}" in f"{measured} {clipping}" for row in rows)
 
     def tests(path):
         """Of each comparison in a file of benchmarks/difference.py: mean, ends of the interval, p and Holm's p."""
@@ -361,6 +361,10 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
         untried = "diverged" if name == "a quarter, T = 4" else ""
         assert [name, norms[0] or untried, *norms[1:], other] in lines
     readme, told = (" ".join(text.split()) for text in (readme, told))
+    assert (
+        f"a view and its mirror image (`mirrored=yes`, recipe 5, T = 4) are no better: {cell(*four, 'mirrored=yes')}."
+        in told
+    )
 
     def ahead(ones, others):
         """Mean and ends of the interval, in points."""
