@@ -2,8 +2,8 @@
 
     python benchmarks/compute.py    draws results/compute.png and prints its points as a table
 
-It reads results/*/comparison.json, as far as they are of the record's teacher, its history.csv, and
-results/other_trainings.csv.
+It reads the records in results/, as far as they are of the teacher of results/cifar10: of each length those of the
+latest recipe; that teacher's history.csv; and results/other_trainings.csv.
 
 Compute is counted alike for all: multiply-adds x 2 operations x 3 (forward, and backward twice) x images x epochs, in
 PFLOP. A distilled student's is that of its own training, without its teacher's, and without the soft targets, which are
@@ -25,10 +25,10 @@ from matplotlib.ticker import FuncFormatter
 
 from reports.statistics import paired_test
 from reports.styles import STYLES
-from runs.settings import pair_name
 
 RESULTS = ROOT / "results"
 IMAGES = 50_000  # of an epoch
+CHOSEN = {4: (32, 0.9), 5: (4, 0.9)}  # temperature and alpha that validation images chose, by recipe
 CLOSE = 0.002  # of two accuracies whose names would overlap: they move apart
 
 
@@ -50,22 +50,27 @@ def pflop(macs, epochs):
     return macs * 2 * 3 * IMAGES * epochs / 1e15
 
 
-def record(folder):
-    """The Points of a record: its teacher (or the mean of several), the distilled students of the temperature and alpha
-    that it was made for, and the baselines."""
-    found = json.loads((folder / "comparison.json").read_text())
-    teacher, macs, epochs = found["teacher"], found["student"]["macs"], found["settings"]["epochs"]
-    members = teacher["members"]
-    lengths = {len(path.read_text().splitlines()) - 1 for path in folder.glob("teacher-s*/history.csv")}
-    (teacher_epochs,) = lengths  # all alike
-    cost = pflop(teacher["macs"] / len(members), teacher_epochs)
-    points = [Point(f"teacher, {teacher_epochs} epochs", "teacher", cost, sum(members) / len(members), len(members))]
-    for role, entry in (("kd", found["kd"][0]), ("baseline", found["baseline"])):
-        pair = f" {pair_name(entry)}," if role == "kd" else ""
+def teacher(folder=RESULTS / "cifar10"):
+    """The Point of a record's teacher."""
+    found = json.loads((folder / "comparison.json").read_text())["teacher"]
+    epochs = len((folder / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
+    return Point(f"teacher, {epochs} epochs", "teacher", pflop(found["macs"], epochs), found["accuracy"])
+
+
+def students(record):
+    """The Points of a record, a dict: students distilled with the temperature and alpha that were chosen, and those
+    without a teacher."""
+    macs, settings = record["student"]["macs"], record["settings"]
+    temperature, alpha = CHOSEN[settings["recipe"]]
+    (kd,) = (kd for kd in record["kd"] if (kd["temperature"], kd["alpha"]) == (temperature, alpha))
+    points = []
+    for role, entry in (("kd", kd), ("baseline", record["baseline"])):
         interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
         half = interval and (interval[1] - interval[0]) / 2
-        what = f"{STYLES[role]['label']},{pair} {epochs} epochs"
-        points.append(Point(what, role, pflop(macs, epochs), entry["mean"], len(entry["seeds"]), half))
+        what = STYLES[role]["label"] + (f", alpha={alpha:g}" if role == "kd" else "") + f", {settings['epochs']} epochs"
+        what += f", T={temperature:g}" if role == "kd" else ""
+        cost = pflop(macs, settings["epochs"])
+        points.append(Point(what, role, cost, entry["mean"], len(entry["seeds"]), half))
     return points
 
 
@@ -81,11 +86,14 @@ def other_trainings():
 
 
 def all_points():
-    """The Points of all records with the teacher of results/cifar10, of that teacher, and of other_trainings.csv."""
-    found = {path.parent: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/comparison.json"))}
-    teacher = found[RESULTS / "cifar10"]["settings"]["teacher"]
-    records = [record(folder) for folder, each in found.items() if each["settings"]["teacher"] == teacher]
-    return list(dict.fromkeys(point for points in (*records, other_trainings()) for point in points))
+    """The Points of the teacher of results/cifar10, of its students, and of other_trainings.csv."""
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("**/comparison.json"))]
+    digest = json.loads((RESULTS / "cifar10" / "comparison.json").read_text())["settings"]["teacher"]
+    latest = {}
+    for record in sorted(records, key=lambda record: record["settings"]["recipe"]):
+        if record["settings"]["teacher"] == digest:
+            latest[record["settings"]["epochs"]] = record
+    return [teacher(), *(point for record in latest.values() for point in students(record)), *other_trainings()]
 
 
 def side_of_name(point, points):
@@ -109,8 +117,8 @@ def draw(points):
     markers = {"teacher": "s", "kd": "D", "baseline": "o", "speed run": "^"}
     labels = {role: style["label"] for role, style in STYLES.items()} | {"speed run": "speed runs of others"}
     colors = {role: style["color"] for role, style in STYLES.items()} | {"speed run": "#009E73"}
-    named, (pair,) = set(), {point.what.rpartition(", ")[0] for point in points if point.role == "kd"}
-    labels["kd"] = pair  # which all have
+    named, (shared,) = set(), {", ".join(point.what.split(", ")[:2]) for point in points if point.role == "kd"}
+    labels["kd"] = shared  # their alpha
     sides = [side_of_name(point, points) for point in points]
     for point, side in zip(points, sides, strict=True):
         beside_it = [other for other, its in zip(points, sides, strict=True) if (other.role, its) == (point.role, side)]

@@ -432,12 +432,17 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
 def test_compute_is_counted_as_the_record_says():
     import compute
 
-    points = {point.what: point for point in compute.record(SHORTER)}
-    teacher, kd = points["teacher, 24 epochs"], points["student with KD, T=32, alpha=0.9, 10 epochs"]
-    assert teacher in compute.record(RECORD) and compute.all_points().count(teacher) == 1
-    assert teacher.pflop == pytest.approx(134_838_816 * 6 * 50_000 * 24 / 1e15)
-    assert kd.pflop == points["student, baseline, 10 epochs"].pflop == pytest.approx(26_025_248 * 6 * 500_000 / 1e15)
-    assert kd.half == pytest.approx(2.776445 * np.std(entry(SHORTER, 32, 0.9)["accuracies"], ddof=1) / 5**0.5)
+    taught, points = compute.teacher(), compute.all_points()
+    assert (taught.what, points.count(taught)) == ("teacher, 24 epochs", 1) and taught.accuracy == 0.941
+    assert taught.pflop == pytest.approx(134_838_816 * 6 * 50_000 * 24 / 1e15)
+    for folder, temperature in ((LONGER, 32), (CLIPPED, 4), (SHORTEST, 32)):  # of each length the latest recipe
+        epochs = record(folder)["settings"]["epochs"]
+        kd, alone = (point for point in points if point.n == 5 and f", {epochs} epochs" in point.what)
+        assert kd.what == f"student with KD, alpha=0.9, {epochs} epochs, T={temperature}"
+        assert kd.pflop == alone.pflop == pytest.approx(26_025_248 * 6 * 50_000 * epochs / 1e15)
+        accuracies = entry(folder, temperature, 0.9)["accuracies"]
+        assert kd.accuracy == np.mean(accuracies) and alone.accuracy == record(folder)["baseline"]["mean"]
+        assert kd.half == pytest.approx(2.776445 * np.std(accuracies, ddof=1) / 5**0.5)
 
 
 def test_the_kept_student_was_taught_by_the_kept_teacher():
