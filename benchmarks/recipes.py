@@ -54,6 +54,7 @@ CHANGES = {
     "decay": "weight decay of the head [0.0005]",
     "batchnorm": "momentum of batch norm [0.1]",
     "init": "dirac or he [dirac]",
+    "lookahead": "yes or no: every fifth step ends in slow weights that follow the others [no]",
     "whitening": "in how many of the first epochs the whitening's bias is trained [all]",
     "widths": "of the network's layers, joined by commas",
     "teacher": "of a distilled student: model.pt or its folder",
@@ -64,7 +65,7 @@ CHANGES = {
     "mirrored": "yes or no: soft targets are averaged over a view and its mirror image [no]",
 }
 OF_DISTILLATION = {"teacher", "temperature", "alpha", "mirrored"}
-WORDS = {"init", "teacher", "cut", "mirrored"}  # whose values are no numbers
+WORDS = {"init", "teacher", "cut", "mirrored", "lookahead"}  # whose values are no numbers
 OUT_OF_PLACE = {"kd": set(), "baseline": OF_DISTILLATION, "teacher": OF_DISTILLATION | {"mixed", "cut"}}
 
 
@@ -130,6 +131,33 @@ class Mirrored(nn.Module):
         return (self.teacher(images) + self.teacher(images.flip(3))) / 2
 
 
+class Lookahead(train.Muon):
+    """Muon with slow weights, to which the network is set back in every fifth step and in the last one (Zhang et al.,
+    arXiv 1907.08610): they move towards its weights by 1 - 0.95^5 t^3 of the way, where t rises from 0 to 1 (as in the
+    repository cifar10-airbench), in the last step not at all."""
+
+    def __init__(self, network, learning_rate, *rest):
+        super().__init__(network, learning_rate, *rest)
+        self.learning_rate = learning_rate
+
+    @torch.no_grad()
+    def step(self):
+        first = self.param_groups[0]
+        for group in self.param_groups:
+            for parameter in group["params"] if not first.get("steps") else ():
+                self.state[parameter]["slow"] = parameter.clone()
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        super().step()
+        first["steps"] = first.get("steps", 0) + 1
+        left = first["lr"] / self.learning_rate  # falls from 1 by the same share in every step, to that share
+        is_last = first["steps"] > 1 and left < 1.5 * (1 - left) / (first["steps"] - 1)
+        if first["steps"] % 5 and not is_last:
+            return
+        way = 0.0 if is_last else 1 - 0.95**5 * (1 - left) ** 3
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            parameter.copy_(self.state[parameter]["slow"].lerp_(parameter, way))
+
+
 def word(changes, name, default, other):
     """Whether the change `name` says `other`; raises Failure where it says neither that nor `default`."""
     said = changes.pop(name, default)
@@ -150,6 +178,8 @@ def patches(role, changes):
     if "batchnorm" in changes:
         layer, momentum = nn.BatchNorm2d, float(changes.pop("batchnorm"))
         found.append(patch.object(nn, "BatchNorm2d", lambda width: layer(width, momentum=momentum)))
+    if word(changes, "lookahead", "no", "yes"):
+        found.append(patch.object(train, "Muon", Lookahead))
     if word(changes, "init", "dirac", "he"):
         found.append(patch.object(nn.init, "dirac_", lambda weights: weights))
     if "whitening" in changes:

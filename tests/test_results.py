@@ -477,6 +477,7 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     assert len(set(found)) == len(found)
     assert weights("baseline", "padding=1", "conv=0.3", "batch=128") == found[0]  # the recipe as it is
     assert weights("baseline", "whitening=1") == weights("baseline", "clip=0.1") == found[0]  # of one epoch; as it is
+    assert weights("baseline", "batch=14", "lookahead=yes") != weights("baseline", "batch=14")  # of three steps
     norms, step = [], train.Muon.step
 
     def noted(optimizer):
@@ -518,9 +519,31 @@ def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, mon
     with pytest.raises(Failure, match="init=x: it can be dirac or he"):
         run("baseline", "init=x")
     rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 31
+    assert [row["what"] for row in rows[:2]] == ["as it is", "seed=1"] and len(rows) == 33
     assert len({row["network"] for row in rows}) == 3
     assert rows[0]["pflop"] == f"{models.costs('student', 3, 16).macs * 6 * 42 / 1e15:.4f}"
+
+
+def test_slow_weights_by_hand():
+    """Over 12 steps: after the 5th and 10th the weights are the slow ones, moved; after the 12th, not moved."""
+    import recipes
+
+    layer, random = torch.nn.Linear(3, 2, bias=False), np.random.default_rng(0)
+    optimizer = recipes.Lookahead(layer, 0.2, 0.0)
+    share, momentum = train.HEAD
+    weights = layer.weight.detach().double().numpy().copy()
+    slow, velocity = weights.copy(), 0
+    for step in range(12):
+        optimizer.param_groups[1]["lr"] = optimizer.param_groups[0]["lr"] = rate = 0.2 * (12 - step) / 12
+        gradient = random.normal(size=(2, 3))
+        layer.weight.grad = torch.tensor(gradient, dtype=torch.float32)
+        optimizer.step()
+        velocity = momentum * velocity + gradient
+        weights = weights - share * rate * (gradient + momentum * velocity)
+        if step in (4, 9, 11):
+            kept = 0.95**5 * (step / 12) ** 3 if step < 11 else 1
+            weights = slow = kept * slow + (1 - kept) * weights
+        np.testing.assert_allclose(layer.weight.detach().numpy(), weights, atol=1e-5)
 
 
 def test_what_a_teacher_gives_away_is_counted_by_image(images, tmp_path, monkeypatch, capsys):
