@@ -84,10 +84,17 @@ def start(arguments, stop, group, hooks, machine, teachers):
     mirrored = "mirrored in every second epoch" if views["mirror"] else "not mirrored"
     if arguments.epochs:
         group.say(f"Views: moved by up to {moved}, {mirrored}{blanked}")
-    if views["mirror"] and not all(teacher.settings.get("mirror", True) for teacher in teachers):
+    trained = [each.settings for each in teachers if each.settings["epochs"]]  # here, not elsewhere
+    if views["mirror"] and not all(each.get("mirror", True) for each in trained):
         group.say(
             "Warning: a teacher was trained with --no-mirror, but is asked about mirrored images, which it has never "
-            "seen. Add --no-mirror, unless mirror images show the same things."
+            "seen. Unless they show the same things, stop this command and give it --no-mirror, too (and --overwrite, "
+            "where students were begun)."
+        )
+    if not views["mirror"] and any(each.get("mirror", True) for each in trained):
+        group.say(
+            "Warning: a teacher was trained without --no-mirror, so on mirrored images, too. If they show other "
+            "things, train it again with --no-mirror --overwrite."
         )
     loaded = put(loaded, machine.device)
     transfer_set = loaded.transfer_set(arguments.train_fraction, plan.omitted(arguments, loaded))

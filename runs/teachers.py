@@ -96,6 +96,7 @@ def _typed(settings, arguments=None):
     typed = {name: getattr(settings, name) for name in same}
     usual = default_augmentation("teacher", settings.epochs, settings.image_size)
     typed |= {name: value for name, value in settings.augmentation.items() if value != usual[name]}
+    typed["mirror"] = None if settings.mirror else False  # whatever the students' command says
     if settings.learning_rate != default_learning_rate(settings.batch_size, settings.network):
         typed["lr"] = settings.learning_rate
     if settings.val_fraction:

@@ -295,7 +295,7 @@ def test_the_teacher_is_asked_about_views_that_the_students_see(cli, flags, copy
     assert set(asked) == {views} and len(asked) > steps  # more: those of the teacher
 
 
-def test_without_mirrored_images(cli, flags, tmp_path):
+def test_without_mirrored_images(cli, flags, finished, tmp_path):
     """Digits, letters, signs: students are told if their teacher never saw a mirrored image; the option is typed in
     every command that is named."""
     words = (*flags, "--epochs", 1, "--output-dir", tmp_path)
@@ -303,6 +303,10 @@ def test_without_mirrored_images(cli, flags, tmp_path):
     assert missing.status == 1 and " --no-mirror " in missing.err.splitlines()[-1], missing
     assert cli(*shlex.split(missing.err.splitlines()[-1])[2:], *flags).status == 0
     warning = "Warning: a teacher was trained with --no-mirror, but is asked about mirrored images"
+    other = cli(*words, "--no-mirror", "--teacher", finished / "teacher-s0", "--output-dir", tmp_path / "other")
+    assert other.status == 0 and "Warning: a teacher was trained without --no-mirror, so on mirrored" in other.out, (
+        other
+    )
     mirrored = cli(*words)
     assert mirrored.status == 0 and warning in mirrored.out, mirrored
     refused = cli(*words, "--no-mirror")
@@ -485,6 +489,10 @@ def test_the_command_named_for_an_unfinished_teacher_resumes_it(cli, flags, tmp_
     got = cli(*words[2:])
     assert got.status == 0 and "teacher-s3: test accuracy" in got.out and not got.err, got  # both epochs were trained
     assert "--data-dir" not in teacher_command(parse(["--data-dir", "pets"]), dataset="shapes")  # which refuses it
+    with failing_at_the_end(monkeypatch, Interrupted(2)):
+        assert cli(*flags, "--seed", 5, "--output-dir", tmp_path, "--train-teacher").status == 130
+    got = cli("--no-mirror", "--seed", 5, "--output-dir", tmp_path)
+    assert "is unfinished" in got.err and "mirror" not in got.err, got  # which is of the students
     zeros = teacher_command(parse([]), padding=0, weight_decay=0.0)
     assert zeros.endswith("--epochs 200 --padding 0 --weight-decay 0.0")
     assert teacher_command(parse([]), label_smoothing=0.2).endswith(" --label-smoothing 0.2")

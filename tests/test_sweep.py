@@ -284,6 +284,8 @@ def test_a_teacher_of_the_sweep_that_does_not_fit_is_refused_with_the_command_th
     assert cli(*flags, "--output-dir", copy, *one, "--epochs", 1, "--lr", 0.1).status == 0
     got = cli(*flags, "--output-dir", copy, *PAIRS)
     assert got.status == 1 and "epochs 1 instead of 2" in got.err and "learning rate 0.1 instead" in got.err, got
+    students = cli(*flags, "--output-dir", copy, *PAIRS, "--no-mirror", "--overwrite")
+    assert command_in(students.err) == command_in(got.err)  # the teacher has seen mirrored images, as the usual one has
     got = cli(*command_in(got.err), *flags[-4:])
     assert got.status == 0, got
     got = cli(*flags, "--output-dir", copy, *PAIRS)
