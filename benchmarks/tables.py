@@ -17,6 +17,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import models
 from reports.statistics import SIGNIFICANCE, holm
 from reports.text import block
 from runs.files import decode
@@ -25,7 +26,7 @@ from runs.settings import Settings, pair_name
 RESULTS = ROOT / "results"
 README, RECORD = ROOT / "README.md", RESULTS / "cifar10"
 SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
-NAMES = ("recipe-5/10-epochs", "cifar10-60-epochs", "cifar10", "cifar10-5-epochs")  # more are in results/README.md
+NAMES = ("cifar10", "cifar10-10-epochs", *(f"recipe-4/{epochs}-epochs" for epochs in (60, 24, 5)))
 OF_ONE_TEACHER = [RESULTS / name for name in NAMES]
 
 
@@ -69,11 +70,13 @@ def results():
     """Accuracies and gains of the record, and of other students of the same teacher."""
     found = record()
     teacher, machines = found["teacher"], {machine(found): []}
+    machines[machine(record(RESULTS / "recipe-4" / "24-epochs"))] = ["the teacher"]  # made together
     epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
-    rows, tests = [["teacher", found["settings"]["recipe"], epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
+    made_by = models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
+    rows, tests = [["teacher", made_by, epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
     for each in map(record, OF_ONE_TEACHER):
         epochs, recipe = each["settings"]["epochs"], each["settings"]["recipe"]
-        machines.setdefault(machine(each), []).append(f"of recipe {recipe} and {epochs} epochs")
+        machines.setdefault(machine(each), []).append(f"students of recipe {recipe} and {epochs} epochs")
         for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"])):
             name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}"
             rows.append([name, recipe, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
@@ -86,7 +89,7 @@ def results():
              for each in (teacher, found["student"])]  # fmt: skip
     corrected = dict(zip(tests, holm([*tests.values()]), strict=True))
     lost = [f"{name} has p = {p:.2g}" for name, p in corrected.items() if tests[name] < SIGNIFICANCE <= p]
-    _, *elsewhere = (f"students {' and '.join(which)}: {name}" for name, which in machines.items())
+    _, *elsewhere = (f"{', '.join(which)}: {name}" for name, which in machines.items())
     return table(head, *rows) + (
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
         f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. Student, a "
@@ -140,8 +143,8 @@ def few_labels(folder=RESULTS / "few-labels"):
     corrected = max(test["points"]["p_holm"] for test in tests)
     return table(head, *rows) + (
         f"\n\nTeacher: {teacher['accuracy']:.4f}, trained on the 5,000 images for {epochs[1]} epochs. T = "
-        f"{settings['temperature']:g}, alpha = {settings['alpha']:g}. ± is the standard deviation over seeds; p "
-        f"corrected for the four (Holm) is at most {corrected:.2g}. {machine(records[0])}: "
+        f"{settings['temperature']:g}, alpha = {settings['alpha']:g}, recipe {settings['recipe']}. ± is the standard "
+        f"deviation over seeds; p corrected for the four (Holm) is at most {corrected:.2g}. {machine(records[0])}: "
         "`python benchmarks/unlabeled.py`."
     )
 
@@ -169,8 +172,9 @@ def other_images(folder=RESULTS / "animals"):
     corrected = " and ".join(f"{max(each['points']['p_holm'] for each in tests):.2g}" for tests in (of_same, of_other))
     return table(["students", "epochs", "test accuracy", *lead], *rows) + (
         f"\n\n{count} seeds each, ± is their standard deviation. Teacher: {teacher['accuracy']:.4f}, trained on the "
-        f"3,000 images for {epochs[1]} epochs. T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. p, "
-        f"corrected for the comparisons of each of the first two rows by itself (Holm), is at most {corrected}. "
+        f"3,000 images for {epochs[1]} epochs. T = {settings['temperature']:g}, alpha = {settings['alpha']:g}, recipe "
+        f"{settings['recipe']}. p, corrected for the comparisons of each of the first two rows by itself (Holm), is at "
+        f"most {corrected}. "
         f"{machine(same)}: `python benchmarks/unlabeled.py --classes bird cat deer dog frog horse --output-dir "
         "outputs/animals --results results/animals`."
     )
