@@ -144,7 +144,7 @@ def test_the_prose_has_the_figures_of_the_records():
     assert "{:+.2f} points (standard error {:.2f}) became {:+.2f} ({:.2f})".format(*numbers) in measured
     with open(RESULTS / "recipes.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["epochs"] == "6"]
-    assert len(rows) == 85 and all(f"{float(row['val_accuracy']):.4f}" in f"{measured} {clipping}" for row in rows)
+    assert len(rows) == 87 and all(f"{float(row['val_accuracy']):.4f}" in f"{measured} {clipping}" for row in rows)
 
     def tests(path):
         """Of each comparison in a file of benchmarks/difference.py: mean, ends of the interval, p and Holm's p."""
@@ -383,9 +383,10 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
         assert [name, norms[0] or untried, *norms[1:], other] in lines
     readme, told = (" ".join(text.split()) for text in (readme, told))
     assert (
-        f"a view and its mirror image (`mirrored=yes`, recipe 5, T = 4) are no better: {cell(*four, 'mirrored=yes')}."
+        f"a view and its mirror image (`mirrored=yes`, recipe 5, T = 4) are no better: {cell(*four, 'mirrored=yes')};"
         in told
     )
+    assert f"(Lookahead, `lookahead=yes`): {cell(*four, 'lookahead=yes')}." in told
 
     def ahead(ones, others):
         """Mean and ends of the interval, in points."""
