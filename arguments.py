@@ -154,8 +154,8 @@ def parser():
     option("--temperature", "divides the logits of teacher and student in the loss; several values are a sweep (with "
            "--predict and --export: divides the logits, 1 unless given)", [4.0],
            type=number(0, 1000, above=True), nargs="+", metavar="T")
-    option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep; on CIFAR-10 0.9 "
-           "gained more", [0.1],
+    option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep; most of README's "
+           "results are with 0.9", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
     option("--teacher", "a finished run's folder or model.pt, of a teacher or a student; of several, the mean of their "
            "logits is used [the output folder's teacher-s<seed>, or its only one]",

@@ -171,6 +171,7 @@ def several(tmp_path_factory, flags, plain):
     students = (*flags, *STUDENTS, "--teacher", folder / "teacher-s0", "--output-dir")
     commands = {
         "teacher": (*flags, "--train-teacher", "--output-dir", top / "teacher"),
+        "teachers": (*flags, "--train-teacher", "--seeds", 2, "--output-dir", top / "teacher"),
         "sweep": (*flags, *sweep(trained, top / "sweep")),
         "usage": (*flags, "--alpha", 3),
         "locked": (*students, top / "locked"),
@@ -198,8 +199,13 @@ def test_more_processes_than_runs_and_images_decoded_once(several, plain):
     got = several["teacher"]
     assert got.statuses == (0, 0), got
     assert got.out.count("images are decoded") == 1 and got.out.count("folder: 48 training and") == 1, got
-    assert digests(several["top"] / "teacher").items() <= digests(plain / "one").items()
-    assert got.err.count("teacher-s0: epoch 2 of 2") == 1, got
+    assert got.err.count("epoch 2 of 2") == 1 and "teacher-s0: epoch 2 of 2" in got.err, got
+    more = several["teachers"]
+    assert more.statuses == (0, 0) and "images are decoded" not in more.out, more
+    assert more.err.count("epoch 2 of 2") == 1 and "] [2/2] teacher-s1: " in more.err, more
+    assert " of 1 runs done, " in more.err, more  # the other is finished
+    teachers = {name: digest for name, digest in digests(plain / "one").items() if name.startswith("teacher")}
+    assert digests(several["top"] / "teacher") == teachers and len(teachers) == 2
 
 
 @pytest.mark.slow
