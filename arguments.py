@@ -44,7 +44,7 @@ TASKS = {
     "export": (("model", "temperature", "student", "teacher_network"), "which only converts a finished model"),
 }
 
-FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # of images in folders; part of the data's digest
+FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # of images in folders
 
 SWITCH = {"action": "store_true"}
 
@@ -252,14 +252,9 @@ def parse(argv):
     if arguments.other_networks and not arguments.teacher:
         raise Usage("several --teacher-network are for several teachers: name these with --teacher")
     if arguments.train_teacher:
-        for name, given in (
-            ("--report", arguments.report), ("--teacher", arguments.teacher), ("--loss", arguments.loss),
-            ("--student", arguments.student), ("--omit-class", arguments.omit_class),
-            ("--unlabeled", arguments.unlabeled),
-            ("--train-fraction", arguments.train_fraction != top.get_default("train_fraction")),  # --demo has its own
-        ):  # fmt: skip
-            if given:
-                raise Usage(f"{name} is for students and cannot be combined with --train-teacher")
+        for name in ("teacher", "loss", "student", "omit_class", "unlabeled", "train_fraction"):
+            if getattr(arguments, name) != top.get_default(name):
+                raise Usage(f"--{name.replace('_', '-')} is for students and cannot be combined with --train-teacher")
     if arguments.train_teacher and arguments.sweep:
         raise Usage("several temperatures or alphas are for students and cannot be combined with --train-teacher")
     if not arguments.epochs:
@@ -298,11 +293,10 @@ def parse(argv):
         raise Usage("--label-smoothing does not reach a loss of your own: smooth the labels there")
     if arguments.omit_class and arguments.label_smoothing:
         raise Usage("--label-smoothing would show students the classes of --omit-class")
-    for name in FOLDER_OPTIONS:
-        has_folder = arguments.dataset == "folder" or (name == "skip_damaged" and arguments.unlabeled)
-        if getattr(arguments, name) and not has_folder:
-            also = " and --unlabeled" if name == "skip_damaged" else ""
-            raise Usage(f"--{name.replace('_', '-')} is for --dataset folder{also}")
+    if arguments.test_fraction and arguments.dataset != "folder":
+        raise Usage("--test-fraction is for --dataset folder")
+    if arguments.skip_damaged and not (arguments.dataset == "folder" or arguments.unlabeled):
+        raise Usage("--skip-damaged is for --dataset folder and --unlabeled")
     if arguments.data_url is not None:
         if arguments.dataset not in ("cifar10", "cifar100"):
             raise Usage("--data-url is for --dataset cifar10 or cifar100")
@@ -327,8 +321,7 @@ def command(values):
     """The words of the command that trains a teacher with these arguments, a dict; defaults are left out."""
     words, defaults = ["python", "main.py", "--train-teacher"], parser()
     for name, value in values.items():
-        off = value is False and name != "mirror"
-        if name == "epochs" or (value != defaults.get_default(name) and not off):
+        if name == "epochs" or value != defaults.get_default(name):
             words += typed(name, value)
     return words
 

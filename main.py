@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runs.command import exit_status
 from runs.files import Failure
-from runs.group import Tally, is_first, join
+from runs.group import Tally, join, launched
 from runs.hooks import find_hooks
 from runs.settings import other_width
 from runs.teachers import (
@@ -35,7 +35,7 @@ from use.tasks import do_task
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global accuracy, choose_machine, describe, evaluate, measure_speeds, start, train, try_hooks
+    global accuracy, choose_machine, describe, evaluate, measure_speeds, start, train, try_hooks, untrained
     global data, distill, models, plan, records, torch
     import torch
 
@@ -45,7 +45,7 @@ def import_modules():
     from reports import records
     from runs import plan
     from runs.machine import describe
-    from runs.session import choose_machine, start, try_hooks
+    from runs.session import choose_machine, start, try_hooks, untrained
     from runs.speed import speeds as measure_speeds
     from train import accuracy, evaluate, train
 
@@ -54,7 +54,7 @@ def main(arguments, stop):
     """The whole story: the teacher, the student with distillation and without it, the comparison. `stop` is the signal
     handler (runs.signals.Stop)."""
     if arguments.task:
-        if is_first():  # of the processes that torchrun started: a task is for one
+        if launched()[1] == 0:  # a task is for one of the processes that torchrun started
             do_task(arguments)
         return
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
@@ -90,8 +90,7 @@ def main(arguments, stop):
 def train_teachers(session):
     """Trains the teacher, or with --seeds several of them."""
     arguments, loaded = session.arguments, session.data
-    count = arguments.seeds if arguments.train_teacher else 1
-    runs = plan.teacher_runs(arguments, loaded, count, session.hooks)
+    runs = plan.teacher_runs(arguments, loaded, session.hooks)
     fraction = runs[0].settings.val_fraction
     if fraction and not len(data.split(loaded.train_labels, fraction)[1]):
         raise Failure("--val-fraction needs at least two training images in some class.")
@@ -109,7 +108,7 @@ def train_students(session, teachers):
     (reports.comparison.Comparison's `asked`). `teachers` are pairs of the path of a model.pt and its network."""
     arguments, loaded = session.arguments, session.data
     with session.group.first():
-        networks = digests_of(session, teachers)
+        networks = checked(session, teachers)
     digest, targets = "+".join(networks), soft_targets(session, networks)
     if arguments.overwrite:
         spare_teachers([path for path, _ in teachers], plan.all_student_runs(arguments, loaded, session.hooks))
@@ -199,7 +198,7 @@ def choose_pairs(session, teachers, digest, targets):
 
 def sweep_networks(session, teachers, fraction):
     """The `teachers` as trained without the `fraction` of the training images on which a sweep is judged, as
-    digests_of; {} where there is one that was not, which is said."""
+    checked; {} where there is one that was not, which is said."""
     with session.group.first():
         paths, missing = find_sweep_teachers(session.arguments, teachers, fraction)
         if missing:
@@ -208,7 +207,7 @@ def sweep_networks(session, teachers, fraction):
         found = [(path, models.load(path, hooks=session.hooks)) for path in paths]
         for (path, network), (original, teacher) in zip(found, teachers, strict=True):
             check_sweep_teacher(session.arguments, path, network, original, teacher, fraction)
-        return digests_of(session, found, "teacher of the sweep")
+        return checked(session, found, "teacher of the sweep")
 
 
 def prepare(session, runs):
@@ -259,7 +258,7 @@ def measured(settings):
     return "validation" if settings.get("val_fraction") else "test"
 
 
-def digests_of(session, teachers, role="teacher"):
+def checked(session, teachers, role="teacher"):
     """The teachers, checked and on the device, by their digests and in the order of these; so however they are named,
     their mean is the same to the last bit. `role` is what is said of them."""
     paths, networks = {}, {}
@@ -292,11 +291,8 @@ def keep_for_report(session, networks, teachers):
         records.save_teacher_logits(output, digest, loaded.digest, partial(test_logits, network))
     sizes = sum(Path(path).stat().st_size for path, _ in teachers)
     place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": sizes}
-    hook, classes = session.hooks.student, len(loaded.classes)
-    if hook:
-        student = models.build(hook.loaded, "student", classes, 0)
-    else:
-        student = models.create("student", classes, 0, width=session.arguments.width)
+    hook = session.hooks.student
+    student = untrained(hook, "student", len(loaded.classes), session.arguments.width)
     measure = partial(measure_speeds, list(networks.values()), student, loaded.image_size, machine)
     own = (hook.function, hook.sha256) if hook else other_width(session.arguments.width)
     records.save_speed(output, list(networks), loaded.digest, place, machine.precision, measure, own)

@@ -24,10 +24,10 @@ from runs.streams import stream, stream_seed
 
 FORMAT = 2  # of model.pt; a file with another number is refused
 
-# Images in an inference batch, of up to FULL_BATCH pixels a side. On a CPU the activations of 128 images of 32x32 stay
+# Images in an inference batch, of up to LARGE pixels a side. On a CPU the activations of 128 images of 32x32 stay
 # in its caches: a teacher is half as fast again as with 1,000. On a GPU those of 2,000 images of 64x64 would fill 8 GB.
 INFERENCE_BATCH = {"cpu": 128, "mps": 500, "cuda": 500}
-FULL_BATCH = 64
+LARGE = 64  # pixels a side, above which fewer images are taken at a time
 
 NARROW, ROW = 8, 64  # pixels: the widest images that are laid side by side for AMX, and how long rows become
 
@@ -229,7 +229,7 @@ def costs_of(network, image_size):
 def inference_batch(device, image_size):
     """How many images are put through a network at a time: one fixed number for a device and size, so that a view's
     logits are the same bits whoever asks; of large images fewer, so that all sizes take about as much memory."""
-    return max(1, INFERENCE_BATCH[device.type] * FULL_BATCH**2 // max(FULL_BATCH, image_size) ** 2)
+    return max(1, INFERENCE_BATCH[device.type] * LARGE**2 // max(LARGE, image_size) ** 2)
 
 
 def normalize(images, mean, std):

@@ -21,7 +21,7 @@ from runs.streams import start_stream
 CONVOLUTIONS, HEAD, BIASES = (0.3, 0.6), (1.0, 0.85), (30.0, 0.85)
 CLIPPED = 0.1  # the norm of all biases' gradients at most: labels give about 0.06, soft targets 0.2 to 0.6
 WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its highest rate from the start may diverge
-WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
+WHITENED = 2_000  # training images to which the whitening is fitted; of large ones as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
 
@@ -81,7 +81,7 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
         optimizer = torch.optim.SGD(trained, settings.learning_rate, **rest)
     else:
         optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
-    model = compile_network(network) if machine.compiled else network
+    model = compile_network(network, machine.device) if machine.compiled else network
     plain = partial(distillation_loss, label_smoothing=settings.label_smoothing)
     criterion = run.hooks.loss.loaded if settings.loss else plain
 
@@ -124,7 +124,7 @@ def new_network(settings, data, transfer_set, hooks):
     if settings.network:
         hook = getattr(hooks, settings.architecture)
         return models.build(hook.loaded, settings.architecture, len(data.classes), settings.seed)
-    count = WHITENED * 64**2 // max(64, data.image_size) ** 2
+    count = WHITENED * models.LARGE**2 // max(models.LARGE, data.image_size) ** 2
     some = transfer_set[:: max(1, len(transfer_set) // count)].to(data.train_images.device)
     some = models.normalize(data.train_images[some].cpu(), data.mean, data.std)
     return models.create(settings.architecture, len(data.classes), settings.seed, some, settings.width)
@@ -169,12 +169,12 @@ def schedule(step, steps, warm_up=0.0):
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
 
 
-def compile_network(network):
-    """The network as one compiled function; on CUDA its kernels are launched together, as CUDA graphs. Which kernels
-    is decided by timing them there: two compiled runs on a GPU may differ in last bits. Each size of batches is
-    compiled by itself, so that a run's bits do not depend on the runs that its process trained before."""
-    device = next(network.parameters()).device.type
-    return torch.compile(network, mode="reduce-overhead" if device == "cuda" else "default", dynamic=False)
+def compile_network(network, device):
+    """The network as one compiled function for the `device` that it is on; on CUDA its kernels are launched together,
+    as CUDA graphs. Which kernels is decided by timing them there: two compiled runs on a GPU may differ in last bits.
+    Each size of batches is compiled by itself, so that a run's bits do not depend on the runs that its process trained
+    before."""
+    return torch.compile(network, mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
 
 
 class Muon(torch.optim.Optimizer):

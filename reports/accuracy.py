@@ -23,8 +23,7 @@ def rows(comparison):
     if len(members) > 1:
         alone = np.mean(members), spread(members), None, len(members), None, None, None
         found.append(row("  each alone", *alone))
-    entries = [(f"KD, {pair_name(each)}", each) for each in comparison.kd]
-    for name, entry in [*entries, ("Baseline", comparison.baseline)]:
+    for name, entry in comparison.students:
         keys = ("balanced_accuracy", "agreement_with_teacher", "calibration_error", "negative_log_likelihood")
         balanced, *others = (np.mean(entry[key]) for key in keys)
         found.append(row(name, entry["mean"], entry["std"], balanced, len(entry["seeds"]), *others))

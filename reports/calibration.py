@@ -11,7 +11,6 @@ import numpy as np
 from scipy import optimize
 
 from reports.statistics import calibration_error, negative_log_likelihood, softmax
-from runs.settings import pair_name
 
 LARGEST = 20.0  # fitted temperature; the smallest is its inverse
 SCALED = ("fitted_temperature", "scaled_calibration_error", "scaled_negative_log_likelihood")
@@ -52,8 +51,7 @@ def rows(comparison):
     if comparison.teacher["fitted_temperature"] is None:
         return []
     found = [("Temperature scaling", "fitted T", "ECE", "NLL")]
-    entries = [("Teacher", comparison.teacher), *((f"KD, {pair_name(each)}", each) for each in comparison.kd)]
-    for name, entry in [*entries, ("Baseline", comparison.baseline)]:
+    for name, entry in [("Teacher", comparison.teacher), *comparison.students]:
         temperature, error, likelihood = (np.mean(entry[key]) for key in SCALED)
         found.append((name, f"{temperature:.2f}", f"{error:.4f}", f"{likelihood:.4f}"))
     return found

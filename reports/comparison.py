@@ -18,7 +18,7 @@ from reports.statistics import (
     spread,
 )
 from runs.files import Damaged, Failure, decode, read_json
-from runs.settings import PLAIN, Settings, run_name
+from runs.settings import PLAIN, Settings, pair_name, run_name
 from sources import survey
 
 
@@ -86,9 +86,13 @@ class Comparison:
         self._add_speed()
         self.selection = self._selection()
         for run in self.runs:
-            if run.settings.role == "teacher" and not run.settings.val_fraction:
-                logits = self.member_logits[self.settings.teacher.split("+").index(run.weights_sha256)]
-                self.balanced[run.folder] = self._by_class(logits)["balanced_accuracy"]
+            if not run.settings.val_fraction:
+                self.balanced[run.folder] = self._by_class(self._test_logits(run))["balanced_accuracy"]
+
+    @property
+    def students(self):
+        """The rows of the printed tables: (name, entry) of each way to distil and of the baseline."""
+        return [*((f"KD, {pair_name(each)}", each) for each in self.kd), ("Baseline", self.baseline)]
 
     @property
     def is_balanced(self):
@@ -139,6 +143,11 @@ class Comparison:
         asked = {"temperature": first.temperature, "alpha": first.alpha, "seeds": seeds}
         return asked | {"variant": first.variant, "shared": shared}
 
+    def _test_logits(self, run):
+        if run.settings.role == "teacher":
+            return self.member_logits[self.settings.teacher.split("+").index(run.weights_sha256)]
+        return run.logits(self.teacher_logits.shape)
+
     def _by_class(self, logits):
         by_class = class_accuracies(logits, self.labels, len(self.classes))
         return {
@@ -155,7 +164,6 @@ class Comparison:
         accuracies = [run.accuracy for run in runs]
         measures = [self._by_class(each) for each in logits]
         calibrated = [calibration(each, self.labels) for each in logits]
-        self.balanced |= {run.folder: each["balanced_accuracy"] for run, each in zip(runs, measures, strict=True)}
         by_class = np.array([m["class_accuracies"] for m in measures], dtype=float)
         return {
             "seeds": [run.settings.seed for run in runs],

@@ -7,7 +7,6 @@ really work?", arXiv 2106.05945), so both are told beside the accuracy.
 import numpy as np
 
 from reports.statistics import kl_divergence
-from runs.settings import pair_name
 
 
 def fidelity(teacher_logits, logits, temperature):
@@ -21,8 +20,7 @@ def fidelity(teacher_logits, logits, temperature):
 def rows(comparison):
     """The rows of the printed table: means over the seeds."""
     found = [("Fidelity to the teacher", "agreement", "KL, T = 1", "KL at its T")]
-    entries = [(f"KD, {pair_name(each)}", each) for each in comparison.kd]
-    for name, entry in [*entries, ("Baseline", comparison.baseline)]:
+    for name, entry in comparison.students:
         keys = ("agreement_with_teacher", "kl_from_teacher", "kl_from_teacher_softened")
         found.append((name, *(f"{np.mean(entry[key]):.4f}" for key in keys)))
     return found

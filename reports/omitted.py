@@ -8,7 +8,6 @@ import numpy as np
 
 from reports.accuracy import decimals
 from reports.statistics import spread
-from runs.settings import pair_name
 
 
 def omitted_classes(runs, logits, labels, classes):
@@ -41,8 +40,7 @@ def omitted_classes(runs, logits, labels, classes):
 def rows(comparison):
     """The rows of the printed table: means over the seeds."""
     found = [("Not shown to students", "on these", "std", "corrected", "std", "all, corr.", "bias")]
-    entries = [(f"KD, {pair_name(each)}", each) for each in comparison.kd]
-    for name, entry in [*entries, ("Baseline", comparison.baseline)]:
+    for name, entry in comparison.students:
         given = entry["omitted"]
         cells = []
         for values in (given["accuracies"], given["corrected_accuracies"]):

@@ -7,7 +7,7 @@ import traceback
 
 from arguments import Usage, parse
 from runs.files import Failure, is_out_of_memory, reason
-from runs.group import Told
+from runs.group import Told, launched
 from runs.signals import Interrupted, Stop
 
 SMALLER = {  # what a command, by its task, can do with less
@@ -20,9 +20,9 @@ def exit_status(main, argv=None):
     """Runs `main(arguments, stop)` with the arguments in `argv` [the command line's]; returns the exit status: 0, 1 for
     a failure, 2 for wrong usage, 130 and 143 when stopped."""
     argv = sys.argv[1:] if argv is None else argv
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = int(os.environ.get("RANK", 0)) if several else 0
-    who = f"[{rank}] " if several else ""  # a process of a group (runs.group)
+    size, rank = launched()
+    several = size > 1
+    who = f"[{rank}] " if several else ""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a class name that this terminal cannot show

@@ -236,7 +236,7 @@ def join(timeout=300):
     that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and for several machines LOCAL_RANK and LOCAL_WORLD_SIZE)
     started it. Raises Failure where the others do not come within `timeout` seconds, and Told where another one failed
     before this one did."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size, _ = launched()
     if size == 1 and not _torchrun_keeps_the_store():
         yield Group()
         return
@@ -256,9 +256,11 @@ def join(timeout=300):
     group._leave()
 
 
-def is_first():
-    """Whether this process is a plain command, or the first of those that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
+def launched():
+    """How many processes torchrun started, and which of them this is, from 0; (1, 0) for a plain command."""
+    size, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
+    size = max(1, int(size)) if size.isdigit() else 1
+    return size, int(rank) if size > 1 and rank.isdigit() else 0
 
 
 def _torchrun_keeps_the_store():

@@ -62,13 +62,14 @@ def val_fraction(arguments):
     return arguments.val_fraction or 0.1
 
 
-def teacher_runs(arguments, data, count, hooks):
-    """The runs of the first `count` teachers: with --val-fraction those for a sweep, which do not see that part."""
-    images, all_seeds = len(data.train_labels), range(arguments.seed, arguments.seed + count)
-    fraction = arguments.val_fraction or 0.0 if arguments.train_teacher else 0.0
-    settings = [
-        _settings(arguments, data, "teacher", seed, images, hooks.teacher, val_fraction=fraction) for seed in all_seeds
-    ]
+def teacher_runs(arguments, data, hooks):
+    """The runs of the teachers that a command trains: with --train-teacher one for each seed, and with --val-fraction
+    those for a sweep, which do not see that part; with --demo one."""
+    wanted, fraction = [arguments.seed], 0.0
+    if arguments.train_teacher:
+        wanted, fraction = seeds(arguments), arguments.val_fraction or 0.0
+    about = len(data.train_labels), hooks.teacher
+    settings = [_settings(arguments, data, "teacher", seed, *about, val_fraction=fraction) for seed in wanted]
     folder = Path(arguments.output_dir) / ("selection" if fraction else "")
     return [Run(folder / each.name, each, hooks) for each in settings]
 

@@ -20,9 +20,8 @@ class Run:
     def __init__(self, folder, settings, hooks=None):
         """`hooks` are the functions of the user's own (runs.hooks.Hooks) that its network may need."""
         self.folder, self.settings, self.hooks = Path(folder), settings, hooks or Hooks()
-        self.model, self.state, self.record, self.history, self.logits = (
-            self.folder / name for name in ("model.pt", "state.pt", "run.json", "history.csv", "test_logits.npy")
-        )
+        self.files = [self.folder / name for name in FILES]
+        self.model, self.state, self.record, self.history, self.logits, _ = self.files
 
     @property
     def name(self):
@@ -104,4 +103,4 @@ class Run:
 
     def remove(self):
         """Removes the run's files, so that it is trained again; model.pt first, without which it is not finished."""
-        remove(*(self.folder / name for name in FILES))
+        remove(*self.files)

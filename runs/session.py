@@ -106,18 +106,19 @@ def start(arguments, stop, group, hooks, machine, teachers):
         group.say(f"In {arguments.epochs} epochs each image without labels is seen {times:,.1f} times")
     if not teachers:
         try_hooks(arguments, hooks, len(loaded.classes), loaded.image_size, machine, group.say)
-    own = own_networks(hooks, len(loaded.classes))
-    widths = {role: plan.width(arguments, role) for role in models.ARCHITECTURES}
+    networks = {
+        role: untrained(getattr(hooks, role), role, len(loaded.classes), plan.width(arguments, role))
+        for role in models.ARCHITECTURES
+    }
     with hooks.explained("fails on the CPU, where its multiply-adds are counted whatever --device says"):
-        costs = costs_of(own, teachers, len(loaded.classes), loaded.image_size, widths)
+        costs = costs_of(networks, teachers, loaded.image_size)
     for name in ("teacher", "student"):
         millions = f"{costs[name].macs / 1e6:,.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
-    if loaded.image_size > models.FULL_BATCH:
+    if loaded.image_size > models.LARGE:
         largest = "student" if teachers else "teacher"  # of what this command trains
         batch = min(arguments.batch_size, len(loaded.train_labels)) * (2 if loaded.unlabeled and teachers else 1)
-        network = own.get(largest) or models.create(largest, len(loaded.classes), seed=0, width=widths[largest])
-        group.say(describe_memory(largest, network, loaded.image_size, batch, machine, group.local_size))
+        group.say(describe_memory(largest, networks[largest], loaded.image_size, batch, machine, group.local_size))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")
     typed = ("dataset", "data_dir", "num_workers", "teacher", "loss", "student", "teacher_network", "device")
@@ -150,17 +151,15 @@ def put(loaded, device):
     )
 
 
-def own_networks(hooks, classes):
-    """{role: a new network of the user's own} of the roles for which the command names one."""
-    named = {role: getattr(hooks, role) for role in models.ARCHITECTURES}
-    return {role: models.build(hook.loaded, role, classes, 0) for role, hook in named.items() if hook}
+def untrained(hook, role, classes, width):
+    """A new network for a `role`, on the CPU: of the user's own function `hook`, or without one this program's."""
+    return models.build(hook.loaded, role, classes, 0) if hook else models.create(role, classes, 0, width=width)
 
 
-def costs_of(own, teachers, classes, image_size, widths):
-    """The Costs of "teacher" and "student", and of the `teachers` together where there are any yet; `own` as from
-    `own_networks`, `widths` by role."""
-    found = {role: models.costs(role, classes, image_size, each) for role, each in widths.items() if role not in own}
-    found |= {role: models.costs_of(network, image_size) for role, network in own.items()}
+def costs_of(networks, teachers, image_size):
+    """The Costs of "teacher" and "student", from a dict of new networks, or of the first of `teachers` where there are
+    any yet; then also of "teachers", all of these together."""
+    found = {role: models.costs_of(network, image_size) for role, network in networks.items()}
     if teachers:
         members = [models.costs_of(network, image_size) for network in teachers]
         found |= {"teacher": members[0], "teachers": sum(members[1:], members[0])}

@@ -131,7 +131,7 @@ OTHERS = {  # what to say where two runs differ in what is no number
 UNFAIR_SWEEP = "The teacher was trained on these images, too: this can favour students that follow it closely."
 SHORT, LONG = 8, 60  # epochs up to which a training is short, and beyond which it is long (default_augmentation)
 LONGEST = 100  # bytes that the names of omitted classes take in a folder's name, of the 255 that file systems allow
-PLAIN = (1.0, (), None)  # `Settings.shared` of such a run
+PLAIN = (1.0, (), None)  # `Settings.shared` of this program's student of width 1 that sees all training images
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated
 
 import torch
@@ -61,7 +61,7 @@ class State:
     teacher_seconds: float
     network: dict[str, torch.Tensor]
     optimizer: dict
-    program: list[str] = field(default_factory=lambda: ["2.0.0"])  # versions, which wrote none before 2.1.0
+    program: Annotated[list[str], Meta(min_length=1)]  # versions of this program, in that order, too
 
 
 def save_state(path, state):

@@ -181,7 +181,7 @@ def teacher_command(arguments, **changed):
     names = ("dataset", "data_dir", "epochs", "image_size", "mirror", "output_dir", "teacher_network", *FOLDER_OPTIONS)
     values = {name: getattr(arguments, name) for name in names} | changed
     if values["dataset"] != "folder":
-        values |= dict.fromkeys(FOLDER_OPTIONS, False)  # --skip-damaged of --unlabeled, which no teacher sees
+        values |= dict.fromkeys(FOLDER_OPTIONS)  # --skip-damaged of --unlabeled, which no teacher sees
     if values["dataset"] == "shapes":
         del values["data_dir"]
     words = command(values)

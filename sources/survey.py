@@ -92,9 +92,14 @@ def _splits(data):
     return ("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels)
 
 
+def _listed(found, output):
+    """Where what was `found` is listed, as words to add."""
+    path = found.listed and Path(output) / found.listed
+    return f" (listed in {path})" if path and path.is_file() else ""
+
+
 def _unlabeled_warnings(found, output):
-    path, lines = found.listed and Path(output) / found.listed, []
-    listed = f" (listed in {path})" if path and path.is_file() else ""
+    lines, listed = [], _listed(found, output)
     if found.test_images:
         lines.append(
             f"{found.test_images:,} of {found.count:,} images without labels are test images, too{listed}: test "
@@ -121,8 +126,7 @@ def notes(record, tests, output):
 
 
 def _warnings(copies, tests, output):
-    lines, path = [], copies.listed and Path(output) / copies.listed
-    listed = f" (listed in {path})" if path and path.is_file() else ""
+    lines, listed = [], _listed(copies, output)
     if count := copies.test_in_training:
         other = copies.under_another_class
         also = f", {other:,} of them under another class" if other else ""

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from runs.group import Group
+from runs.group import Group, launched
 from runs.lock import lock
 from runs.settings import UNFAIR_SWEEP
 
@@ -417,8 +417,20 @@ main.main = wait
 # A group by itself ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("size", "rank", "found"), [("", "", (1, 0)), ("1", "3", (1, 0)), ("4", "3", (4, 3))])
+def test_how_many_were_launched(monkeypatch, size, rank, found):
+    monkeypatch.setenv("WORLD_SIZE", size), monkeypatch.setenv("RANK", rank)
+    assert launched() == found
+
+
+def test_a_launch_without_ranks_is_refused(cli, flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "first")
+    got = cli(*flags)
+    assert got.status == 1 and got.err.startswith("[0] error: WORLD_SIZE is set, but not RANK, MASTER_ADDR"), got
+
+
 def test_a_plain_command_is_a_group_of_one(tmp_path, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "")  # as some shells leave it
     from runs.group import join
 
     with join() as group, group.first(), group.once("all") as is_new, group.lock(tmp_path):

@@ -524,6 +524,8 @@ def test_a_frozen_program_is_kept_as_it_is_and_teaches(cli, flags, tmp_path, hol
     assert got.status == 0 and "teacher-f-s0: test accuracy 0.3333" in got.out, got
     again = cli(*words, "--train-teacher", "--epochs", 0)
     assert again.status == 0 and "(finished before)" in again.out, again
+    compiled = cli(*words, "--train-teacher", "--epochs", 0, "--compile", "--overwrite")  # of which nothing is compiled
+    assert compiled.status == 0 and "test accuracy 0.3333" in compiled.out, compiled
     got = cli(*words, "--epochs", 1, "--alpha", 0.9, "--teacher", tmp_path / "out" / "teacher-f-s0")
     assert got.status == 0 and "Teacher: 0 parameters" in got.out and "Improvement with KD" in got.out, got
     assert "Compared with the teacher the student is" in got.out

@@ -259,6 +259,17 @@ def test_balanced_accuracy_counts_every_class_alike(folder):
     assert "<th><button>balanced</button></th>" in page(comparison, [])
 
 
+def test_every_run_in_the_table_has_its_balanced_accuracy(folder):
+    """The baseline of seed 1 is compared with the second alpha only."""
+    folder.add("kd", 20, 4.0, 0.1)
+    for seed in (0, 1):
+        folder.add("kd", 21, 4.0, 0.9, seed), folder.add("baseline", 19, seed=seed)
+    comparison = Comparison(folder.path, {"temperature": 4.0, "alpha": 0.1, "seeds": [0]})
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(table(comparison)))}
+    assert len(rows) == 5 and rows["baseline-s1"]["balanced_accuracy"], rows
+    assert all(float(row["balanced_accuracy"]) == pytest.approx(float(row["accuracy"])) for row in rows.values())
+
+
 def test_what_the_largest_class_alone_would_reach_is_said_where_a_network_is_hardly_better(folder):
     comparison = unequal(folder, UNEQUAL, ALWAYS_RED)
     told = "Note that always answering 'red', the largest class, is right on 0.8333 of the test images."

@@ -354,7 +354,7 @@ def test_a_run_resumed_on_another_machine_says_so(loaded, tmp_path, stop_at, mon
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(runs.progress, "describe", lambda device: "Abacus")
         train_run(loaded, tmp_path, options=Options(stop=stop_at(1)))
-    change_state(tmp_path, {"torch": "1.0", "program": ...})  # as version 2.0.0 wrote it
+    change_state(tmp_path, {"torch": "1.0", "program": ["2.0.0"]})
     train_run(loaded, tmp_path)
     said = capsys.readouterr().err
     assert f"{tmp_path} was begun on Abacus; on {here} the last bits may differ" in said
@@ -782,7 +782,7 @@ def test_a_network_is_compiled_for_its_own_size_of_batches(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda network, mode, **rest: compiler(network, backend=backend, **rest))
     for size in (4, 6):
-        train.compile_network(models.create("student", 3, seed=0).eval())(torch.zeros(size, 3, 16, 16))
+        train.compile_network(models.create("student", 3, seed=0).eval(), CPU.device)(torch.zeros(size, 3, 16, 16))
     assert all(isinstance(each, torch.Tensor) for inputs in given for each in inputs)
     assert [{len(each) for each in inputs if each.ndim == 4 and each.shape[1:] == (3, 16, 16)} for inputs in given] == [
         {4},

@@ -90,7 +90,7 @@ def test_speed_and_memory_are_those_of_the_width(cli, flags, copy, monkeypatch):
         lambda teachers, student, *more: measured.append(student) or speeds(teachers, student, *more),
     )
     monkeypatch.setattr(runs.session, "describe_memory", lambda role, network, *_: estimated.append(network) or role)
-    monkeypatch.setattr(models, "FULL_BATCH", 8)  # so that images of 16x16 are large ones, whose memory is estimated
+    monkeypatch.setattr(models, "LARGE", 8)  # so that images of 16x16 are large ones, whose memory is estimated
     before = {path.name for path in (copy / "data").glob("speed-*")}
     assert cli(*flags, "--output-dir", copy, "--width", 0.5).status == 0
     assert [count(each) for each in (*measured, *estimated)] == [HALF.parameters] * 2
