@@ -183,7 +183,7 @@ class RunRecord:
 
 def default_learning_rate(batch_size, network=None):
     """The learning rate at the start: 0.2 for batches of 128, and with the square root of the size for others; so
-    batches of 32 to 1,024 reach accuracies that are less than a point apart (results/recipe-4/README.md).
+    batches of 32 to 1,024 reach accuracies that are less than a point apart (results/recipes.md).
 
     For a `network` of the user's own, trained by plain SGD, the highest rate: 0.1 for batches of 128, as He et al.
     train ResNets for CIFAR (arXiv 1512.03385, section 4.2), and in proportion to the size (arXiv 1706.02677)."""
@@ -196,7 +196,7 @@ def default_augmentation(role, epochs, image_size):
     """The `padding`, `cutout` and `mirror` of data.Views. The more often the same images come back, the more the views
     differ: they are moved by a sixteenth of the image size at most in trainings of up to SHORT epochs, by an eighth in
     longer ones. Of a teacher's views in trainings of more than LONG epochs a square of three eighths of it is blanked,
-    too; of a student's, which is too small to learn its images by heart, none (results/recipe-4/README.md)."""
+    too; of a student's, which is too small to learn its images by heart, none (results/recipes.md)."""
     blanked = role == "teacher" and epochs > LONG
     padding = image_size // (16 if epochs <= SHORT else 8)
     return {"padding": padding, "cutout": image_size * 3 // 8 * blanked, "mirror": True}
