@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import inference_batch, predict
+from runs.code import CODE
 from runs.files import Damaged, Failure, load_arrays, make_folder, save_arrays
 from runs.machine import describe
 
@@ -132,6 +133,7 @@ class SoftTargets:
                 "device": describe(machine.device),
                 "torch": str(torch.__version__),
                 "batch": inference_batch(machine.device, views.size),
+                "code": [CODE["data.py"], CODE["models.py"]],  # which make the views and the teacher's answers
             }
         )
         self.folder = Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]

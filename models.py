@@ -338,7 +338,8 @@ def load_weights(network, state_dict, path, own=None):
         if own:
             text = f"{path} holds weights of {own}, which do not fit the network given ({_last_line(error)})."
             raise Failure(text) from None
-        raise Damaged(f"{path} is damaged: its weights do not fit this architecture ({_last_line(error)}).") from None
+        text = f"{path} is damaged, or models.py has changed since: its weights do not fit this architecture"
+        raise Damaged(f"{text} ({_last_line(error)}).") from None
     if any(tensor.dtype != expected[name].dtype for name, tensor in state_dict.items()):
         raise Damaged(f"{path} is damaged: its weights are of another type.")
     if not is_finite(state_dict):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from runs.code import CODE
 from runs.files import Failure, first_line, is_out_of_memory
 from runs.settings import VERSION
 
@@ -69,6 +70,7 @@ class Machine:
         names = ("torchvision", "scipy", "matplotlib", "pillow")
         return {
             "program": VERSION,
+            **CODE,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "numpy": np.__version__,

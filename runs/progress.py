@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import models
+from runs.code import CODE, changed, resumed
 from runs.files import Damaged, Failure, make_folder, remove, save_array, write, write_json
 from runs.machine import describe
 from runs.settings import VERSION, RunRecord
@@ -48,7 +49,7 @@ class Progress:
         self.batch_size = min(self.settings.batch_size, images)
         self.steps = images // self.batch_size
         self.images_per_step = self.batch_size * self.settings.images_per_label
-        self.machines, self.versions = [describe(machine.device)], [VERSION]
+        self.machines, self.versions, self.code = [describe(machine.device)], [VERSION], CODE
         self.epoch, self.step, self.history = 0, 0, []
         self.saved = None  # (epoch, step) of the state on the disk
         self._clear_sums()
@@ -236,6 +237,7 @@ class Progress:
             threads=torch.get_num_threads(),
             torch=str(torch.__version__),
             program=self.versions,
+            code=self.code,
             epoch=self.epoch,
             step=self.step,
             history=[asdict(row) for row in self.history],
@@ -262,6 +264,9 @@ class Progress:
         for word, now, then in (("on", here, before), *versions):
             if now != then:
                 tqdm.write(f"{folder} was begun {word} {then}; {word} {now} the last bits may differ.", file=sys.stderr)
+        if other := changed(state.code):
+            tqdm.write(f"{folder} was begun by another {', '.join(other)}; this one trains on.", file=sys.stderr)
+        self.code = resumed(state.code)
         self.machines = state.machines + [here] * (here != before)
         self.versions = state.program + [VERSION] * (state.program[-1] != VERSION)
         if self.machine.device.type == "cpu":
@@ -300,7 +305,7 @@ class Progress:
         images = dict(self.options.images or {})
         if not self.settings.unlabeled:
             images.pop("unlabeled", None)  # which other runs of the command see
-        made_with = {"device": ", then ".join(self.machines), "program": ", then ".join(self.versions)}
+        made_with = {"device": ", then ".join(self.machines), "program": ", then ".join(self.versions)} | self.code
         record = RunRecord(
             finished=bool(finished),
             epochs_done=self.epoch,

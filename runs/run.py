@@ -4,6 +4,7 @@ from pathlib import Path
 
 import models
 from arguments import typed
+from runs.code import changed
 from runs.files import Damaged, Failure, read_json, remove
 from runs.hooks import Hooks
 from runs.settings import RunRecord, complete, differences
@@ -50,6 +51,10 @@ class Run:
         accuracy = self._finished_model().accuracy
         remove(self.state)  # left behind where the process was killed right after it wrote model.pt
         return accuracy
+
+    def other_code(self):
+        """The names of the program's files that were others when this run, which is finished, was trained."""
+        return changed(read_json(self.record, RunRecord).environment)
 
     def _finished_model(self):
         try:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated
 
 import torch
@@ -62,6 +62,7 @@ class State:
     network: dict[str, torch.Tensor]
     optimizer: dict
     program: Annotated[list[str], Meta(min_length=1)]  # versions of this program, in that order, too
+    code: dict[str, str] = field(default_factory=dict)  # runs.code.CODE; some runs of version 2.2.0 have none
 
 
 def save_state(path, state):

@@ -25,6 +25,7 @@ import train
 from arguments import Usage, parse
 from data import Views
 from reports import figures
+from runs.code import CODE
 from runs.files import Failure
 from runs.progress import Progress
 from runs.signals import Interrupted
@@ -515,6 +516,20 @@ def test_what_the_demo_sets_stands_in_no_ones_way(words):
     assert given.dataset == "shapes" and given.train_fraction == 0.5
     with pytest.raises(Usage, match="--train-fraction"):
         parse(["--demo", "--train-fraction", "0.3", words.split()[0] if words else "--list", *words.split()[1:]])
+
+
+def test_what_other_code_trained_is_said(cli, flags, copy, monkeypatch):
+    """As after an edit of distill.py: the distilled student that is there is not this code's."""
+    assert "by another" not in cli(*flags, "--output-dir", copy).out
+    monkeypatch.setitem(CODE, "distill.py", "0" * 12)
+    got = cli(*flags, "--output-dir", copy)
+    told = "(finished before, by another distill.py; --overwrite trains it again)"
+    assert got.status == 0 and got.out.count(told) == 2 and "the same code" not in got.out, got
+    shutil.rmtree(copy / "kd-T4-a0.1-s0")
+    got = cli(*flags, "--output-dir", copy)
+    assert "Note that these students were not all trained by the same code: " in got.out, got
+    got = cli(*flags, "--output-dir", copy, "--overwrite")
+    assert got.status == 0 and "the same code" not in got.out and "finished before" not in got.out, got
 
 
 def test_the_demo_trains_teacher_and_students(cli, tmp_path, monkeypatch):

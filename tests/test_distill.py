@@ -13,6 +13,7 @@ import distill
 from data import Views
 from distill import Ensemble, SoftTargets, compress, distillation_loss
 from models import create
+from runs.code import CODE
 from runs.machine import Machine
 
 CPU = torch.device("cpu")
@@ -243,6 +244,13 @@ def test_other_views_have_another_folder(make, views):
         Views(torch.zeros(30, 24, 24, 3, dtype=torch.uint8), views.mean, views.std),
     ]
     assert len({make(views=each).folder for each in (views, *other)}) == 7
+
+
+@pytest.mark.parametrize("name", ["data.py", "models.py"])
+def test_views_and_networks_of_other_code_have_another_folder(make, monkeypatch, name):
+    before = make().folder
+    monkeypatch.setitem(CODE, name, "0" * 12)
+    assert make().folder != before
 
 
 def test_another_device_precision_or_version_has_another_folder(make, monkeypatch):

@@ -19,6 +19,7 @@ from reports.comparison import Comparison
 from reports.html import page
 from reports.statistics import paired_test, seeds_needed
 from reports.text import block, claim, details, table
+from runs.code import CODE
 from runs.files import Damaged, Failure, load_arrays, save_array, save_arrays, write, write_json
 from runs.settings import Costs, RunRecord, Settings
 
@@ -383,6 +384,19 @@ def test_runs_of_different_versions_are_named(folder, name):
     folder.add("baseline", 15, environment={"torch": "2.13.0", "program": "2.1.0"} | {name: "1.0"})
     text = details(Comparison(folder.path))
     assert "baseline-s0 on CPU" in text and "; kd-T4-a0.5-s0 on CPU in fp32 (torch 2.13.0, program 2.1.0)." in text
+
+
+def test_runs_of_other_code_are_named(folder):
+    """A run that does not say which code trained it is left out."""
+    code = dict.fromkeys(CODE, "1")
+    folder.add("baseline", 15, environment=code)
+    folder.add("baseline", 15, seed=1)
+    for seed in (0, 1):
+        folder.add("kd", 20, 4.0, 0.5, seed, environment=code)
+    assert "the same code" not in details(Comparison(folder.path))
+    folder.add("kd", 20, 4.0, 0.9, environment=code | {"distill.py": "2", "train.py": "2"})
+    told = "not all trained by the same code: kd-T4-a0.9-s0 by another distill.py and train.py than baseline-s0."
+    assert f"Note that these students were {told}" in details(Comparison(folder.path))
 
 
 # Damage --------------------------------------------------------------------------------------------------------------

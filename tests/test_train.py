@@ -25,6 +25,7 @@ import train
 from data import Views
 from distill import SoftTargets, compress
 from runs.checkpoints import load_checkpoint, save_checkpoint
+from runs.code import CODE, fingerprint
 from runs.files import Damaged, Failure, read_json
 from runs.machine import Machine, keep_memory, make_deterministic
 from runs.plan import conflicts
@@ -362,6 +363,33 @@ def test_a_run_resumed_on_another_machine_says_so(loaded, tmp_path, stop_at, mon
     assert f"was begun by version 2.0.0; by version {VERSION} the last bits may differ" in said
     environment = read_json(tmp_path / "run.json")["environment"]
     assert environment["device"] == f"Abacus, then {here}" and environment["program"] == f"2.0.0, then {VERSION}"
+
+
+def test_a_run_resumed_by_other_code_says_so(loaded, unfinished, capsys):
+    for before in ("0" * 12, f"{'0' * 12}, then {CODE['models.py']}"):
+        change_state(unfinished, {"code": CODE | {"models.py": before}})
+        folder = Path(shutil.copytree(unfinished, f"{unfinished}-{len(before)}"))
+        train_run(loaded, folder)
+        assert f"{folder} was begun by another models.py; this one trains on." in capsys.readouterr().err
+        environment = read_json(folder / "run.json")["environment"]
+        assert {name: environment[name] for name in CODE} == CODE | {
+            "models.py": f"{'0' * 12}, then {CODE['models.py']}"
+        }
+    change_state(unfinished, {"code": ...})  # begun before states had it
+    train_run(loaded, unfinished)
+    assert "was begun by" not in capsys.readouterr().err
+
+
+def test_comments_and_blank_lines_are_no_other_code(tmp_path):
+    path = tmp_path / "code.py"
+
+    def seen(text):
+        path.write_bytes(text.encode())
+        return fingerprint(path)
+
+    one = seen('a = "#"\n\ndef f():\n    return 1  # why\n')
+    assert one == seen('# about\na = "#"  \r\ndef f():\r\n\r\n    return 1\r\n# end')
+    assert len({one, seen('a = "#"\ndef f():\n    return 2\n'), seen('a = ""\ndef f():\n    return 1\n')}) == 3
 
 
 def test_a_signal_while_a_state_is_read_is_no_damage(loaded, unfinished, monkeypatch, capsys):
