@@ -5,6 +5,7 @@ Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 
 """
 
 import hashlib
+import inspect
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import inference_batch, predict
-from runs.code import CODE
+from runs.code import CODE, fingerprint
 from runs.files import Damaged, Failure, load_arrays, make_folder, save_arrays
 from runs.machine import describe
 
@@ -133,7 +134,7 @@ class SoftTargets:
                 "device": describe(machine.device),
                 "torch": str(torch.__version__),
                 "batch": inference_batch(machine.device, views.size),
-                "code": [CODE["data.py"], CODE["models.py"]],  # which make the views and the teacher's answers
+                "code": [CODE["data.py"], CODE["models.py"], fingerprint(inspect.getsource(compress))],
             }
         )
         self.folder = Path(folder) / hashlib.sha256(self.key.encode()).hexdigest()[:16]

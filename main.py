@@ -229,9 +229,9 @@ def train_all(session, runs, targets=None, later=()):
     work = [count * run.settings.images_per_label for count, run in zip(left, runs, strict=True)]
     order = [position for position in range(len(runs)) if left[position]]
     for run in (runs[position] for position in range(len(runs)) if group.leads and not left[position]):
-        reached, other = accuracy_of(run, run.finished_accuracy()), ", ".join(run.other_code())
-        by_other = f", by another {other}; --overwrite trains it again" if other else ""
-        print(f"{reached} (finished before{by_other})", flush=True)
+        reached, code = accuracy_of(run, run.finished_accuracy()), " and ".join(run.changed_code())
+        since = f" {code} changed; --overwrite trains all runs of this command again" if code else ""
+        print(f"{reached} (finished before{since})", flush=True)
     if group.size > 1 and order:
         order.sort(key=lambda position: -work[position])  # the longest first
         if asked := [left[position] for position in order if runs[position].settings.asks_teacher]:

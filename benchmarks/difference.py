@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from reports.statistics import holm, paired_test, spread
+from runs.code import FILES
 from runs.files import Failure, read_json, write_json
 from runs.settings import RunRecord
 
@@ -43,10 +44,11 @@ def read_group(folders):
 
 def differing(what, *runs):
     """The names of the "settings" in which RunRecords differ, or of what else is told of their "environment". A file
-    may be moved or renamed."""
+    may be moved or renamed, and a version that did not record its code is taken for the same."""
     about = [asdict(run.settings) if what == "settings" else run.environment for run in runs]
     names = {name for each in about for name in each if not name.endswith("_file")}
-    return {name for name in names if any(each.get(name) != about[0].get(name) for each in about)}
+    told = {name: [each.get(name) for each in about if name in each or name not in FILES] for name in names}
+    return {name for name, values in told.items() if any(value != values[0] for value in values)}
 
 
 def difference(one, other):

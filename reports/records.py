@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runs.code import CODE
 from runs.files import (
     Damaged,
     Failure,
@@ -120,18 +121,18 @@ def save_test_set(output, data_digest, images, labels, classes):
 
 
 def save_teacher_logits(output, teacher_digest, data_digest, compute):
-    """Keeps the test logits that `compute()` returns, a tensor, unless they are there."""
-    path = _teacher_path(output, teacher_digest, data_digest)
-    if not _intact(path):
+    """Keeps the test logits that `compute()` returns, a tensor, unless they are there, by this code of the networks."""
+    path, code = _teacher_path(output, teacher_digest, data_digest), CODE["models.py"]
+    if not _intact(path) or load_arrays(path).get("code", code) != code:
         make_folder(path.parent)
-        save_arrays(path, logits=compute().cpu().numpy())
+        save_arrays(path, logits=compute().cpu().numpy(), code=code)
 
 
 def save_speed(output, teacher_digests, data_digest, place, precision, measure, network=None):
     """Keeps how fast a teacher (or several together) and the student are: what `measure()` returns, and where that was,
     `place`; unless it was measured there before in this `precision`, so that a repeated command says the same.
     `network` is the student's name and digest if it is of the user's own."""
-    path = _speed_path(output, teacher_digests, data_digest, network)
+    path, place = _speed_path(output, teacher_digests, data_digest, network), place | {"code": CODE["models.py"]}
     try:
         kept = path.is_file() and vars(read_json(path, SpeedRecord))
     except Damaged:

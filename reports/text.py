@@ -7,7 +7,7 @@ from dataclasses import asdict
 from reports import accuracy, calibration, costs, fidelity, omitted
 from reports.accuracy import decimals, plain_p, points
 from reports.statistics import POWER, SIGNIFICANCE, SMALL_GAIN, seeds_needed, spread
-from runs.code import CODE
+from runs.code import FILES, deciding
 from runs.settings import UNFAIR_SWEEP, pair_name
 
 BETTER = 0.1  # a network is hardly better than a guess that corrects less than this share of the guess's errors
@@ -116,27 +116,27 @@ def _by_class(comparison):
 
 def differently_trained(comparison):
     """What to note where students were not all trained alike (device, precision, compiled, versions, code), phrases."""
-    notes = []
+    notes, students = [], [run for run in comparison.runs if run.settings.role != "teacher"]
     for who, sweep in (("these students", False), ("the students of the sweep", True)):
-        found, code = {}, {}
-        students = [run for run in comparison.runs if run.settings.role != "teacher"]
-        students = [run for run in students if bool(run.settings.val_fraction) == sweep]
-        known = [run for run in students if CODE.keys() <= run.environment.keys()]
+        found = {}
         for run in students:
-            made = run.environment
-            words = f"{made.get('device')} in {made.get('precision')}" + ", compiled" * bool(made.get("compiled"))
-            words += f" (torch {made.get('torch')}, program {made.get('program')})"
-            found.setdefault(words, []).append(run.folder.name)
-        for run in known:
-            others = [name for name in CODE if run.environment[name] != known[0].environment[name]]
-            code.setdefault(" and ".join(others), []).append(run.folder.name)
+            if bool(run.settings.val_fraction) == sweep:
+                made = run.environment
+                words = f"{made.get('device')} in {made.get('precision')}" + ", compiled" * bool(made.get("compiled"))
+                words += f" (torch {made.get('torch')}, program {made.get('program')})"
+                found.setdefault(words, []).append(run.folder.name)
         if len(found) > 1:
             ways = "; ".join(f"{', '.join(names)} on {words}" for words, names in found.items())
             notes.append(f"{who} were not all trained alike: {ways}")
-        if len(code) > 1:
-            first, *_ = code.pop("")
-            ways = "; ".join(f"{', '.join(names)} by another {files}" for files, names in code.items())
-            notes.append(f"{who} were not all trained by the same code: {ways} than {first}")
+    for file in FILES:
+        found = {}
+        for run in students:
+            if file in run.environment and file in deciding(run.settings):
+                name = f"{run.folder.name} of the sweep" if run.settings.val_fraction else run.folder.name
+                found.setdefault(run.environment[file], []).append(name)
+        if len(found) > 1:
+            versions = ", others ".join(", ".join(names) for names in found.values())
+            notes.append(f"{file} was changed between the trainings of these students: some are {versions}")
     return notes
 
 

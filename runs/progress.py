@@ -264,8 +264,8 @@ class Progress:
         for word, now, then in (("on", here, before), *versions):
             if now != then:
                 tqdm.write(f"{folder} was begun {word} {then}; {word} {now} the last bits may differ.", file=sys.stderr)
-        if other := changed(state.code):
-            tqdm.write(f"{folder} was begun by another {', '.join(other)}; this one trains on.", file=sys.stderr)
+        if other := changed(state.code, self.settings):
+            tqdm.write(f"{folder} was begun before {' and '.join(other)} changed; this code goes on.", file=sys.stderr)
         self.code = resumed(state.code)
         self.machines = state.machines + [here] * (here != before)
         self.versions = state.program + [VERSION] * (state.program[-1] != VERSION)

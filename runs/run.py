@@ -52,9 +52,9 @@ class Run:
         remove(self.state)  # left behind where the process was killed right after it wrote model.pt
         return accuracy
 
-    def other_code(self):
-        """The names of the program's files that were others when this run, which is finished, was trained."""
-        return changed(read_json(self.record, RunRecord).environment)
+    def changed_code(self):
+        """The names of the program's files that were changed since this run, which is finished, was trained."""
+        return changed(read_json(self.record, RunRecord).environment, self.settings) if self.settings.epochs else []
 
     def _finished_model(self):
         try:

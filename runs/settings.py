@@ -160,6 +160,7 @@ class SpeedRecord:
     teacher_bytes: Positive
     teacher: dict[str, Speed]
     student: dict[str, Speed]
+    code: str | None = None  # of models.py (runs.code)
 
 
 @dataclass(frozen=True)

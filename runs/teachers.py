@@ -242,6 +242,6 @@ def check_answers(path, teacher, accuracy, count):
     ):
         raise Failure(
             f"The teacher {path} answers otherwise than when it was trained: its test accuracy is {accuracy:.4f}, and "
-            f"was {teacher.accuracy:.4f}. Its network keeps something outside of its state_dict, or this device "
-            "computes wrongly (try --device cpu)."
+            f"was {teacher.accuracy:.4f}. models.py has changed since, or its network keeps something outside of its "
+            "state_dict, or this device computes wrongly (try --device cpu)."
         )

@@ -520,16 +520,19 @@ def test_what_the_demo_sets_stands_in_no_ones_way(words):
 
 def test_what_other_code_trained_is_said(cli, flags, copy, monkeypatch):
     """As after an edit of distill.py: the distilled student that is there is not this code's."""
-    assert "by another" not in cli(*flags, "--output-dir", copy).out
+    assert " changed" not in cli(*flags, "--output-dir", copy).out
     monkeypatch.setitem(CODE, "distill.py", "0" * 12)
     got = cli(*flags, "--output-dir", copy)
-    told = "(finished before, by another distill.py; --overwrite trains it again)"
-    assert got.status == 0 and got.out.count(told) == 2 and "the same code" not in got.out, got
-    shutil.rmtree(copy / "kd-T4-a0.1-s0")
-    got = cli(*flags, "--output-dir", copy)
-    assert "Note that these students were not all trained by the same code: " in got.out, got
+    told = "(finished before distill.py changed; --overwrite trains all runs of this command again)"
+    assert got.status == 0 and got.out.count(told) == 1 and "kd-T4-a0.1-s0: test accuracy " in got.out, got
+    assert "(finished before)" in got.out and "was changed between" not in got.out, "the baseline has no such loss"
+    got = cli(*flags, "--output-dir", copy, "--alpha", 0.5)
+    told = (
+        "distill.py was changed between the trainings of these students: some are kd-T4-a0.5-s0, others kd-T4-a0.1-s0"
+    )
+    assert f"Note that {told}." in got.out, got
     got = cli(*flags, "--output-dir", copy, "--overwrite")
-    assert got.status == 0 and "the same code" not in got.out and "finished before" not in got.out, got
+    assert got.status == 0 and "was changed between" not in got.out and "finished before" not in got.out, got
 
 
 def test_the_demo_trains_teacher_and_students(cli, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from reports import costs
 from reports.records import load_speed, save_speed
+from runs.code import CODE
 from runs.files import read_json
 from runs.settings import Speed
 
@@ -46,7 +47,7 @@ def test_measured_again_where_it_is_missing_or_damaged(cli, copy, flags):
     assert path.is_file()
 
 
-def test_measured_again_in_another_precision(tmp_path):
+def test_measured_again_in_another_precision_and_by_other_code(tmp_path, monkeypatch):
     place, measured = {"device": "CPU", "threads": 1, "teacher_bytes": 9}, []
 
     def measure(*precisions):
@@ -58,6 +59,10 @@ def test_measured_again_in_another_precision(tmp_path):
         save_speed(tmp_path, ["t" * 64], "d" * 64, place, precisions[-1], lambda now=precisions: measure(*now))
     assert measured == [("fp32",), ("fp32", "bf16")]
     assert load_speed(tmp_path, ["t" * 64], "d" * 64).student.keys() == {"fp32", "bf16"}
+    monkeypatch.setitem(CODE, "models.py", "0" * 12)
+    for _ in range(2):
+        save_speed(tmp_path, ["t" * 64], "d" * 64, place, "fp32", lambda: measure("fp32"))
+    assert measured[2:] == [("fp32",)]
 
 
 def comparison(teacher, kd, baseline, p=None, seeds=5, speeds=(100.0, 710.0), members=1):

@@ -246,10 +246,14 @@ def test_other_views_have_another_folder(make, views):
     assert len({make(views=each).folder for each in (views, *other)}) == 7
 
 
-@pytest.mark.parametrize("name", ["data.py", "models.py"])
-def test_views_and_networks_of_other_code_have_another_folder(make, monkeypatch, name):
+def test_other_code_has_another_folder(make, monkeypatch):
+    """Of views, networks and compression; not of the loss, which is changed most often."""
     before = make().folder
-    monkeypatch.setitem(CODE, name, "0" * 12)
+    for name, is_new in (("data.py", True), ("models.py", True), ("distill.py", False), ("train.py", False)):
+        with monkeypatch.context() as patch:
+            patch.setitem(CODE, name, "0" * 12)
+            assert (make().folder != before) == is_new
+    monkeypatch.setattr(distill, "compress", lambda logits: logits.half())
     assert make().folder != before
 
 

@@ -387,16 +387,32 @@ def test_runs_of_different_versions_are_named(folder, name):
 
 
 def test_runs_of_other_code_are_named(folder):
-    """A run that does not say which code trained it is left out."""
+    """A run that does not say which code trained it is left out; no baseline depends on distill.py."""
     code = dict.fromkeys(CODE, "1")
-    folder.add("baseline", 15, environment=code)
+    folder.add("baseline", 15, environment=code | {"distill.py": "0"})
     folder.add("baseline", 15, seed=1)
     for seed in (0, 1):
         folder.add("kd", 20, 4.0, 0.5, seed, environment=code)
-    assert "the same code" not in details(Comparison(folder.path))
-    folder.add("kd", 20, 4.0, 0.9, environment=code | {"distill.py": "2", "train.py": "2"})
-    told = "not all trained by the same code: kd-T4-a0.9-s0 by another distill.py and train.py than baseline-s0."
-    assert f"Note that these students were {told}" in details(Comparison(folder.path))
+    assert "was changed between" not in details(Comparison(folder.path))
+    folder.add("kd", 20, 4.0, 0.9, environment=code | {"distill.py": "2"})
+    folder.add("kd", 20, 4.0, 0.5, val_fraction=0.25, environment=code | {"train.py": "3"})
+    text, words = details(Comparison(folder.path)), "was changed between the trainings of these students: some are"
+    first = "kd-T4-a0.5-s0, kd-T4-a0.5-s1"
+    assert f"Note that distill.py {words} {first}, kd-T4-a0.5-s0 of the sweep, others kd-T4-a0.9-s0." in text
+    assert f"Note that train.py {words} baseline-s0, {first}, kd-T4-a0.9-s0, others kd-T4-a0.5-s0 of the sweep." in text
+
+
+def test_what_teachers_answer_is_kept_for_this_code_of_the_networks(folder, monkeypatch):
+    asked = []
+
+    def keep():
+        asked.append("again")
+        return torch.from_numpy(logits_of(22, 5.0))
+
+    for code, count in ((CODE["models.py"], 0), ("0" * 12, 1), ("0" * 12, 1)):
+        monkeypatch.setitem(CODE, "models.py", code)
+        records.save_teacher_logits(folder.path, TEACHER, DATA, keep)
+        assert len(asked) == count
 
 
 # Damage --------------------------------------------------------------------------------------------------------------

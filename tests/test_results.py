@@ -677,6 +677,9 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
         == difference.differing("environment", more, bare)
         == {"compiled"}
     )
+    codes = [SimpleNamespace(environment={"models.py": code} if code else {}) for code in ("1", "", "1", "2")]
+    assert difference.differing("environment", *codes[:3]) == set()  # the second did not record it
+    assert difference.differing("environment", *codes) == {"models.py"}
     for wrong, said in (
         ([*smoothed, *other], "seed 0 in this group already"), (smoothed[1:], "the other 1, 2"),
         ([smoothed[0], other[1]], "differ in label_smoothing"),
