@@ -21,6 +21,7 @@ RESULTS = ROOT / "results"
 RECORD, SHORTER = RESULTS / "cifar10", RESULTS / "cifar10-10-epochs"
 EARLIER = RESULTS / "recipe-4"  # students of the same teacher
 THEN_60, THEN_24, THEN_10, THEN_5 = (EARLIER / f"{epochs}-epochs" for epochs in (60, 24, 10, 5))
+BETTER = {"teacher-77-epochs": "the teacher of 77 epochs"}
 PAGES = "README.md", "results/recipe-4/README.md"
 
 
@@ -80,8 +81,10 @@ def test_a_seed_outside_of_the_record_is_one_more_of_the_kind():
 def test_the_fifth_seed_is_one_more_of_the_kind():
     """As often as it should, the fifth seed of a group lies in the 95% prediction interval of the other four."""
     found = []
-    for folder, *_ in ALL:
-        for group in (*record(folder)["kd"], record(folder)["baseline"]):
+    groups = [(folder, (*record(folder)["kd"], record(folder)["baseline"])) for folder, *_ in ALL]
+    groups += [(RESULTS / name, record(RESULTS / name)["kd"]) for name in BETTER]
+    for folder, several in groups:
+        for group in several:
             *four, fifth = group["accuracies"]
             half = 3.182446 * np.std(four, ddof=1) * (1 + 1 / 4) ** 0.5  # Student's t of 3 degrees of freedom, 97.5%
             found.append(abs(fifth - np.mean(four)) <= half)
@@ -188,7 +191,7 @@ def test_the_prose_has_the_figures_of_the_records():
         ("was ahead of T = 4 by {:.2f} points after 24 epochs ({:+.2f} to {:+.2f})", over_four),
         ("gains {:.2f} points over the plain one ({:+.2f} to {:+.2f})", softer),
         ("distillation with T = 32 is {:.2f} points ahead of it ({:+.2f} to {:+.2f};", over_smoothed),
-        ("and by {:.2f} after 10 ({:+.2f} to {:+.2f}); the gain", shorter_tests[1]),
+        ("and by {:.2f} after 10 ({:+.2f} to {:+.2f}). At so high", shorter_tests[1]),
         ("At T = 4, planned earlier, that is not shown: {:+.2f} points ({:+.2f} to {:+.2f})", turned(smoothed)),
     ):
         assert words.format(*test[:3]) in readme
@@ -206,6 +209,31 @@ def test_the_prose_has_the_figures_of_the_records():
         half = 4.302653 * gains.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom, 97.5%
         assert f"{gains.mean():+.2f} points ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f})" in measured
     assert "{:.4f}, {:.4f}, {:.4f} against {:.4f}, {:.4f}, {:.4f}".format(*others, *shared) in measured
+
+
+def test_what_better_teachers_teach_is_told_as_measured():
+    readme, told = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/README.md"))
+    baseline, students = record()["baseline"], {"": entry(RECORD, 4, 0.9)["accuracies"]}
+    for name, who in BETTER.items():
+        found = record(RESULTS / name)
+        (kd,) = found["kd"]
+        students[name] = kd["accuracies"]
+        assert found["baseline"]["accuracies"] == baseline["accuracies"] and kd["seeds"] == [0, 1, 2, 3, 4]
+        assert found["settings"] | {"teacher": ""} == record()["settings"] | {"teacher": ""}
+        listed = ", ".join(f"{accuracy:.4f}" for accuracy in kd["accuracies"])
+        row = f"| distilled by {who} | {listed} | {kd['mean']:.4f} ± {kd['std']:.4f} |"
+        gain = kd["improvement"]
+        assert f"{row} {gain['mean']:+.2f} ({gain['ci95'][0]:+.2f} to {gain['ci95'][1]:+.2f}), p = " in told
+        assert f"{found['teacher']['accuracy']:.4f}" in readme and f"{found['teacher']['accuracy']:.4f}" in told
+    for name, others in (("teacher-77-epochs", [""]),):
+        for other, test in zip(others, json.loads((RESULTS / name / "difference.json").read_text()), strict=True):
+            assert test["accuracies"] == [students[name], students[other]]
+            gains = 100 * (np.array(students[name]) - students[other])
+            half = 2.776445 * gains.std(ddof=1) / 5**0.5  # Student's t of 4 degrees of freedom, 97.5%
+            low, high = gains.mean() - half, gains.mean() + half
+            assert test["points"]["ci95"] == pytest.approx([low, high])
+            ends = f"{gains.mean():.2f} points ({low:+.2f} to {high:+.2f}"
+            assert f"{ends}), p = {test['points']['p_value']:.2g}" in told and ends in readme
 
 
 def test_what_images_without_labels_add_is_told_as_measured():
@@ -293,7 +321,8 @@ def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
     assert f"about {first:.0f} hours for the first command and {second:.0f} for the second" in readme
     assert max(first, second) * 24 / 200 < 1  # "with --epochs 24 less than one for each"
     look = 5 * (median["KD epoch, first"] + median["baseline epoch"]) * 50_000 / found["images"] / 60
-    assert 8 < look < 10.5 and "For a first look, in about ten minutes: `python main.py --epochs 5 " in readme
+    assert 8 < look < 10.5 and "For a first look, in about ten minutes, with the teacher" in readme
+    assert "```sh python main.py --epochs 5 --alpha 0.9 --teacher results/cifar10/teacher-s0 " in readme
     targets = 10 * (median["KD epoch, first"] - median["baseline epoch"]) / median["baseline epoch"]
     assert round(targets) == 10 and "about as long as training it for the same number of epochs" in readme
     scaling = json.loads((RESULTS / "scaling-cpu.json").read_text())
@@ -419,10 +448,10 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
         ),
         ("and without a teacher ({:+.2f} points, {:+.2f} to {:+.2f}, on one machine)", ahead(same, before)),
         (
-            " and {:.2f} after 10 ({:+.2f} to {:+.2f}), and the distilled student is ahead in every pair",
+            " and {:.2f} after 10 ({:+.2f} to {:+.2f}). By recipe 4 and with T = 32",
             ahead(now, same),
         ),
-        ("T = 4 is {:.2f} points ahead ({:+.2f} to {:+.2f}).", ahead(now, softer)),
+        ("T = 4 is {:.2f} points ahead of T = 32 ({:+.2f} to {:+.2f}).", ahead(now, softer)),
     ):
         assert words.format(*found) in readme
     (test,) = json.loads((SHORTER / "temperature_4.json").read_text())
@@ -441,7 +470,7 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
                 lead = ahead(each["accuracies"], found["baseline"]["accuracies"])
                 row += " {:+.2f} ({:+.2f} to {:+.2f}), p = {:.2g} |".format(*lead, each["improvement"]["p_value"])
             assert row in told
-    words = "with T = 4, the default, {:.2f} points after 24 epochs ({:+.2f} to {:+.2f}) and "
+    words = "With T = 4, the default, it gains {:.2f} points after 24 epochs ({:+.2f} to {:+.2f}) and "
     gained = ahead(entry(RECORD, 4, 0.9)["accuracies"], record()["baseline"]["accuracies"])
     assert words.format(*gained) in readme
 
