@@ -29,6 +29,7 @@ SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
 OF_ONE_TEACHER = ("cifar10", "cifar10-10-epochs", "recipe-4/60-epochs")
 OF_OTHERS = {  # the same students by others, compared with the same baselines: what to call these, and their epochs
     "teacher-77-epochs": ("the teacher of 77 epochs", "77"),
+    "three-teachers": ("three teachers together", "24, 35, 77"),
 }
 
 

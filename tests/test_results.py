@@ -21,7 +21,7 @@ RESULTS = ROOT / "results"
 RECORD, SHORTER = RESULTS / "cifar10", RESULTS / "cifar10-10-epochs"
 EARLIER = RESULTS / "recipe-4"  # students of the same teacher
 THEN_60, THEN_24, THEN_10, THEN_5 = (EARLIER / f"{epochs}-epochs" for epochs in (60, 24, 10, 5))
-BETTER = {"teacher-77-epochs": "the teacher of 77 epochs"}
+BETTER = {"teacher-77-epochs": "the teacher of 77 epochs", "three-teachers": "three teachers together"}
 PAGES = "README.md", "results/recipe-4/README.md"
 
 
@@ -225,7 +225,7 @@ def test_what_better_teachers_teach_is_told_as_measured():
         gain = kd["improvement"]
         assert f"{row} {gain['mean']:+.2f} ({gain['ci95'][0]:+.2f} to {gain['ci95'][1]:+.2f}), p = " in told
         assert f"{found['teacher']['accuracy']:.4f}" in readme and f"{found['teacher']['accuracy']:.4f}" in told
-    for name, others in (("teacher-77-epochs", [""]),):
+    for name, others in (("teacher-77-epochs", [""]), ("three-teachers", ["", "teacher-77-epochs"])):
         for other, test in zip(others, json.loads((RESULTS / name / "difference.json").read_text()), strict=True):
             assert test["accuracies"] == [students[name], students[other]]
             gains = 100 * (np.array(students[name]) - students[other])
