@@ -168,16 +168,16 @@ class Group:
     def _watch(self, ended):
         """Gives signs of life until `ended` is set, and stops this process where another one has failed or is lost. On
         one machine torchrun does so before; but it does not know of a failure on another."""
-        beats = {rank: (-1, time.monotonic()) for rank in (range(1, self.size) if self.leads else [0])}
+        beats = dict.fromkeys(range(1, self.size) if self.leads else [0], (-1, 0))
         why = None
         while not why and not ended.wait(BEAT):
             try:
                 self.ask("add", f"beat {self.rank}", 1)
-                for rank, (beat, _) in beats.items():
+                for rank, (beat, silent) in beats.items():
                     now = self.ask("add", f"beat {rank}", 0)
-                    if now != beat:
-                        beats[rank] = now, time.monotonic()
-                lost = [rank for rank, (_, heard) in beats.items() if time.monotonic() - heard > LOST]
+                    beats[rank] = now, silent + 1 if now == beat else 0
+                # Counted by this process's own beats: a batch system, or Ctrl-Z, may suspend all of them for hours.
+                lost = [rank for rank, (_, silent) in beats.items() if silent * BEAT > LOST]
                 if lost:
                     why = f"process {lost[0]} has not been heard of for {LOST:.0f} seconds"
                 elif self.ask("add", "failures", 0):

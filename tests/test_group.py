@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from runs import group as group_module
 from runs.group import Group, launched
 from runs.lock import lock
 from runs.settings import UNFAIR_SWEEP
@@ -415,6 +416,27 @@ main.main = wait
 
 
 # A group by itself ----------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_process_is_lost_but_not_one_that_was_suspended_with_this_one(monkeypatch, capsys):
+    """`looks` are what the other one's count of its signs of life is, each time that this one gives its own."""
+    clock, stopped = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(group_module._thread, "interrupt_main", stopped.append)
+
+    def watch(looks):
+        looks = iter(looks)
+        store = SimpleNamespace(add=lambda key, count: next(looks) if key == "beat 1" else 0)
+        ended = SimpleNamespace(
+            wait=lambda seconds: clock.append(clock.pop() + 3600) or bool(looks.__length_hint__() == 0)
+        )
+        Group(0, 2, 0, 2, store, store)._watch(ended)
+        return bool(stopped)
+
+    enough = int(group_module.LOST / group_module.BEAT)
+    assert not watch([1, 2, 2, 3, 4, 4, 5])  # hours between two looks
+    assert not watch([7] * enough + [8])
+    assert watch([7] * (enough + 3)) and "process 1 has not been heard of for 120 seconds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("size", "rank", "found"), [("", "", (1, 0)), ("1", "3", (1, 0)), ("4", "3", (4, 3))])
