@@ -21,7 +21,7 @@ from runs.streams import start_stream
 CONVOLUTIONS, HEAD, BIASES = (0.3, 0.6), (1.0, 0.85), (30.0, 0.85)
 CLIPPED = 0.1  # the norm of all biases' gradients at most: labels give about 0.06, soft targets 0.2 to 0.6
 WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its highest rate from the start may diverge
-WHITENED = 2_000  # training images to which the whitening is fitted; of large ones as many pixels
+WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
 
@@ -124,7 +124,7 @@ def new_network(settings, data, transfer_set, hooks):
     if settings.network:
         hook = getattr(hooks, settings.architecture)
         return models.build(hook.loaded, settings.architecture, len(data.classes), settings.seed)
-    count = WHITENED * models.LARGE**2 // max(models.LARGE, data.image_size) ** 2
+    count = WHITENED * 64**2 // max(64, data.image_size) ** 2
     some = transfer_set[:: max(1, len(transfer_set) // count)].to(data.train_images.device)
     some = models.normalize(data.train_images[some].cpu(), data.mean, data.std)
     return models.create(settings.architecture, len(data.classes), settings.seed, some, settings.width)

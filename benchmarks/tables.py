@@ -27,9 +27,9 @@ RESULTS = ROOT / "results"
 README, RECORD = ROOT / "README.md", RESULTS / "cifar10"
 SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
 OF_ONE_TEACHER = ("cifar10", "cifar10-10-epochs", "recipe-4/60-epochs")
-OF_OTHERS = {  # the same students by others, compared with the same baselines: what to call these, and their epochs
-    "teacher-77-epochs": ("the teacher of 77 epochs", "77"),
-    "three-teachers": ("three teachers together", "24, 35, 77"),
+OF_OTHERS = {  # the same students by others, compared with the same baselines: what to call these, recipe and epochs
+    "teacher-77-epochs": ("the teacher of 77 epochs", 4, "77"),
+    "three-teachers": ("three teachers together", 4, "24, 35, 77"),
 }
 
 
@@ -78,14 +78,14 @@ def results():
     made_by = models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
     rows, tests = [["teacher", made_by, epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
     others = {name: (record(RESULTS / name), *about) for name, about in OF_OTHERS.items()}
-    for each, who, lengths in others.values():
-        rows.append([who, made_by, lengths, 1, f"{each['teacher']['accuracy']:.4f}", ""])
+    for each, who, recipe, lengths in others.values():
+        rows.append([who, recipe, lengths, 1, f"{each['teacher']['accuracy']:.4f}", ""])
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
         epochs, recipe = each["settings"]["epochs"], each["settings"]["recipe"]
         machines.setdefault(machine(each), []).append(f"students of recipe {recipe} and {epochs} epochs")
         found_by = [(kd, "") for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"]))]
         without = each["baseline"]
-        for other, who, _ in others.values():
+        for other, who, *_ in others.values():
             if other["baseline"]["accuracies"] == without["accuracies"]:
                 found_by += [(kd, f", by {who}") for kd in other["kd"]]
         for kd, who in found_by:

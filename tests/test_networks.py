@@ -18,6 +18,7 @@ from arguments import parse
 from data import Views
 from reports import figures
 from reports.comparison import Comparison
+from runs.code import CODE
 from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Group
@@ -515,7 +516,7 @@ def f(n):
 
 @pytest.mark.parametrize("holds", PROGRAMS)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TorchScript
-def test_a_frozen_program_is_kept_as_it_is_and_teaches(cli, flags, tmp_path, holds):
+def test_a_frozen_program_is_kept_as_it_is_and_teaches(cli, flags, tmp_path, monkeypatch, holds):
     """TorchScript's parameters are no leaves, and a frozen one has none: no optimizer takes them."""
     path = tmp_path / "program.py"
     path.write_text(f"import torch\nfrom torch import nn\n{PROGRAMS[holds]}")
@@ -526,6 +527,9 @@ def test_a_frozen_program_is_kept_as_it_is_and_teaches(cli, flags, tmp_path, hol
     assert again.status == 0 and "(finished before)" in again.out, again
     compiled = cli(*words, "--train-teacher", "--epochs", 0, "--compile", "--overwrite")  # of which nothing is compiled
     assert compiled.status == 0 and "test accuracy 0.3333" in compiled.out, compiled
+    monkeypatch.setitem(CODE, "train.py", "0" * 12)
+    again = cli(*words, "--train-teacher", "--epochs", 0)
+    assert again.status == 0 and "(finished before)" in again.out, "train.py did not train it"
     got = cli(*words, "--epochs", 1, "--alpha", 0.9, "--teacher", tmp_path / "out" / "teacher-f-s0")
     assert got.status == 0 and "Teacher: 0 parameters" in got.out and "Improvement with KD" in got.out, got
     assert "Compared with the teacher the student is" in got.out

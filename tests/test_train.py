@@ -25,7 +25,7 @@ import train
 from data import Views
 from distill import SoftTargets, compress
 from runs.checkpoints import load_checkpoint, save_checkpoint
-from runs.code import CODE, fingerprint
+from runs.code import CODE, deciding, fingerprint
 from runs.files import Damaged, Failure, read_json
 from runs.machine import Machine, keep_memory, make_deterministic
 from runs.plan import conflicts
@@ -378,6 +378,15 @@ def test_a_run_resumed_by_other_code_says_so(loaded, unfinished, capsys):
     change_state(unfinished, {"code": ...})  # begun before states had it
     train_run(loaded, unfinished)
     assert "was begun" not in capsys.readouterr().err
+
+
+def test_the_loss_decides_only_what_is_trained_with_it():
+    """With --omit-class distill.py corrects the bias of that class, too."""
+    baseline = Settings("baseline", "d", 1, 8, 0.1, 0.0, 0, 16)
+    distilled = dataclasses.replace(baseline, role="kd", temperature=4.0, alpha=0.1, teacher="t")
+    uses = [distilled, dataclasses.replace(baseline, omit_class=("red",)), baseline]
+    uses += [dataclasses.replace(distilled, alpha=0.0), dataclasses.replace(baseline, role="teacher")]
+    assert ["distill.py" in deciding(settings) for settings in uses] == [True, True, False, False, False]
 
 
 def test_comments_docstrings_and_blank_lines_are_no_other_code():
