@@ -53,8 +53,9 @@ def import_modules():
 def main(arguments, stop):
     """The whole story: the teacher, the student with distillation and without it, the comparison. `stop` is the signal
     handler (runs.signals.Stop)."""
+    _, rank = launched()
     if arguments.task:
-        if launched()[1] == 0:  # a task is for one of the processes that torchrun started
+        if rank == 0:  # a task is for one of the processes that torchrun started
             do_task(arguments)
         return
     demo = arguments.demo and not arguments.train_teacher and not arguments.teacher
@@ -230,7 +231,7 @@ def train_all(session, runs, targets=None, later=()):
     order = [position for position in range(len(runs)) if left[position]]
     for run in (runs[position] for position in range(len(runs)) if group.leads and not left[position]):
         reached, code = accuracy_of(run, run.finished_accuracy()), " and ".join(run.changed_code())
-        since = f" {code} changed; --overwrite trains all runs of this command again" if code else ""
+        since = f"; changed since it began: {code}; --overwrite trains this command's runs again" if code else ""
         print(f"{reached} (finished before{since})", flush=True)
     if group.size > 1 and order:
         order.sort(key=lambda position: -work[position])  # the longest first

@@ -523,7 +523,7 @@ def test_what_other_code_trained_is_said(cli, flags, copy, monkeypatch):
     assert " changed" not in cli(*flags, "--output-dir", copy).out
     monkeypatch.setitem(CODE, "distill.py", "0" * 12)
     got = cli(*flags, "--output-dir", copy)
-    told = "(finished before distill.py changed; --overwrite trains all runs of this command again)"
+    told = "(finished before; changed since it began: distill.py; --overwrite trains this command's runs again)"
     assert got.status == 0 and got.out.count(told) == 1 and "kd-T4-a0.1-s0: test accuracy " in got.out, got
     assert "(finished before)" in got.out and "was changed between" not in got.out, "the baseline has no such loss"
     got = cli(*flags, "--output-dir", copy, "--alpha", 0.5)
