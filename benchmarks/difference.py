@@ -6,6 +6,12 @@
     python benchmarks/difference.py outputs/kd-T4-a0.9-s? \\
         --over outputs/smoothed/baseline-s? --over outputs/baseline-s?
 
+A group may also be told by a comparison.json and the name that its runs' folders have, without the seed; so what is in
+results/ can be compared without its runs:
+
+    python benchmarks/difference.py results/cifar10/comparison.json:kd-T4-a0.9 \\
+        --over results/cifar10/comparison.json:baseline
+
 What main.py compares differs in nothing but the teacher. Here the two may differ in anything; what differs is printed.
 Each difference is tested by itself (paired t-test), and p is also given corrected for all of this command (Holm).
 """
@@ -13,7 +19,7 @@ Each difference is tested by itself (paired t-test), and p is also given correct
 import argparse
 import glob
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,23 +28,69 @@ sys.path.insert(0, str(ROOT))
 from reports.statistics import holm, paired_test, spread
 from runs.code import FILES
 from runs.files import Failure, read_json, write_json
-from runs.settings import RunRecord
+from runs.settings import RunRecord, Settings
 
 
-def read_group(folders):
-    """{seed: RunRecord} of the finished runs in `folders`; raises Failure unless they differ in the seed alone."""
-    runs = {}
-    folders = [Path(found) for each in folders for found in sorted(glob.glob(str(each))) or [each]]  # as on Windows
-    for folder in folders:
-        record = read_json(folder / "run.json", RunRecord)
+@dataclass(frozen=True)
+class Students:
+    """Students of a comparison.json that differ in the seed alone: its baseline, or one of its kd."""
+
+    seeds: list[int]
+    accuracies: list[float]
+    temperature: float | None = None
+    alpha: float | None = None
+    loss: str | None = None
+    loss_sha256: str | None = None
+    unlabeled: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is needed here of a comparison.json. The settings are those of one of its distilled students."""
+
+    settings: Settings
+    environment: dict
+    baseline: Students
+    kd: list[Students]
+
+
+def read_comparison(path, name):
+    """The RunRecords of the students `name`, such as kd-T4-a0.9, in a comparison.json; raises Failure where it holds
+    none of that name."""
+    found, groups = read_json(path, Comparison), {}
+    for students in (found.baseline, *found.kd):
+        about = {field: value for field, value in asdict(students).items() if field not in ("seeds", "accuracies")}
+        if students.temperature is None:
+            about |= {"role": "baseline", "teacher": None}
+        for seed, accuracy in zip(students.seeds, students.accuracies, strict=True):
+            settings = replace(found.settings, seed=seed, **about)
+            run = RunRecord(True, settings.epochs, settings, found.environment, {}, accuracy=accuracy)
+            groups.setdefault(settings.name.rpartition("-s")[0], []).append(run)
+    if name not in groups:
+        raise Failure(f"{path} holds no students {name}, but {', '.join(groups)}.")
+    return groups[name]
+
+
+def read_group(named):
+    """{seed: RunRecord} of the finished runs `named`, by their folders or as comparison.json:NAME; raises Failure
+    unless they differ in the seed alone."""
+    found, runs = [], {}
+    for each in map(str, named):
+        path, is_comparison, name = each.rpartition(".json:")
+        if is_comparison:
+            found += [(each, record) for record in read_comparison(Path(path + ".json"), name)]
+        else:
+            folders = sorted(glob.glob(each)) or [each]  # which not every shell expands
+            found += [(folder, read_json(Path(folder) / "run.json", RunRecord)) for folder in folders]
+    for where, record in found:
         if record.accuracy is None:
-            raise Failure(f"{folder} holds no accuracy on the test set: the run is unfinished, or a sweep's.")
+            raise Failure(f"{where} holds no accuracy on the test set: the run is unfinished, or a sweep's.")
         if record.settings.seed in runs:
-            raise Failure(f"{folder}: there is a run with seed {record.settings.seed} in this group already.")
+            raise Failure(f"{where}: there is a run with seed {record.settings.seed} in this group already.")
         runs[record.settings.seed] = record
     apart = differing("settings", *runs.values()) - {"seed"}
     if apart:
-        raise Failure(f"the runs of one group differ in {', '.join(sorted(apart))}: {' '.join(map(str, folders))}")
+        raise Failure(f"the runs of one group differ in {', '.join(sorted(apart))}: {' '.join(map(str, named))}")
     return dict(sorted(runs.items()))
 
 
@@ -74,8 +126,9 @@ def difference(one, other):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs, one a seed")
-    parser.add_argument("--over", type=Path, nargs="+", action="append", required=True, metavar="RUN",
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="folders of finished runs, one a seed, or comparison.json:NAME")  # fmt: skip
+    parser.add_argument("--over", nargs="+", action="append", required=True, metavar="RUN",
                         help="those of another group; may be given several times")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures to this JSON file, too")
     arguments = parser.parse_args()

@@ -719,6 +719,32 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
             run(one, wrong)
 
 
+def test_what_a_comparison_json_tells_is_compared_without_its_runs(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import difference
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["difference.py", *map(str, words), "--output", str(tmp_path / "found.json")])
+        difference.main()
+        return json.loads((tmp_path / "found.json").read_text())
+
+    told = [f"{finished / 'comparison.json'}:{name}" for name in ("kd-T4-a0.1", "baseline")]
+    folders = [finished / "kd-T4-a0.1-s0", finished / "baseline-s0"]
+    expected = run(folders[0], "--over", folders[1])
+    assert run(told[0], "--over", told[1]) == run(told[0], "--over", folders[1]) == expected
+    with pytest.raises(Failure, match=r"comparison.json holds no students kd-T4-a0.9, but baseline, kd-T4-a0.1\."):
+        run(told[0].replace("a0.1", "a0.9"), "--over", told[1])
+    with pytest.raises(Failure, match="seed 0 in this group already"):
+        run(told[0], folders[0], "--over", told[1])
+    capsys.readouterr()
+    unlabeled, plain = (f"{RESULTS / 'few-labels' / 'comparison.json'}:{name}" for name in (
+        "kd-unlabeled-T32-a0.9", "kd-T32-a0.9"))  # fmt: skip
+    (found,) = run(unlabeled, "--over", plain)
+    assert found["differ_in"] == ["unlabeled"] and found["seeds"] == [0, 1, 2, 3, 4]
+    written = json.loads((RESULTS / "few-labels" / "difference.json").read_text())[0]  # from the runs themselves
+    assert (found["accuracies"], found["points"]["ci95"]) == (written["accuracies"], written["points"]["ci95"])
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_mixed_views_and_their_labels_are_parts_of_two_images(images, cut, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
