@@ -22,7 +22,7 @@ from sources.decode import read_image
 from train import evaluate
 from use import export
 
-STUDENT = "kd-T4-a0.1-s0"
+STUDENT, to_onnx = "kd-T4-a0.1-s0", export.to_onnx
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 
 
@@ -133,6 +133,21 @@ class TestNothingIsLeft:
         there = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else there(name))
         assert says() == "error: --export needs onnxscript: pip install -r requirements-export.txt\n"
+
+    @pytest.mark.parametrize(
+        ("error", "helps"), [(ModuleNotFoundError("No module named 'a'"), True), (ValueError("a"), False)]
+    )
+    def test_pytorch_cannot_export_it(self, says, monkeypatch, error, helps):
+        def failing(*_, **__):
+            print("Applied 9 of general pattern rewrite rules.")  # as an old onnxscript says
+            raise error
+
+        monkeypatch.setattr(export, "to_onnx", to_onnx)
+        monkeypatch.setattr(torch.onnx, "export", failing)
+        first, *more = says().splitlines()
+        assert re.fullmatch(rf"error: PyTorch \S+ cannot export to ONNX, opset 18: {error}", first)
+        advice = "Its packages may be too old for it: pip install -U -r requirements-export.txt"
+        assert more == [advice] * helps
 
     def test_onnx_runtime_cannot_read_it(self, says):
         assert "cannot run the model, opset 18" in says()

@@ -14,7 +14,9 @@ They turn, resize and crop an image of 8 bits nearly as sources.decode.read_imag
 samples of more bits is in the file's metadata, too: "ranges", {kind: [black, white]}.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import warnings
 
@@ -97,8 +99,8 @@ def to_onnx(network, temperature=1.0):
     size = network.image_size
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter about itself
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # what the exporter says of itself
             program = torch.onnx.export(
                 Answer().eval(), (example,), dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=["images"], output_names=["probabilities"],
@@ -110,8 +112,10 @@ def to_onnx(network, temperature=1.0):
         onnx.helper.set_model_props(proto, _metadata(network, models.digest(network.state_dict()), temperature))
         onnx.checker.check_model(proto)
     except Exception as error:  # the exporter and its packages raise nearly every kind
-        first = first_line(error)
-        raise Failure(f"PyTorch {torch.__version__} cannot export to ONNX, opset {OPSET}: {first}") from error
+        text = f"PyTorch {torch.__version__} cannot export to ONNX, opset {OPSET}: {first_line(error)}"
+        if isinstance(error, ImportError):  # an onnxscript that is older than this PyTorch
+            text += "\nIts packages may be too old for it: pip install -U -r requirements-export.txt"
+        raise Failure(text) from error
     return proto.SerializeToString()
 
 
