@@ -44,6 +44,15 @@ def share(entry):
     return f"{entry['mean']:.4f}" + (f" ± {entry['std']:.4f}" if entry["std"] is not None else "")
 
 
+def seeds(entry):
+    """The seeds of an entry in words: "0", "0 to 4"."""
+    found = entry["seeds"]
+    first, last = found[0], found[-1]
+    if found != [*range(first, last + 1)]:
+        raise ValueError(f"{found} are not seeds in a row")
+    return f"{first} to {last}" if last > first else str(first)
+
+
 def gain(improvement):
     """A gain in points, with its interval and p where there are several seeds."""
     if improvement["ci95"] is None:
@@ -76,13 +85,15 @@ def results():
     machines[machine(record(RESULTS / "recipe-4" / "24-epochs"))] = ["the teacher"]  # made together
     epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     made_by = models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
-    rows, tests = [["teacher", made_by, epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
+    rows, tests = [["teacher", made_by, epochs, 0, f"{teacher['accuracy']:.4f}", ""]], {}
     others = {name: (record(RESULTS / name), *about) for name, about in OF_OTHERS.items()}
     for each, who, recipe, lengths in others.values():
-        rows.append([who, recipe, lengths, 1, f"{each['teacher']['accuracy']:.4f}", ""])
+        rows.append([who, recipe, lengths, 0, f"{each['teacher']['accuracy']:.4f}", ""])
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
         epochs, recipe = each["settings"]["epochs"], each["settings"]["recipe"]
-        machines.setdefault(machine(each), []).append(f"students of recipe {recipe} and {epochs} epochs")
+        machines.setdefault(machine(each), []).append(
+            f"students of recipe {recipe} and {epochs} epochs, seeds {seeds(each['baseline'])}"
+        )
         found_by = [(kd, "") for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"]))]
         without = each["baseline"]
         for other, who, *_ in others.values():
@@ -90,10 +101,11 @@ def results():
                 found_by += [(kd, f", by {who}") for kd in other["kd"]]
         for kd, who in found_by:
             name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}{who}"
-            rows.append([name, recipe, epochs, len(kd["seeds"]), share(kd), gain(kd["improvement"])])
-            tests[f"{pair_name(kd)}{who} of recipe {recipe} after {epochs} epochs"] = kd["improvement"]["p_value"]
+            rows.append([name, recipe, epochs, seeds(kd), share(kd), gain(kd["improvement"])])
+            of = f"{pair_name(kd)}{who} of recipe {recipe} after {epochs} epochs, seeds {seeds(kd)},"
+            tests[of] = kd["improvement"]["p_value"]
         name = "the same student without distillation (baseline)"
-        rows.append([name, recipe, epochs, len(without["seeds"]), share(without), ""])
+        rows.append([name, recipe, epochs, seeds(without), share(without), ""])
     head = ["", "recipe", "epochs", "seeds", "test accuracy", "gain in points (95% interval)"]
     sizes = [f"{each['parameters'] / 1e6:.2f} million parameters, {each['macs'] / 1e6:.0f} million multiply-adds"
              for each in (teacher, found["student"])]  # fmt: skip

@@ -684,7 +684,7 @@ def test_wrong_usage(cli, words, told):
 def test_the_resnets_are_those_of_the_paper(name, parameters, macs):
     """Table 6 of arXiv 1512.03385: 0.27 and 0.85 million parameters, in 20 and 56 layers with weights."""
     network = models.build(hook(ROOT / "examples" / "resnet_cifar.py", name).loaded, "student", 10, 0)
-    layers = [layer for layer in network.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
     assert f"resnet{len(layers)}" == name
     found = models.costs_of(network, 32)
     assert found.parameters == parameters and round(found.macs / 1e6, 2) == macs
