@@ -53,8 +53,8 @@ def import_modules():
 def main(arguments, stop):
     """The whole story: the teacher, the student with distillation and without it, the comparison. `stop` is the signal
     handler (runs.signals.Stop)."""
-    _, rank = launched()
     if arguments.task:
+        _, rank = launched()
         if rank == 0:  # a task is for one of the processes that torchrun started
             do_task(arguments)
         return
@@ -230,8 +230,8 @@ def train_all(session, runs, targets=None, later=()):
     work = [count * run.settings.images_per_label for count, run in zip(left, runs, strict=True)]
     order = [position for position in range(len(runs)) if left[position]]
     for run in (runs[position] for position in range(len(runs)) if group.leads and not left[position]):
-        reached, code = accuracy_of(run, run.finished_accuracy()), " and ".join(run.changed_code())
-        since = f"; changed since it began: {code}; --overwrite trains this command's runs again" if code else ""
+        reached, code = accuracy_of(run, run.finished_accuracy()), ", ".join(run.changed_code())
+        since = f", begun with another {code}; --overwrite trains all runs of this command again" if code else ""
         print(f"{reached} (finished before{since})", flush=True)
     if group.size > 1 and order:
         order.sort(key=lambda position: -work[position])  # the longest first

@@ -6,7 +6,7 @@
     python benchmarks/difference.py outputs/kd-T4-a0.9-s? \\
         --over outputs/smoothed/baseline-s? --over outputs/baseline-s?
 
-A group may also be told by a comparison.json and the name that its runs' folders have, without the seed; so what is in
+A group may also be named as comparison.json:NAME, where NAME is its runs' folders' name without the seed; so what is in
 results/ can be compared without its runs:
 
     python benchmarks/difference.py results/cifar10/comparison.json:kd-T4-a0.9 \\
@@ -27,18 +27,18 @@ sys.path.insert(0, str(ROOT))
 
 from reports.statistics import holm, paired_test, spread
 from runs.code import FILES
-from runs.files import Failure, read_json, write_json
-from runs.settings import RunRecord, Settings
+from runs.files import Damaged, Failure, read_json, write_json
+from runs.settings import NotNegative, RunRecord, Settings, Share
 
 
 @dataclass(frozen=True)
 class Students:
     """Students of a comparison.json that differ in the seed alone: its baseline, or one of its kd."""
 
-    seeds: list[int]
-    accuracies: list[float]
+    seeds: list[NotNegative]
+    accuracies: list[Share]
     temperature: float | None = None
-    alpha: float | None = None
+    alpha: Share | None = None
     loss: str | None = None
     loss_sha256: str | None = None
     unlabeled: str | None = None
@@ -46,7 +46,8 @@ class Students:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is needed here of a comparison.json. The settings are those of one of its distilled students."""
+    """What is needed here of a comparison.json. Settings and environment are those of its first distilled student; with
+    which machine and code the others were trained it does not tell."""
 
     settings: Settings
     environment: dict
@@ -58,16 +59,20 @@ def read_comparison(path, name):
     """The RunRecords of the students `name`, such as kd-T4-a0.9, in a comparison.json; raises Failure where it holds
     none of that name."""
     found, groups = read_json(path, Comparison), {}
-    for students in (found.baseline, *found.kd):
-        about = {field: value for field, value in asdict(students).items() if field not in ("seeds", "accuracies")}
-        if students.temperature is None:
-            about |= {"role": "baseline", "teacher": None}
-        for seed, accuracy in zip(students.seeds, students.accuracies, strict=True):
+    for role, students in (("baseline", found.baseline), *(("kd", each) for each in found.kd)):
+        about = asdict(students)
+        about |= {"role": role, "teacher": found.settings.teacher if role == "kd" else None}
+        if students.loss_sha256 != found.settings.loss_sha256:
+            about["loss_file"] = None
+        seeds, accuracies = about.pop("seeds"), about.pop("accuracies")
+        if len(seeds) != len(accuracies):
+            raise Damaged(f"{path} is damaged: it has {len(seeds)} seeds and {len(accuracies)} accuracies.")
+        for seed, accuracy in zip(seeds, accuracies, strict=True):
             settings = replace(found.settings, seed=seed, **about)
             run = RunRecord(True, settings.epochs, settings, found.environment, {}, accuracy=accuracy)
             groups.setdefault(settings.name.rpartition("-s")[0], []).append(run)
     if name not in groups:
-        raise Failure(f"{path} holds no students {name}, but {', '.join(groups)}.")
+        raise Failure(f"{path} holds no students {name!r}: add :NAME, one of {', '.join(groups)}.")
     return groups[name]
 
 
@@ -76,7 +81,7 @@ def read_group(named):
     unless they differ in the seed alone."""
     found, runs = [], {}
     for each in map(str, named):
-        path, is_comparison, name = each.rpartition(".json:")
+        path, is_comparison, name = (each + ":" * each.endswith(".json")).rpartition(".json:")
         if is_comparison:
             found += [(each, record) for record in read_comparison(Path(path + ".json"), name)]
         else:

@@ -523,9 +523,14 @@ def test_what_other_code_trained_is_said(cli, flags, copy, monkeypatch):
     assert " changed" not in cli(*flags, "--output-dir", copy).out
     monkeypatch.setitem(CODE, "distill.py", "0" * 12)
     got = cli(*flags, "--output-dir", copy)
-    told = "(finished before; changed since it began: distill.py; --overwrite trains this command's runs again)"
+    told = "(finished before, begun with another distill.py; --overwrite trains all runs of this command again)"
     assert got.status == 0 and got.out.count(told) == 1 and "kd-T4-a0.1-s0: test accuracy " in got.out, got
     assert "(finished before)" in got.out and "was changed between" not in got.out, "the baseline has no such loss"
+    record = copy / "kd-T4-a0.1-s0" / "run.json"
+    content = json.loads(record.read_text())
+    content["environment"]["distill.py"] += ", then " + "0" * 12  # as where this code resumed and finished it
+    record.write_text(json.dumps(content))
+    assert cli(*flags, "--output-dir", copy).out.count(told) == 1
     got = cli(*flags, "--output-dir", copy, "--alpha", 0.5)
     told = (
         "distill.py was changed between the trainings of these students: some are kd-T4-a0.5-s0, others kd-T4-a0.1-s0"

@@ -135,18 +135,23 @@ class TestNothingIsLeft:
         assert says() == "error: --export needs onnxscript: pip install -r requirements-export.txt\n"
 
     @pytest.mark.parametrize(
-        ("error", "helps"), [(ModuleNotFoundError("No module named 'a'"), True), (ValueError("a"), False)]
+        ("error", "cause", "helps"),
+        [
+            (ModuleNotFoundError("No module named 'a'"), None, True),
+            (RuntimeError("a"), AttributeError("b"), True),
+            (ValueError("a"), None, False),
+        ],
     )
-    def test_pytorch_cannot_export_it(self, says, monkeypatch, error, helps):
+    def test_pytorch_cannot_export_it(self, says, monkeypatch, error, cause, helps):
         def failing(*_, **__):
             print("Applied 9 of general pattern rewrite rules.")  # as an old onnxscript says
-            raise error
+            raise error from cause
 
         monkeypatch.setattr(export, "to_onnx", to_onnx)
         monkeypatch.setattr(torch.onnx, "export", failing)
         first, *more = says().splitlines()
         assert re.fullmatch(rf"error: PyTorch \S+ cannot export to ONNX, opset 18: {error}", first)
-        advice = "Its packages may be too old for it: pip install -U -r requirements-export.txt"
+        advice = "onnx or onnxscript may be too old for this PyTorch: pip install -U -r requirements-export.txt"
         assert more == [advice] * helps
 
     def test_onnx_runtime_cannot_read_it(self, says):

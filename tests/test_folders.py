@@ -136,8 +136,8 @@ def mapped_files_stay(monkeypatch):
     replace = os.replace
 
     def refuse(source, target):
-        mapped = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]  # or "(deleted)"
-        if os.path.realpath(target) in mapped:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        if any(line.endswith(f" {os.path.realpath(target)}") for line in maps):  # not "... (deleted)"
             raise PermissionError(errno.EACCES, "Access is denied", str(target))
         replace(source, target)
 

@@ -15,7 +15,7 @@ from conftest import CIFAR10_DIR, ROOT, needs_cifar10
 import data
 import models
 import train
-from runs.files import Failure
+from runs.files import Damaged, Failure
 
 RESULTS = ROOT / "results"
 RECORD, SHORTER = RESULTS / "cifar10", RESULTS / "cifar10-10-epochs"
@@ -732,10 +732,22 @@ def test_what_a_comparison_json_tells_is_compared_without_its_runs(finished, tmp
     folders = [finished / "kd-T4-a0.1-s0", finished / "baseline-s0"]
     expected = run(folders[0], "--over", folders[1])
     assert run(told[0], "--over", told[1]) == run(told[0], "--over", folders[1]) == expected
-    with pytest.raises(Failure, match=r"comparison.json holds no students kd-T4-a0.9, but baseline, kd-T4-a0.1\."):
-        run(told[0].replace("a0.1", "a0.9"), "--over", told[1])
+    for wrong, name in ((told[0].replace("a0.1", "a0.9"), "kd-T4-a0.9"), (finished / "comparison.json", "")):
+        with pytest.raises(Failure, match=rf"holds no students '{name}': add :NAME, one of baseline, kd-T4-a0.1\."):
+            run(wrong, "--over", told[1])
     with pytest.raises(Failure, match="seed 0 in this group already"):
         run(told[0], folders[0], "--over", told[1])
+    content = json.loads((finished / "comparison.json").read_text())
+    content["settings"] |= {"loss": "own", "loss_file": "own.py", "loss_sha256": "0" * 64}
+    content["kd"].insert(0, content["kd"][0] | {"temperature": 2.0, "loss": "own", "loss_sha256": "0" * 64})
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    (found,) = run(f"{tmp_path / 'own.json'}:kd-own-T2-a0.1", "--over", f"{tmp_path / 'own.json'}:kd-T4-a0.1")
+    assert [each.get("loss_file") for each in found["settings"]] == ["own.py", None]
+    assert found["differ_in"] == ["loss", "loss_sha256", "temperature"]
+    content["baseline"]["accuracies"] *= 2
+    (tmp_path / "damaged.json").write_text(json.dumps(content))
+    with pytest.raises(Damaged, match="it has 1 seeds and 2 accuracies"):
+        run(f"{tmp_path / 'damaged.json'}:baseline", "--over", told[1])
     capsys.readouterr()
     unlabeled, plain = (f"{RESULTS / 'few-labels' / 'comparison.json'}:{name}" for name in (
         "kd-unlabeled-T32-a0.9", "kd-T32-a0.9"))  # fmt: skip

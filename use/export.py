@@ -99,8 +99,8 @@ def to_onnx(network, temperature=1.0):
     size = network.image_size
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # what the exporter says of itself
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # onnxscript 0.6 prints there
+            warnings.simplefilter("ignore")  # of the exporter about itself
             program = torch.onnx.export(
                 Answer().eval(), (example,), dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=["images"], output_names=["probabilities"],
@@ -113,8 +113,8 @@ def to_onnx(network, temperature=1.0):
         onnx.checker.check_model(proto)
     except Exception as error:  # the exporter and its packages raise nearly every kind
         text = f"PyTorch {torch.__version__} cannot export to ONNX, opset {OPSET}: {first_line(error)}"
-        if isinstance(error, ImportError):  # an onnxscript that is older than this PyTorch
-            text += "\nIts packages may be too old for it: pip install -U -r requirements-export.txt"
+        if isinstance(error.__cause__ or error, ImportError | AttributeError):
+            text += "\nonnx or onnxscript may be too old for this PyTorch: pip install -U -r requirements-export.txt"
         raise Failure(text) from error
     return proto.SerializeToString()
 
