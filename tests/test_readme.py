@@ -34,7 +34,7 @@ def test_every_command_is_one_that_the_program_takes():
 
 def test_every_option_named_exists():
     known = {name for action in parser()._actions for name in action.option_strings}
-    known |= {"--index-url", "--dist"}  # of pip, of pytest-xdist
+    known |= {"--index-url", "--dist", "--resolution"}  # of pip, of pytest-xdist, of uv
     known |= {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
     ours = re.sub(r"(?m)`python benchmarks.*?`|^python benchmarks.*$", "", README)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
