@@ -81,9 +81,9 @@ def read_group(named):
     unless they differ in the seed alone."""
     found, runs = [], {}
     for each in map(str, named):
-        path, is_comparison, name = (each + ":" * each.endswith(".json")).rpartition(".json:")
-        if is_comparison:
-            found += [(each, record) for record in read_comparison(Path(path + ".json"), name)]
+        path, _, name = each.rpartition(":") if ".json:" in each else (each, "", "")
+        if path.endswith(".json"):
+            found += [(each, record) for record in read_comparison(Path(path), name)]
         else:
             folders = sorted(glob.glob(each)) or [each]  # which not every shell expands
             found += [(folder, read_json(Path(folder) / "run.json", RunRecord)) for folder in folders]

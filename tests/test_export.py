@@ -138,6 +138,7 @@ class TestNothingIsLeft:
         ("error", "cause", "helps"),
         [
             (ModuleNotFoundError("No module named 'a'"), None, True),
+            (ModuleNotFoundError("a"), KeyError("b"), True),
             (RuntimeError("a"), AttributeError("b"), True),
             (ValueError("a"), None, False),
         ],

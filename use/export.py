@@ -113,7 +113,7 @@ def to_onnx(network, temperature=1.0):
         onnx.checker.check_model(proto)
     except Exception as error:  # the exporter and its packages raise nearly every kind
         text = f"PyTorch {torch.__version__} cannot export to ONNX, opset {OPSET}: {first_line(error)}"
-        if isinstance(error.__cause__ or error, ImportError | AttributeError):
+        if any(isinstance(each, ImportError | AttributeError) for each in (error, error.__cause__)):
             text += "\nonnx or onnxscript may be too old for this PyTorch: pip install -U -r requirements-export.txt"
         raise Failure(text) from error
     return proto.SerializeToString()
