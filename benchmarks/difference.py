@@ -72,7 +72,8 @@ def read_comparison(path, name):
             run = RunRecord(True, settings.epochs, settings, found.environment, {}, accuracy=accuracy)
             groups.setdefault(settings.name.rpartition("-s")[0], []).append(run)
     if name not in groups:
-        raise Failure(f"{path} holds no students {name!r}: add :NAME, one of {', '.join(groups)}.")
+        missing = f"holds no students {name!r}" if name else "holds several groups of students"
+        raise Failure(f"{path} {missing}: name one of them as {path}:NAME, with NAME one of {', '.join(groups)}.")
     return groups[name]
 
 

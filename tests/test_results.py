@@ -776,8 +776,9 @@ def test_what_a_comparison_json_tells_is_compared_without_its_runs(finished, tmp
     folders = [finished / "kd-T4-a0.1-s0", finished / "baseline-s0"]
     expected = run(folders[0], "--over", folders[1])
     assert run(told[0], "--over", told[1]) == run(told[0], "--over", folders[1]) == expected
-    for wrong, name in ((told[0].replace("a0.1", "a0.9"), "kd-T4-a0.9"), (finished / "comparison.json", "")):
-        with pytest.raises(Failure, match=rf"holds no students '{name}': add :NAME, one of baseline, kd-T4-a0.1\."):
+    unnamed = finished / "comparison.json"
+    for wrong, what in ((f"{unnamed}:kd-T4-a0.9", "no students 'kd-T4-a0.9'"), (unnamed, "several groups of students")):
+        with pytest.raises(Failure, match=rf"holds {what}: .*json:NAME, with NAME one of baseline, kd-T4-a0\.1\."):
             run(wrong, "--over", told[1])
     with pytest.raises(Failure, match="seed 0 in this group already"):
         run(told[0], folders[0], "--over", told[1])
