@@ -77,9 +77,9 @@ def read_comparison(path, name):
     return groups[name]
 
 
-def read_group(named):
-    """{seed: RunRecord} of the finished runs `named`, by their folders or as comparison.json:NAME; raises Failure
-    unless they differ in the seed alone."""
+def read_group(named, seeds=None):
+    """{seed: RunRecord} of the finished runs `named`, by their folders or as comparison.json:NAME, and of these of
+    `seeds` [all]; raises Failure unless they differ in the seed alone, or where one of `seeds` is missing."""
     found, runs = [], {}
     for each in map(str, named):
         path, _, name = each.rpartition(":") if ".json:" in each else (each, "", "")
@@ -97,7 +97,9 @@ def read_group(named):
     apart = differing("settings", *runs.values()) - {"seed"}
     if apart:
         raise Failure(f"the runs of one group differ in {', '.join(sorted(apart))}: {' '.join(map(str, named))}")
-    return dict(sorted(runs.items()))
+    if missing := [str(seed) for seed in seeds or () if seed not in runs]:
+        raise Failure(f"there is no run with seed {' or '.join(missing)} among {' '.join(map(str, named))}.")
+    return {seed: run for seed, run in sorted(runs.items()) if not seeds or seed in seeds}
 
 
 def differing(what, *runs):
@@ -113,7 +115,8 @@ def difference(one, other):
     """What is kept of two groups, as `read_group` returns them: their accuracies and the test of their differences, in
     percentage points; raises Failure unless they have the same seeds and data."""
     if one.keys() != other.keys():
-        raise Failure(f"one group has the seeds {', '.join(map(str, one))}, the other {', '.join(map(str, other))}.")
+        seeds = [", ".join(map(str, group)) for group in (one, other)]
+        raise Failure(f"one group has the seeds {seeds[0]}, the other {seeds[1]}. Name those of both with --seeds.")
     seeds, first, second = list(one), next(iter(one.values())), next(iter(other.values()))
     if first.settings.data != second.settings.data:
         raise Failure("the two groups were trained and tested on different images.")
@@ -136,10 +139,11 @@ def main():
                         help="folders of finished runs, one a seed, or comparison.json:NAME")  # fmt: skip
     parser.add_argument("--over", nargs="+", action="append", required=True, metavar="RUN",
                         help="those of another group; may be given several times")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="compare the runs with these seeds [all]")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures to this JSON file, too")
     arguments = parser.parse_args()
-    one = read_group(arguments.runs)
-    found = [difference(one, read_group(folders)) for folders in arguments.over]
+    one = read_group(arguments.runs, arguments.seeds)
+    found = [difference(one, read_group(folders, arguments.seeds)) for folders in arguments.over]
     corrected = holm([each["points"]["p_value"] for each in found])
     for each, p_value, folders in zip(found, corrected, arguments.over, strict=True):
         each["points"]["p_holm"] = p_value

@@ -724,6 +724,11 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
     )
     pattern = str(tmp_path / "group[0-2]")  # which not every shell expands
     assert run([pattern], other) == run(one, other)
+    assert run(one, smoothed, other)[1] == run([*one, "--seeds", "2", "0", "1"], smoothed, other)[1]
+    (found,) = run([*one, "--seeds", "2", "0"], other[::2])
+    assert found["seeds"] == [0, 2] and found["accuracies"] == [[0.93, 0.94], [0.929, 0.9405]]
+    with pytest.raises(Failure, match="there is no run with seed 3 or 4 among"):
+        run([*one, "--seeds", "0", "3", "4"], other)
     found = run(one[::-1], smoothed, other)  # paired by seed, in whichever order they are named
     assert found[0]["points"]["mean"] == pytest.approx(2) and found[0]["seeds"] == [0, 1, 2]
     by_hand = [1 - t / (t * t + 2) ** 0.5 for t in (2 * 3**0.5, 1 / 3**0.5)]  # 1, 2, 3 points; 0.1, 0 and -0.05
@@ -743,7 +748,7 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
     assert difference.differing("environment", *codes[:3]) == set()  # the second did not record it
     assert difference.differing("environment", *codes) == {"models.py"}
     for wrong, said in (
-        ([*smoothed, *other], "seed 0 in this group already"), (smoothed[1:], "the other 1, 2"),
+        ([*smoothed, *other], "seed 0 in this group already"), (smoothed[1:], "the other 1, 2[.] Name those of both"),
         ([smoothed[0], other[1]], "differ in label_smoothing"),
         (group("baseline-s0", (0.9, 0.9, 0.9), data="0" * 64), "on different images"),
         (group("baseline-s0", (None,)), "no accuracy on the test set"), ([str(tmp_path)], "run.json"),
