@@ -3,7 +3,7 @@
     python benchmarks/compute.py    draws results/compute.png and prints its points as a table
 
 It reads the records in results/, as far as they are of the teacher of results/cifar10: of each length those of the
-latest recipe and of seeds 0 to 4; that teacher's history.csv; and results/other_trainings.csv.
+latest recipe, and of these those with the lowest seeds; that teacher's history.csv; and results/other_trainings.csv.
 
 Compute is counted alike for all: multiply-adds x 2 operations x 3 (forward, and backward twice) x images x epochs, in
 PFLOP. A distilled student's is that of its own training, without its teacher's, and without the soft targets, which are
@@ -90,8 +90,8 @@ def all_points():
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("**/comparison.json"))]
     digest = json.loads((RESULTS / "cifar10" / "comparison.json").read_text())["settings"]["teacher"]
     latest = {}
-    for record in sorted(records, key=lambda record: record["settings"]["recipe"]):
-        if record["settings"]["teacher"] == digest and record["baseline"]["seeds"][0] == 0:
+    for record in sorted(records, key=lambda each: (each["settings"]["recipe"], -each["baseline"]["seeds"][0])):
+        if record["settings"]["teacher"] == digest:
             latest[record["settings"]["epochs"]] = record
     return [teacher(), *(point for record in latest.values() for point in students(record)), *other_trainings()]
 

@@ -26,10 +26,10 @@ from runs.settings import Settings, pair_name
 RESULTS = ROOT / "results"
 README, RECORD = ROOT / "README.md", RESULTS / "cifar10"
 SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
-OF_ONE_TEACHER = ("cifar10", "seeds-6-to-10", "cifar10-10-epochs", "recipe-4/60-epochs")
-OF_OTHERS = {  # the same students by others, compared with the same baselines: what to call these, recipe and epochs
-    "teacher-77-epochs": ("the teacher of 77 epochs", 4, "77"),
-    "three-teachers": ("three teachers together", 4, "24, 35, 77"),
+OF_ONE_TEACHER = ("cifar10", "seeds-6-to-10", "cifar10-10-epochs", "cifar10-60-epochs")
+OF_OTHERS = {  # the same students by others, compared with the same baselines: what to call these, and their epochs
+    "teacher-77-epochs": ("the teacher of 77 epochs", "77"),
+    "three-teachers": ("three teachers together", "24, 35, 77"),
 }
 
 
@@ -84,15 +84,14 @@ def results():
     machines[machine(record(RESULTS / "recipe-4" / "24-epochs"))] = ["the teacher"]  # made together
     epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     made_by = models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
-    rows, tests = [["teacher", made_by, epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}
+    rows, tests, trained_by = [["teacher", epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}, set()
     others = {name: (record(RESULTS / name), *about) for name, about in OF_OTHERS.items()}
-    for each, who, recipe, lengths in others.values():
-        rows.append([who, recipe, lengths, 1, f"{each['teacher']['accuracy']:.4f}", ""])
+    for each, who, lengths in others.values():
+        rows.append([who, lengths, 1, f"{each['teacher']['accuracy']:.4f}", ""])
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
-        epochs, recipe = each["settings"]["epochs"], each["settings"]["recipe"]
-        machines.setdefault(machine(each), []).append(
-            f"students of recipe {recipe} and {epochs} epochs (seeds {seeds(each['baseline'])})"
-        )
+        epochs = each["settings"]["epochs"]
+        trained_by.add(each["settings"]["recipe"])
+        machines.setdefault(machine(each), []).append(f"students of {epochs} epochs (seeds {seeds(each['baseline'])})")
         found_by = [(kd, "") for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"]))]
         without = each["baseline"]
         for other, who, *_ in others.values():
@@ -100,22 +99,23 @@ def results():
                 found_by += [(kd, f", by {who}") for kd in other["kd"]]
         for kd, who in found_by:
             name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}{who}"
-            rows.append([name, recipe, epochs, f"{len(kd['seeds'])} ({seeds(kd)})", share(kd), gain(kd["improvement"])])
-            of = f"{pair_name(kd)}{who} of recipe {recipe} after {epochs} epochs, seeds {seeds(kd)},"
+            rows.append([name, epochs, f"{len(kd['seeds'])} ({seeds(kd)})", share(kd), gain(kd["improvement"])])
+            of = f"{pair_name(kd)}{who} after {epochs} epochs, seeds {seeds(kd)},"
             tests[of] = kd["improvement"]["p_value"]
         name = "the same student without distillation (baseline)"
         count = f"{len(without['seeds'])} ({seeds(without)})"
-        rows.append([name, recipe, epochs, count, share(without), ""])
-    head = ["", "recipe", "epochs", "seeds", "test accuracy", "gain in points (95% interval)"]
+        rows.append([name, epochs, count, share(without), ""])
+    head = ["", "epochs", "seeds", "test accuracy", "gain in points (95% interval)"]
     sizes = [f"{each['parameters'] / 1e6:.2f} million parameters, {each['macs'] / 1e6:.0f} million multiply-adds"
              for each in (teacher, found["student"])]  # fmt: skip
     corrected = dict(zip(tests, holm([*tests.values()]), strict=True))
     lost = [f"{name} has p = {p:.2g}" for name, p in corrected.items() if tests[name] < SIGNIFICANCE <= p]
+    (recipe,) = trained_by  # of all students
     _, *elsewhere = (f"{' and '.join(which)}: {name}" for name, which in machines.items())
     return table(head, *rows) + (
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
         f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. Student, a "
-        f"plain CNN: {sizes[1]}. "
+        f"plain CNN: {sizes[1]}. Students by recipe {recipe}, teachers by recipe {made_by}. "
         f"{'; '.join([machine(found), *elsewhere])}."
     )
 
