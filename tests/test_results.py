@@ -238,6 +238,14 @@ def test_what_new_seeds_on_another_machine_gain_is_told_as_measured():
         assert test["points"]["ci95"] == pytest.approx([low, high])
         ends = f"{mean:.2f} points ({low:+.2f} to {high:+.2f}), p = {test['points']['p_value']:.2g}"
         assert ends in told and ends.split("), p")[0] in readme
+    fixed = json.loads((NEW / "fixed.json").read_text())
+    assert fixed["seeds"] == [6, 7, 8] and fixed["shared"]["accuracies"] == large["accuracies"][:3]
+    mean, *interval = ahead(large["accuracies"][:3], fixed["fixed"]["accuracies"])
+    assert fixed["shared_over_fixed"]["ci95"] == pytest.approx(interval, abs=1e-6)
+    listed, p = ", ".join(f"{each:.4f}" for each in fixed["fixed"]["accuracies"]), fixed["shared_over_fixed"]["p_value"]
+    words = "{}; shared views are ahead by {:+.2f} points ({:+.2f} to {:+.2f}), p = {:.2g}."
+    assert words.format(listed, mean, *interval, p) in told
+    assert "it teaches worse by {:.2f} points ({:+.2f} to {:+.2f};".format(mean, *interval) in readme
     for words, found in (
         ("Distillation with alpha = 0.1, the default, gains {:.2f} points after 24 epochs ({:+.2f} to {:+.2f})", small),
         ("Five new seeds on another machine gain {:.2f} points ({:+.2f} to {:+.2f})", large),
