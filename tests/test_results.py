@@ -140,6 +140,19 @@ def test_the_prose_has_the_figures_of_the_records():
     def ends(improvement):
         return improvement["mean"], *improvement["ci95"]
 
+    for folder in (THEN_60, THEN_24, THEN_10, THEN_5):
+        found = record(folder)
+        for group in (*found["kd"], found["baseline"]):
+            listed = ", ".join(f"{accuracy:.4f}" for accuracy in group["accuracies"])
+            pair = (
+                f"distilled, T = {group['temperature']:g}, alpha = {group['alpha']:g}"
+                if "alpha" in group
+                else "without"
+            )
+            row = f"| {found['settings']['epochs']} | {pair} | {listed} | {group['mean']:.4f} ± {group['std']:.4f} |"
+            if "alpha" in group:
+                row += " {:+.2f} ({:+.2f} to {:+.2f}), p = ".format(*ends(group["improvement"]))
+            assert row in measured
     words = (
         "By recipe 4 alpha = 0.1 gained {:.2f} points ({:+.2f} to {:+.2f}) and, after 10 epochs, {:.2f} ({:+.2f} to "
     )
