@@ -125,12 +125,22 @@ class Network(nn.Module):
         return 2 / math.sqrt(self.head.in_features)
 
     def forward(self, x):
-        return self.scale * self.head(self.features(x).amax((2, 3)))
+        return self.scale * self.head(largest(self.features(x)))
 
     def normalize(self, images):
         """uint8 images (B, S, S, 3) -> what the network takes: float32 (B, 3, S, S) on its device."""
         first, *_ = *self.parameters(), *self.buffers(), images  # a frozen program has neither of the others
         return normalize(images.to(first.device), self.mean, self.std)
+
+
+@torch.compiler.disable
+def largest(x):
+    """The largest answer of each channel, (B, channels, H, W) -> (B, channels).
+
+    Never compiled: PyTorch's compiler computes `x` once more for the gradient, unrounded, finds no place where it is
+    equal to a largest answer that was rounded to bfloat16, and divides by their number, 0.
+    """
+    return x.amax((2, 3))
 
 
 def scaled(widths, width):
