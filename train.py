@@ -4,6 +4,7 @@ Everything random is a function of the run's settings and the epoch, so a run th
 again ends with the same bits. What keeps a run safe (its folder, its state, signals) is behind `Progress`, in runs/.
 """
 
+import itertools
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,6 +15,7 @@ import models
 from data import JoinedViews, Views, split, unlabeled_views
 from distill import UNLABELED, distillation_loss, omitted_bias
 from models import generator, inference_batch, predict
+from runs.graphs import Recorded, recorded_network, side_by_side
 from runs.progress import Progress
 from runs.streams import start_stream
 
@@ -24,6 +26,7 @@ WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its 
 WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
+TOGETHER = 4  # times as many views as an inference batch holds are made at a time on a GPU
 
 
 def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress):
@@ -34,9 +37,11 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
     logits (N, classes) for this epoch's `views`, or None for a network without a teacher. `criterion` is
     distillation_loss, or a loss of the user's own that is called like it.
     """
-    settings, epoch = progress.settings, progress.epoch
-    for batch in progress.batches(order):
-        images, batch_labels = views.batch(epoch, batch), labels[batch]
+    settings, epoch, together = progress.settings, progress.epoch, 1
+    if progress.machine.device.type == "cuda" and not settings.unlabeled:
+        together = max(1, TOGETHER * inference_batch(views.device, views.size) // progress.batch_size)
+    for batch, images in with_views(progress.batches(order), views, epoch, together):
+        batch_labels = labels[batch]
         share = schedule(progress.steps_done, progress.total_steps, WARM_UP if settings.network else 0.0)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * share
@@ -53,6 +58,15 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
         loss.backward()
         optimizer.step()
         progress.add(loss, logits, batch_labels)  # every few seconds it shows, every few minutes it saves
+
+
+def with_views(batches, views, epoch, together):
+    """Pairs of each of `batches`, indices (B,), and its views in `epoch`, which are made for several batches
+    `together`: a GPU computes them in less time than it takes to launch that."""
+    batches = iter(batches)
+    while part := tuple(itertools.islice(batches, together)):
+        images = views.batch(epoch, torch.cat(part))
+        yield from zip(part, images.split([len(batch) for batch in part]), strict=True)
 
 
 def train(run, data, machine, options, teacher=None, title=None, later=0, tally=None):
@@ -81,12 +95,15 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
         optimizer = torch.optim.SGD(trained, settings.learning_rate, **rest)
     else:
         optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
-    model = compile_network(network, machine.device) if machine.compiled else network
+    model = compile_network(network) if machine.compiled else network
     plain = partial(distillation_loss, label_smoothing=settings.label_smoothing)
     criterion = run.hooks.loss.loaded if settings.loss else plain
 
     about = run, network, optimizer, machine, options, len(indices), title or run.name, later, tally
     with run.hooks.explained(f"fails while {run.name} is trained"), Progress(*about) as progress:
+        if machine.device.type == "cuda" and not settings.network:
+            like = torch.zeros(progress.images_per_step, 3, data.image_size, data.image_size).to(**machine.place)
+            model = recorded_network(model, like, machine)
         labels, others = data.train_labels, None
         if settings.unlabeled:
             others = unlabeled_views(data, settings.augmentation, len(indices), settings.batch_size)
@@ -169,12 +186,11 @@ def schedule(step, steps, warm_up=0.0):
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
 
 
-def compile_network(network, device):
-    """The network as one compiled function for the `device` that it is on; on CUDA its kernels are launched together,
-    as CUDA graphs. Which kernels is decided by timing them there: two compiled runs on a GPU may differ in last bits.
-    Each size of batches is compiled by itself, so that a run's bits do not depend on the runs that its process trained
-    before."""
-    return torch.compile(network, mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+def compile_network(network):
+    """The network as one compiled function. On CUDA some of its kernels are chosen by timing them there: two compiled
+    runs on a GPU may differ in last bits. Each size of batches is compiled by itself, so that a run's bits do not
+    depend on the runs that its process trained before."""
+    return torch.compile(network, dynamic=False)
 
 
 class Muon(torch.optim.Optimizer):
@@ -193,7 +209,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, network, learning_rate, weight_decay, dtype=torch.float32):
-        self.dtype = dtype
+        self.dtype, self.recorded = dtype, Recorded()
         trained = [p for p in network.parameters() if p.requires_grad]
         groups = []
         for dimensions, (share, momentum) in ((4, CONVOLUTIONS), (2, HEAD), (1, BIASES)):
@@ -204,30 +220,50 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        parameters = [parameter for _, trained in groups for parameter in trained]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        if parameters and parameters[0].is_cuda:
+            directions = iter(self.recorded(self.directions, gradients))
+        else:
+            directions = iter(self.directions(gradients))
+        for group, trained in groups:
+            if trained:
+                rate = group["lr"] * group["share"]
+                torch._foreach_add_(trained, [next(directions) for _ in trained], alpha=-rate)
+
+    def directions(self, gradients):
+        """The steps at a learning rate of 1 of all parameters that have gradients, in the groups' order; convolutions
+        are brought to their norm before."""
+        directions, gradients = [], iter(gradients)
         for group in self.param_groups:
-            parameters, rate = [p for p in group["params"] if p.grad is not None], group["lr"] * group["share"]
+            parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
+            own = [next(gradients) for _ in parameters]
             if parameters[0].ndim == 1:
-                torch.nn.utils.clip_grad_norm_(parameters, CLIPPED)
-            gradients = [p.grad for p in parameters]
+                norm = torch.nn.utils.get_total_norm(own)
+                own = torch._foreach_mul(own, (CLIPPED / (norm + 1e-6)).clamp(max=1.0))
             if group["weight_decay"]:
-                gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-            for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                own = torch._foreach_add(own, parameters, alpha=group["weight_decay"])
             momenta = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, gradients)
-            steps = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
-            if parameters[0].ndim < 4:
-                torch._foreach_add_(parameters, steps, alpha=-rate)
-                continue
-            for parameter, step in zip(parameters, steps, strict=True):
-                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                rows = step.permute(0, 2, 3, 1)  # as channels-last weights lie in memory; the order of columns is free
-                rows = orthogonalize(rows.flatten(1).to(self.dtype)).view(rows.shape)
-                parameter.add_(rows.permute(0, 3, 1, 2), alpha=-rate)
+            torch._foreach_add_(momenta, own)
+            own = torch._foreach_add(own, momenta, alpha=group["momentum"])
+            if parameters[0].ndim == 4:
+                own = side_by_side(self.orthogonal, parameters, own)
+            directions += own
+        return directions
+
+    def orthogonal(self, parameter, step):
+        """Brings a convolution (outputs, inputs, 3, 3) to its norm; returns its `step`, made orthogonal as a matrix of
+        `outputs` rows."""
+        parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+        rows = step.permute(0, 2, 3, 1)  # as channels-last weights lie in memory; the order of columns is free
+        return orthogonalize(rows.flatten(1).to(self.dtype)).view(rows.shape).permute(0, 3, 1, 2)
 
 
 def orthogonalize(matrix):

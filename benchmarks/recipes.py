@@ -199,12 +199,15 @@ def patches(role, changes):
 @contextmanager
 def said_of_biases():
     """Prints of the trainings in this context how long the biases' gradients were and how many were clipped."""
-    norms, clip = [], nn.utils.clip_grad_norm_
+    norms, step = [], train.Muon.step
 
-    def noted(parameters, limit):
-        norms.append(clip(parameters, limit))
+    def noted(optimizer):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [each.grad for each in parameters if each.ndim == 1 and each.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
+        step(optimizer)
 
-    with patch.object(nn.utils, "clip_grad_norm_", noted):
+    with patch.object(train.Muon, "step", noted):
         yield
     if norms:  # none where a finished training is repeated
         found = torch.stack(norms).cpu()

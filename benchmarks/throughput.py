@@ -193,7 +193,7 @@ def training_step(machine, architecture, compiled=False):
     network = models.create(architecture, CLASSES, 0).to(**machine.place).train()
     images = torch.randn(BATCH, 3, SIZE, SIZE).to(**machine.place)
     labels = torch.arange(BATCH, device=machine.device) % CLASSES
-    forward = compile_network(network, machine.device) if compiled else network
+    forward = compile_network(network) if compiled else network
 
     def step():
         with machine.autocast():

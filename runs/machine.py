@@ -32,11 +32,13 @@ class NoKernels(Failure):
 
 @dataclass(frozen=True)
 class Machine:
-    """A torch.device, the precision to train in ("fp32" or "bf16"), and whether networks are compiled."""
+    """A torch.device, the precision to train in ("fp32" or "bf16"), whether networks are compiled, and whether the
+    command names the device, so that it need not be the one on which a run was begun."""
 
     device: torch.device
     precision: str = "fp32"
     compiled: bool = False
+    is_named: bool = False
 
     @property
     def dtype(self):
@@ -47,10 +49,10 @@ class Machine:
         """What a network's, or an image's, `to` is given."""
         return {"device": self.device, "memory_format": memory_format(self.device)}
 
-    def autocast(self, precision=None):
-        """The context in which a network runs in `precision` [the machine's]."""
+    def autocast(self, precision=None, cache_enabled=True):
+        """The context in which a network runs in `precision` [the machine's]; `cache_enabled` as in torch.autocast."""
         if (precision or self.precision) == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cache_enabled)
         return contextlib.nullcontext()
 
     def synchronize(self):
@@ -62,8 +64,10 @@ class Machine:
 
     @property
     def must_match(self):
-        """What must be equal to continue an unfinished run: other kernels would give other last bits."""
-        return {"device": self.device.type, "precision": self.precision, "compiled": self.compiled}
+        """What must be equal to continue an unfinished run: other kernels would give other last bits. Where the device
+        is named, it may be another one."""
+        device = {} if self.is_named else {"device": self.device.type}
+        return device | {"precision": self.precision, "compiled": self.compiled}
 
     def environment(self):
         """What a run was made with; recorded, not compared."""
@@ -88,10 +92,10 @@ def start_machine(device, precision, compiled=False, local_rank=None):
     """The Machine of `device` and `precision` as the command line names them, with this process set up for it; of
     several GPUs the process `local_rank` of a group takes its own. Raises Failure where the device is missing, cannot
     be used, or computes wrongly."""
-    device = choose_device(device, local_rank)
+    is_named, device = device != "auto", choose_device(device, local_rank)
     make_deterministic()
     keep_memory()
-    machine = Machine(device, choose_precision(precision, device), bool(compiled))
+    machine = Machine(device, choose_precision(precision, device), bool(compiled), is_named)
     check_arithmetic(machine)
     return machine
 

@@ -232,7 +232,9 @@ class Progress:
         """Saves the state. `_check` comes first: a state that is not finite is never saved."""
         state = State(
             settings=self.settings.as_dict(),
-            **self.machine.must_match,
+            device=self.machine.device.type,
+            precision=self.machine.precision,
+            compiled=self.machine.compiled,
             machines=self.machines,
             threads=torch.get_num_threads(),
             torch=str(torch.__version__),

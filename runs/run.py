@@ -43,7 +43,7 @@ class Run:
             except Damaged as error:
                 raise Damaged(f"{error}\nRemove {self.folder} to train it again.") from None
             self.refuse_other_settings(record.settings.as_dict())
-            if record.environment.keys() >= machine.must_match.keys() - {"device"} | {"device_type"}:
+            if record.environment.keys() >= {"device_type", "precision", "compiled"}:
                 self.refuse_other_machine(record.environment | {"device": record.environment["device_type"]}, machine)
 
     def finished_accuracy(self):
@@ -97,14 +97,18 @@ class Run:
             )
 
     def refuse_other_machine(self, found, machine):
-        """Raises Failure where an unfinished run was trained on another kind of device or in another precision."""
+        """Raises Failure where an unfinished run was trained on another kind of device, unless the command names this
+        one, or in another precision."""
         phrases = differences(found, machine.must_match)
-        if phrases:
-            raise Failure(
-                f"{self.folder} cannot be resumed here: {', '.join(phrases)}. Resume it as it was begun "
-                f"(--device {found['device']} --precision {found['precision']} "
-                f"--{'' if found['compiled'] else 'no-'}compile), or remove that folder to train it again."
-            )
+        if not phrases:
+            return
+        rest = f"--precision {found['precision']} --{'' if found['compiled'] else 'no-'}compile"
+        here = found["device"] != machine.device.type
+        here = f", or on this device, with other last bits (--device {machine.device.type} {rest})" if here else ""
+        raise Failure(
+            f"{self.folder} cannot be resumed here: {', '.join(phrases)}. Resume it as it was begun "
+            f"(--device {found['device']} {rest}){here}, or remove that folder to train it again."
+        )
 
     def remove(self):
         """Removes the run's files, so that it is trained again; model.pt first, without which it is not finished."""

@@ -813,9 +813,9 @@ def test_a_network_is_compiled_for_its_own_size_of_batches(monkeypatch):
         given.append(inputs)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda network, mode, **rest: compiler(network, backend=backend, **rest))
+    monkeypatch.setattr(torch, "compile", lambda network, **rest: compiler(network, backend=backend, **rest))
     for size in (4, 6):
-        train.compile_network(models.create("student", 3, seed=0).eval(), CPU.device)(torch.zeros(size, 3, 16, 16))
+        train.compile_network(models.create("student", 3, seed=0).eval())(torch.zeros(size, 3, 16, 16))
     assert all(isinstance(each, torch.Tensor) for inputs in given for each in inputs)
     assert [{len(each) for each in inputs if each.ndim == 4 and each.shape[1:] == (3, 16, 16)} for inputs in given] == [
         {4},
