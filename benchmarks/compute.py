@@ -75,9 +75,9 @@ def students(record):
 
 
 def other_trainings():
-    """The Points of results/other_trainings.csv."""
+    """The Points of results/other_trainings.csv that are to be drawn."""
     with open(RESULTS / "other_trainings.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["drawn"] == "yes"]
     numbers = [(float(row["pflop"]), float(row["accuracy"])) for row in rows]
     return [
         Point(row["what"], row["role"], *pair, augmented=row["augmented"] == "yes")
@@ -102,7 +102,7 @@ def side_of_name(point, points):
 
     def in_the_way(side):
         return any(
-            1.1 < (other.pflop / point.pflop) ** side < 3 and abs(other.accuracy - point.accuracy) < CLOSE / 2
+            1.1 < (other.pflop / point.pflop) ** side < 3 and abs(other.accuracy - point.accuracy) < 0.75 * CLOSE
             for other in points
         )
 
@@ -112,7 +112,7 @@ def side_of_name(point, points):
 
 def draw(points):
     """The figure: accuracy against PFLOP on a logarithmic axis, every point with its name."""
-    figure = Figure((8, 5.6), layout="constrained")
+    figure = Figure((9.5, 5.8), layout="constrained")
     axes = figure.subplots()
     markers = {"teacher": "s", "kd": "D", "baseline": "o", "speed run": "^"}
     labels = {role: style["label"] for role, style in STYLES.items()} | {"speed run": "speed runs of others"}
@@ -146,10 +146,10 @@ def draw(points):
         ylabel="test accuracy",
     )
     low, high = min(point.pflop for point in points), max(point.pflop for point in points)
-    axes.set_xlim(low / 6, high * 6)
+    axes.set_xlim(low / 5, high * 5)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
     figure.suptitle("CIFAR-10: accuracy against the compute of training")
     return figure
 

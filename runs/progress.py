@@ -271,7 +271,7 @@ class Progress:
         self.code = resumed(state.code)
         self.machines = state.machines + [here] * (here != before)
         self.versions = state.program + [VERSION] * (state.program[-1] != VERSION)
-        if self.machine.device.type == "cpu":
+        if self.machine.device.type == state.device == "cpu":
             self._resume_threads(state.threads)
         self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
 
