@@ -26,7 +26,7 @@ WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its 
 WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
-TOGETHER = 4  # times as many views as an inference batch holds are made at a time on a GPU
+TOGETHER = 4  # inference batches hold as many views as a GPU makes at a time
 
 
 def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress):
@@ -37,10 +37,8 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
     logits (N, classes) for this epoch's `views`, or None for a network without a teacher. `criterion` is
     distillation_loss, or a loss of the user's own that is called like it.
     """
-    settings, epoch, together = progress.settings, progress.epoch, 1
-    if progress.machine.device.type == "cuda" and not settings.unlabeled:
-        together = max(1, TOGETHER * inference_batch(views.device, views.size) // progress.batch_size)
-    for batch, images in with_views(progress.batches(order), views, epoch, together):
+    settings, epoch = progress.settings, progress.epoch
+    for batch, images in with_views(progress.batches(order), views, epoch, batches_at_a_time(progress, views)):
         batch_labels = labels[batch]
         share = schedule(progress.steps_done, progress.total_steps, WARM_UP if settings.network else 0.0)
         for group in optimizer.param_groups:
@@ -49,20 +47,28 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
             start_stream("step", settings.seed, progress.steps_done)
         with progress.machine.autocast():
             logits = model(images)
+        logits = logits.to(torch.float32, copy=True)  # on a GPU the next step overwrites what the network gave
         if soft_targets is None:
-            loss = F.cross_entropy(logits.float(), batch_labels, label_smoothing=settings.label_smoothing)
+            loss = F.cross_entropy(logits, batch_labels, label_smoothing=settings.label_smoothing)
         else:
             teacher_logits = soft_targets[batch].float()
-            loss = criterion(logits.float(), batch_labels, teacher_logits, settings.temperature, settings.alpha)
+            loss = criterion(logits, batch_labels, teacher_logits, settings.temperature, settings.alpha)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         progress.add(loss, logits, batch_labels)  # every few seconds it shows, every few minutes it saves
 
 
+def batches_at_a_time(progress, views):
+    """For how many batches views are made together: on a GPU, which computes them in less time than it takes to launch
+    that, for several."""
+    if progress.machine.device.type != "cuda" or progress.settings.unlabeled:
+        return 1
+    return max(1, TOGETHER * inference_batch(views.device, views.size) // progress.batch_size)
+
+
 def with_views(batches, views, epoch, together):
-    """Pairs of each of `batches`, indices (B,), and its views in `epoch`, which are made for several batches
-    `together`: a GPU computes them in less time than it takes to launch that."""
+    """Pairs of each of `batches`, indices (B,), and its views in `epoch`, made for so many batches `together`."""
     batches = iter(batches)
     while part := tuple(itertools.islice(batches, together)):
         images = views.batch(epoch, torch.cat(part))

@@ -5,6 +5,7 @@ take several times as long as the GPU needs to compute them. A recorded graph ru
 """
 
 import functools
+import gc
 
 import torch
 
@@ -12,6 +13,7 @@ import torch
 def recorded_network(network, images, machine):
     """The network, whose forward and backward passes in training mode are recorded for batches like `images`, and give
     the bits that they gave before. Outputs are overwritten by the next batch's. In evaluation mode nothing changes."""
+    gc.collect()  # what an earlier run of this process recorded: it refers to itself, and holds memory of the GPU
     before = [buffer.clone() for buffer in network.buffers()]
     with machine.autocast(cache_enabled=False):  # of weights in bfloat16, which change with every step
         network = torch.cuda.make_graphed_callables(network, (images,))
