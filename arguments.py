@@ -221,8 +221,8 @@ def parser():
     option("--num-workers", "threads that decode images in folders", 2, type=integer(0, 256), metavar="N")
 
     option = group("machine and files")
-    option("--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps; a run that was begun on another kind "
-           "is resumed only where this names one", "auto",
+    option("--device", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps; a run that was trained on another "
+           "kind of device is resumed only if this names one", "auto",
            type=device_name, metavar="NAME")
     option("--precision", "fp32, bf16, or auto (bf16 where a GPU, or a CPU with AMX or AVX512-BF16, has it built in)",
            "auto", choices=("auto", "fp32", "bf16"), metavar="{auto,fp32,bf16}")

@@ -133,13 +133,8 @@ class Network(nn.Module):
         return normalize(images.to(first.device), self.mean, self.std)
 
 
-@torch.compiler.disable
 def largest(x):
-    """The largest answer of each channel, (B, channels, H, W) -> (B, channels).
-
-    Never compiled: PyTorch's compiler computes `x` once more for the gradient, unrounded, finds no place where it is
-    equal to a largest answer that was rounded to bfloat16, and divides by their number, 0.
-    """
+    """The largest answer of each channel, (B, channels, H, W) -> (B, channels); never compiled (train.compile_network)."""
     return x.amax((2, 3))
 
 

@@ -4,9 +4,9 @@ Everything random is a function of the run's settings and the epoch, so a run th
 again ends with the same bits. What keeps a run safe (its folder, its state, signals) is behind `Progress`, in runs/.
 """
 
+import functools
 import itertools
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its 
 WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
-TOGETHER = 4  # inference batches hold as many views as a GPU makes at a time
+TOGETHER = 4  # times the images of an inference batch are as many as a GPU makes views of at a time
 
 
 def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress):
@@ -60,8 +60,8 @@ def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criter
 
 
 def batches_at_a_time(progress, views):
-    """For how many batches views are made together: on a GPU, which computes them in less time than it takes to launch
-    that, for several."""
+    """For how many batches views are made together: on a GPU for several, since launching the kernels takes longer than
+    computing the views of one batch."""
     if progress.machine.device.type != "cuda" or progress.settings.unlabeled:
         return 1
     return max(1, TOGETHER * inference_batch(views.device, views.size) // progress.batch_size)
@@ -72,7 +72,8 @@ def with_views(batches, views, epoch, together):
     batches = iter(batches)
     while part := tuple(itertools.islice(batches, together)):
         images = views.batch(epoch, torch.cat(part))
-        yield from zip(part, images.split([len(batch) for batch in part]), strict=True)
+        parts = images.split([len(batch) for batch in part])
+        yield from zip(part, (each.detach() for each in parts), strict=True)  # so that a network may change them
 
 
 def train(run, data, machine, options, teacher=None, title=None, later=0, tally=None):
@@ -100,14 +101,14 @@ def train(run, data, machine, options, teacher=None, title=None, later=0, tally=
         rest = {"momentum": 0.9, "nesterov": True, "weight_decay": settings.weight_decay}
         optimizer = torch.optim.SGD(trained, settings.learning_rate, **rest)
     else:
-        optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype)
+        optimizer = Muon(network, settings.learning_rate, settings.weight_decay, machine.dtype, machine.records)
     model = compile_network(network) if machine.compiled else network
-    plain = partial(distillation_loss, label_smoothing=settings.label_smoothing)
+    plain = functools.partial(distillation_loss, label_smoothing=settings.label_smoothing)
     criterion = run.hooks.loss.loaded if settings.loss else plain
 
     about = run, network, optimizer, machine, options, len(indices), title or run.name, later, tally
     with run.hooks.explained(f"fails while {run.name} is trained"), Progress(*about) as progress:
-        if machine.device.type == "cuda" and not settings.network:
+        if machine.records and not settings.network:
             like = torch.zeros(progress.images_per_step, 3, data.image_size, data.image_size).to(**machine.place)
             model = recorded_network(model, like, machine)
         labels, others = data.train_labels, None
@@ -193,10 +194,19 @@ def schedule(step, steps, warm_up=0.0):
 
 
 def compile_network(network):
-    """The network as one compiled function. On CUDA some of its kernels are chosen by timing them there: two compiled
-    runs on a GPU may differ in last bits. Each size of batches is compiled by itself, so that a run's bits do not
-    depend on the runs that its process trained before."""
+    """The network, compiled but for its `models.largest`. On CUDA some kernels are chosen by timing them there: two
+    compiled runs on a GPU may differ in last bits. Each size of batches is compiled by itself, so that a run's bits do
+    not depend on the runs that its process trained before."""
+    models.largest = uncompiled_largest()
     return torch.compile(network, dynamic=False)
+
+
+@functools.cache
+def uncompiled_largest():
+    """models.largest, left out by the compiler. Compiled, its gradient is NaN in bfloat16 (pytorch issue 186799): what
+    it is the maximum of is computed once more, unrounded, so that none of it equals the maximum, which was rounded, and
+    the gradient is divided by their number, 0."""
+    return torch.compiler.disable(models.largest)
 
 
 class Muon(torch.optim.Optimizer):
@@ -214,8 +224,9 @@ class Muon(torch.optim.Optimizer):
     orthogonal in `dtype`; weights and momenta stay float32.
     """
 
-    def __init__(self, network, learning_rate, weight_decay, dtype=torch.float32):
-        self.dtype, self.recorded = dtype, Recorded()
+    def __init__(self, network, learning_rate, weight_decay, dtype=torch.float32, records=False):
+        """`records` is whether `directions`, on an NVIDIA GPU, is recorded (runs.graphs.Recorded)."""
+        self.dtype, self.recorded = dtype, Recorded() if records else None
         trained = [p for p in network.parameters() if p.requires_grad]
         groups = []
         for dimensions, (share, momentum) in ((4, CONVOLUTIONS), (2, HEAD), (1, BIASES)):
@@ -232,7 +243,7 @@ class Muon(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters]
-        if parameters and parameters[0].is_cuda:
+        if self.recorded and parameters:
             directions = iter(self.recorded(self.directions, gradients))
         else:
             directions = iter(self.directions(gradients))

@@ -10,6 +10,7 @@ interrupted and resumed; a step's milliseconds are those of the fastest epoch. W
 
 import argparse
 import csv
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
@@ -31,13 +32,14 @@ from runs.machine import Machine, start_machine
 from runs.progress import Options
 from runs.run import Run
 from runs.settings import Settings
-from runs.signals import Interrupted
+from runs.signals import Interrupted, Stop
 
 
 @contextmanager
 def launched_one_by_one():
-    """A context in which nothing is recorded, and the views of each batch are made alone."""
+    """A context in which nothing is recorded, no kernels run side by side, and each batch's views are made alone."""
     with (
+        patch.object(train, "side_by_side", lambda function, *lists: [*map(function, *lists)]),
         patch.object(train, "recorded_network", lambda network, *rest: network),
         patch.object(train.Recorded, "__call__", lambda self, function, tensors: function(tensors)),
         patch.object(train, "TOGETHER", 0),
@@ -45,15 +47,15 @@ def launched_one_by_one():
         yield
 
 
-def interrupted_in(step):
-    """A context in which a training is interrupted after so many steps."""
+def interrupted_in(step, stop):
+    """A context in which a signal comes during that step of a training, so that its state is saved after it."""
     take, taken = train.Muon.step, []
 
     def counted(optimizer):
         take(optimizer)
         taken.append(step)
         if len(taken) == step:
-            raise Interrupted(2)
+            stop.handle(signal.SIGINT)
 
     return patch.object(train.Muon, "step", counted)
 
@@ -76,11 +78,12 @@ def main():
         about = "the teacher", loaded.digest, views, place / "targets", machine
         targets = Ensemble([SoftTargets(teacher, *about)])
 
-        def run(role, name, machine=machine):
+        def run(role, name, machine=machine, stop=None):
             kd = {"temperature": TEMPERATURE, "alpha": ALPHA, "teacher": "the teacher"} if role == "kd" else {}
             settings = Settings(role, loaded.digest, arguments.epochs, BATCH, 0.2, 5e-4, 0, SIZE, **kd)
             folder = place / f"{role} {name}"
-            train.train(Run(folder, settings), loaded, machine, Options(), targets if kd else None)
+            options = Options(stop=stop or Stop())
+            train.train(Run(folder, settings), loaded, machine, options, targets if kd else None)
             with open(folder / "history.csv") as file:
                 times = [1000 * float(row["seconds"]) / steps for row in csv.DictReader(file)]
             return min(times), models.digest(models.load(folder / "model.pt").state_dict())
@@ -91,8 +94,9 @@ def main():
                 slow, expected = run(role, "one by one")
             fast, digest = run(role, "recorded")
             again, other = run(role, "again")
-            with interrupted_in(steps + steps // 2), suppress(Interrupted):
-                run(role, "resumed")
+            stop = Stop()
+            with interrupted_in(steps + steps // 2, stop), suppress(Interrupted):
+                run(role, "resumed", stop=stop)
             _, resumed = run(role, "resumed")
             found = {"recorded": digest, "recorded again": other, "resumed": resumed}
             different = [name for name, each in found.items() if each != expected]

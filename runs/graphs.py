@@ -11,9 +11,12 @@ import torch
 
 
 def recorded_network(network, images, machine):
-    """The network, whose forward and backward passes in training mode are recorded for batches like `images`, and give
-    the bits that they gave before. Outputs are overwritten by the next batch's. In evaluation mode nothing changes."""
-    gc.collect()  # what an earlier run of this process recorded: it refers to itself, and holds memory of the GPU
+    """The network, whose forward and backward passes in training mode are recorded for batches like `images`; they give
+    the same bits as launched one by one. Outputs are overwritten by the next batch's. In evaluation mode nothing
+    changes."""
+    gc.collect()  # An earlier run's network and its graphs refer to each other: nothing else frees their memory.
+    # What is recorded on a stream of its own meets gradients on another one in every step. PyTorch waits, but warns.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     before = [buffer.clone() for buffer in network.buffers()]
     with machine.autocast(cache_enabled=False):  # of weights in bfloat16, which change with every step
         network = torch.cuda.make_graphed_callables(network, (images,))
@@ -24,7 +27,8 @@ def recorded_network(network, images, machine):
 
 class Recorded:
     """Calls a function that takes a list of tensors, returns one, and launches the same kernels every time: first as it
-    is, then recorded, for as long as the tensors have the same shapes. Results are overwritten by the next call's."""
+    is, then recorded, for as long as the tensors have the same shapes. Results are overwritten by the next call's. All
+    else that the function reads must stay where it is in memory (weights, momenta) or never change (numbers)."""
 
     def __init__(self):
         self.shapes = self.graph = self.given = self.results = None
@@ -44,8 +48,8 @@ class Recorded:
 
 
 def side_by_side(function, *lists):
-    """The results of `function` for the elements of `lists`, each call on a stream of its own where they are on a GPU,
-    which one call alone does not fill."""
+    """The results of `function` for the elements of `lists`. On a GPU, of which one call fills but a part, each call
+    has a stream of its own; recorded, they become branches of the graph."""
     calls = list(zip(*lists, strict=True))
     if not calls[0][0].is_cuda:
         return [function(*each) for each in calls]

@@ -32,13 +32,13 @@ class NoKernels(Failure):
 
 @dataclass(frozen=True)
 class Machine:
-    """A torch.device, the precision to train in ("fp32" or "bf16"), whether networks are compiled, and whether the
-    command names the device, so that it need not be the one on which a run was begun."""
+    """A torch.device, the precision to train in ("fp32" or "bf16"), whether networks are compiled, and whether a run
+    that was trained on another kind of device may be resumed: where the command names the device."""
 
     device: torch.device
     precision: str = "fp32"
     compiled: bool = False
-    is_named: bool = False
+    may_change_device: bool = False
 
     @property
     def dtype(self):
@@ -48,6 +48,12 @@ class Machine:
     def place(self):
         """What a network's, or an image's, `to` is given."""
         return {"device": self.device, "memory_format": memory_format(self.device)}
+
+    @property
+    def records(self):
+        """Whether training steps are recorded as CUDA graphs (runs.graphs): not on AMD's GPUs, which PyTorch calls CUDA
+        as well, and where it was never tried."""
+        return self.device.type == "cuda" and torch.version.hip is None
 
     def autocast(self, precision=None, cache_enabled=True):
         """The context in which a network runs in `precision` [the machine's]; `cache_enabled` as in torch.autocast."""
@@ -64,9 +70,8 @@ class Machine:
 
     @property
     def must_match(self):
-        """What must be equal to continue an unfinished run: other kernels would give other last bits. Where the device
-        is named, it may be another one."""
-        device = {} if self.is_named else {"device": self.device.type}
+        """What must be equal to continue an unfinished run: other kernels would give other last bits."""
+        device = {} if self.may_change_device else {"device": self.device.type}
         return device | {"precision": self.precision, "compiled": self.compiled}
 
     def environment(self):
@@ -92,10 +97,10 @@ def start_machine(device, precision, compiled=False, local_rank=None):
     """The Machine of `device` and `precision` as the command line names them, with this process set up for it; of
     several GPUs the process `local_rank` of a group takes its own. Raises Failure where the device is missing, cannot
     be used, or computes wrongly."""
-    is_named, device = device != "auto", choose_device(device, local_rank)
+    may_change_device, device = device != "auto", choose_device(device, local_rank)
     make_deterministic()
     keep_memory()
-    machine = Machine(device, choose_precision(precision, device), bool(compiled), is_named)
+    machine = Machine(device, choose_precision(precision, device), bool(compiled), may_change_device)
     check_arithmetic(machine)
     return machine
 

@@ -265,7 +265,8 @@ class Progress:
         versions = ("with torch", str(torch.__version__), state.torch), ("by version", VERSION, state.program[-1])
         for word, now, then in (("on", here, before), *versions):
             if now != then:
-                tqdm.write(f"{folder} was begun {word} {then}; {word} {now} the last bits may differ.", file=sys.stderr)
+                text = f"{folder} was trained {word} {then}; {word} {now} the last bits may differ."
+                tqdm.write(text, file=sys.stderr)
         if other := changed(state.code, self.settings):
             tqdm.write(f"{folder} was begun before {' and '.join(other)} changed; this code goes on.", file=sys.stderr)
         self.code = resumed(state.code)
@@ -274,6 +275,9 @@ class Progress:
         if self.machine.device.type == state.device == "cpu":
             self._resume_threads(state.threads)
         self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
+        if state.device != self.machine.device.type:  # so that from now on this one is asked for
+            self._save()
+            self._write_record()
 
     def _resume_threads(self, before):
         """Trains on with as many threads as `before`: on a CPU the order of additions, and with it the last bits,

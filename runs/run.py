@@ -104,9 +104,9 @@ class Run:
             return
         rest = f"--precision {found['precision']} --{'' if found['compiled'] else 'no-'}compile"
         here = found["device"] != machine.device.type
-        here = f", or on this device, with other last bits (--device {machine.device.type} {rest})" if here else ""
+        here = f", or on this device, with other last bits (--device {machine.device} {rest})" if here else ""
         raise Failure(
-            f"{self.folder} cannot be resumed here: {', '.join(phrases)}. Resume it as it was begun "
+            f"{self.folder} cannot be resumed here: {', '.join(phrases)}. Resume it as it was trained last "
             f"(--device {found['device']} {rest}){here}, or remove that folder to train it again."
         )
 

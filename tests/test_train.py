@@ -358,9 +358,9 @@ def test_a_run_resumed_on_another_machine_says_so(loaded, tmp_path, stop_at, mon
     change_state(tmp_path, {"torch": "1.0", "program": ["2.0.0"]})
     train_run(loaded, tmp_path)
     said = capsys.readouterr().err
-    assert f"{tmp_path} was begun on Abacus; on {here} the last bits may differ" in said
-    assert f"was begun with torch 1.0; with torch {torch.__version__} the last bits may differ" in said
-    assert f"was begun by version 2.0.0; by version {VERSION} the last bits may differ" in said
+    assert f"{tmp_path} was trained on Abacus; on {here} the last bits may differ" in said
+    assert f"was trained with torch 1.0; with torch {torch.__version__} the last bits may differ" in said
+    assert f"was trained by version 2.0.0; by version {VERSION} the last bits may differ" in said
     environment = read_json(tmp_path / "run.json")["environment"]
     assert environment["device"] == f"Abacus, then {here}" and environment["program"] == f"2.0.0, then {VERSION}"
 
@@ -389,8 +389,13 @@ def test_a_run_begun_on_another_kind_of_device_is_resumed_where_the_command_name
     assert refused.status == 1 and "cannot be resumed here: device cuda instead of cpu." in refused.err
     words = "or on this device, with other last bits (--device cpu --precision fp32 --no-compile), or remove"
     assert words in refused.err
-    got = cli(*auto, "--device", "cpu", "--precision", "fp32", "--no-compile")
-    assert got.status == 0 and f"{folder} was begun on Some GPU; on" in got.err
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Muon, "step", interrupted)
+        steps[:] = [None] * 9  # the next step is the last before the interruption, within the epoch
+        got = cli(*auto, "--device", "cpu", "--precision", "fp32", "--no-compile")
+    assert got.status == 130 and f"{folder} was trained on Some GPU; on" in got.err
+    got = cli(*auto, "--precision", "fp32")  # by now this device is the one
+    assert got.status == 0 and "was trained on" not in got.err
     assert read_json(folder / "run.json")["environment"]["device"].startswith("Some GPU, then ")
 
 
@@ -402,6 +407,8 @@ def test_views_made_together_are_those_made_alone(loaded):
         for (batch, images), given in zip(train.with_views(batches, views, 3, together), batches, strict=True):
             assert batch.equal(given) and images.equal(views.batch(3, given))
             assert images.is_contiguous(memory_format=torch.channels_last)
+            images += torch.ones(1, requires_grad=True)  # as a network that changes its input in place
+            images.sum().backward()
 
 
 def test_a_run_resumed_by_other_code_says_so(loaded, unfinished, capsys):
