@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from runs.checkpoints import ModelFile, digest, is_finite, save_checkpoint
 from runs.costs import any_macs, layers_macs
-from runs.files import Damaged, Failure, decode
+from runs.files import Damaged, Failure, decode, last_line
 from runs.foreign import load_own
 from runs.hooks import Hooks
 from runs.machine import HAS_AMX, memory_format
@@ -134,7 +134,7 @@ class Network(nn.Module):
 
 
 def largest(x):
-    """The largest answer of each channel, (B, channels, H, W) -> (B, channels); never compiled (train.compile_network)."""
+    """The largest answer of each channel: (B, channels, H, W) -> (B, channels). See train.uncompiled_largest."""
     return x.amax((2, 3))
 
 
@@ -153,8 +153,7 @@ class Teacher(Network):
 
 
 class Student(Network):
-    """A plain CNN: three pairs of Blocks, the first of each pair halving the image, no shortcuts; `width` multiplies
-    their channels."""
+    """A plain CNN of pairs of Blocks, the first of each pair halving the image; `width` multiplies their channels."""
 
     def __init__(self, classes, widths=(32, 32, 96, 96, 128, 128), width=1.0):
         widths = scaled(widths, width)
@@ -341,15 +340,11 @@ def load_weights(network, state_dict, path, own=None):
         network.load_state_dict(state_dict)
     except RuntimeError as error:
         if own:
-            text = f"{path} holds weights of {own}, which do not fit the network given ({_last_line(error)})."
+            text = f"{path} holds weights of {own}, which do not fit the network given ({last_line(error)})."
             raise Failure(text) from None
         text = f"{path} is damaged, or models.py has changed since: its weights do not fit this architecture"
-        raise Damaged(f"{text} ({_last_line(error)}).") from None
+        raise Damaged(f"{text} ({last_line(error)}).") from None
     if any(tensor.dtype != expected[name].dtype for name, tensor in state_dict.items()):
         raise Damaged(f"{path} is damaged: its weights are of another type.")
     if not is_finite(state_dict):
         raise Damaged(f"{path} is damaged: it holds weights that are not finite.")
-
-
-def _last_line(error):
-    return str(error).strip().splitlines()[-1].strip().rstrip(".")

@@ -2,8 +2,9 @@
 
     python benchmarks/compute.py    draws results/compute.png and prints its points as a table
 
-It reads the records in results/, as far as they are of the teacher of results/cifar10: of each length those of the
-latest recipe, and of these those with the lowest seeds; that teacher's history.csv; and results/other_trainings.csv.
+It reads the records in results/ with three pairs or more, as far as they are of the teacher of results/cifar10: of each
+length those of the latest recipe, and of these those with the lowest seeds; that teacher's history.csv; and
+results/other_trainings.csv.
 
 Compute is counted alike for all: multiply-adds x 2 operations x 3 (forward, and backward twice) x images x epochs, in
 PFLOP. A distilled student's is that of its own training, without its teacher's, and without the soft targets, which are
@@ -91,7 +92,7 @@ def all_points():
     digest = json.loads((RESULTS / "cifar10" / "comparison.json").read_text())["settings"]["teacher"]
     latest = {}
     for record in sorted(records, key=lambda each: (each["settings"]["recipe"], -each["baseline"]["seeds"][0])):
-        if record["settings"]["teacher"] == digest:
+        if record["settings"]["teacher"] == digest and len(record["baseline"]["seeds"]) > 2:
             latest[record["settings"]["epochs"]] = record
     return [teacher(), *(point for record in latest.values() for point in students(record)), *other_trainings()]
 

@@ -24,9 +24,10 @@ from runs.files import decode
 from runs.settings import Settings, pair_name
 
 RESULTS = ROOT / "results"
-README, RECORD = ROOT / "README.md", RESULTS / "cifar10"
+README, RECORD, COMMANDS = ROOT / "README.md", RESULTS / "cifar10", RESULTS / "two-commands"
+REPORTED = {"Teacher Network": 0.9313, "(with KD)": 0.9022, "(Baseline)": 0.8997, "Improvement with KD": "0.25%"}
 SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
-OF_ONE_TEACHER = ("cifar10", "seeds-6-to-10", "cifar10-10-epochs", "cifar10-60-epochs")
+OF_ONE_TEACHER = ("cifar10", "seeds-6-to-10", "cifar10-10-epochs", "cifar10-60-epochs", "cifar10-200-epochs")
 OF_OTHERS = {  # the same students by others, compared with the same baselines: what to call these, and their epochs
     "teacher-77-epochs": ("the teacher of 77 epochs", "77"),
     "three-teachers": ("three teachers together", "24, 35, 77"),
@@ -45,11 +46,12 @@ def share(entry):
 
 
 def seeds(entry):
-    """Which seeds an entry has: "0 to 4"."""
-    first, *_, last = found = entry["seeds"]
+    """Which seeds an entry has: "0 to 4", or "0"."""
+    found = entry["seeds"]
+    first, last = found[0], found[-1]
     if found != [*range(first, last + 1)]:
         raise ValueError(f"{found} are not seeds in a row")
-    return f"{first} to {last}"
+    return f"{first} to {last}" if first < last else f"{first}"
 
 
 def gain(improvement):
@@ -71,10 +73,15 @@ def machine(found):
 
 
 def printed():
-    """The block that the program printed for the record's first pair."""
-    found = record()
-    settings = decode(found["settings"], Settings, RECORD)
-    return f"```text\n{block(SimpleNamespace(**found | {'settings': settings}))}```"
+    """The block that the two commands of 200 epochs printed, and beside it what the earlier program reported."""
+    found = record(COMMANDS)
+    settings = decode(found["settings"], Settings, COMMANDS)
+    lines = block(SimpleNamespace(**found | {"settings": settings})).splitlines()
+    for number, line in enumerate(lines):
+        for name, reported in REPORTED.items():
+            if name in line:
+                lines[number] = f"{line:<44}(earlier program: {reported})"
+    return "```text\n" + "\n".join(lines) + "\n```"
 
 
 def results():
@@ -88,6 +95,9 @@ def results():
     others = {name: (record(RESULTS / name), *about) for name, about in OF_OTHERS.items()}
     for each, who, lengths in others.values():
         rows.append([who, lengths, 1, f"{each['teacher']['accuracy']:.4f}", ""])
+    commands = record(COMMANDS)
+    long = f"the teacher of {commands['settings']['epochs']} epochs"
+    rows.append([long, commands["settings"]["epochs"], 1, f"{commands['teacher']['accuracy']:.4f}", ""])
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
         epochs = each["settings"]["epochs"]
         trained_by.add(each["settings"]["recipe"])
@@ -105,6 +115,13 @@ def results():
         name = "the same student without distillation (baseline)"
         count = f"{len(without['seeds'])} ({seeds(without)})"
         rows.append([name, epochs, count, share(without), ""])
+    (kd,), without = commands["kd"], commands["baseline"]
+    gained = f"{gain(kd['improvement'])}, McNemar's p = {kd['improvement']['p_value']:.2g}"
+    name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}, by {long}"
+    rows.append([name, commands["settings"]["epochs"], f"1 ({seeds(kd)})", share(kd), gained])
+    name = "the same student without distillation (baseline)"
+    rows.append([name, commands["settings"]["epochs"], f"1 ({seeds(without)})", share(without), ""])
+    machines.setdefault(machine(commands), []).append(f"{long} and its students")
     head = ["", "epochs", "seeds", "test accuracy", "gain in points (95% interval)"]
     sizes = [f"{each['parameters'] / 1e6:.2f} million parameters, {each['macs'] / 1e6:.0f} million multiply-adds"
              for each in (teacher, found["student"])]  # fmt: skip
@@ -115,7 +132,8 @@ def results():
     return table(head, *rows) + (
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
         f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. Student, a "
-        f"plain CNN: {sizes[1]}. Students by recipe {recipe}, teachers by recipe {made_by}. "
+        f"plain CNN: {sizes[1]}. Students by recipe {recipe}, as {long}; "
+        f"the other teachers by recipe {made_by}. "
         f"{'; '.join([machine(found), *elsewhere])}."
     )
 
@@ -136,9 +154,10 @@ def speed():
         cells = zip((found["ratios"][name] for found in measured), repeats, strict=True)
         rows.append([name, *(f"{middle:.1f} ({min(each):.1f} to {max(each):.1f})" for middle, each in cells)])
     machines = [found["environment"]["device"] + ", AMX" * found.get("amx", False) for found in measured]
+    recipes = " and ".join(str(found["recipe"]) for found in measured)
     return table(["times as fast", *machines], *rows) + (
         f"\n\nThis program in {made_with['precision']}, the textbook loop in float32 with SGD; torch "
-        f"{made_with['torch']}; networks of recipe {first['recipe']}; ratios of the medians of {len(repeats[0])} "
+        f"{made_with['torch']}; networks of recipe {recipes}; ratios of the medians of {len(repeats[0])} "
         "repeats, in brackets the smallest and largest repeat; both loops measured in turn in one process: "
         f"`{first['command']}`, with AMX `{measured[-1]['command']}`. There, convolving narrow images side by side "
         f"makes a teacher's pass {gains['teacher']:.2f} times as fast and a student's {gains['student']:.2f}."

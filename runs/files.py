@@ -56,6 +56,11 @@ def first_line(error):
     return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
+def last_line(error):
+    """What an exception says last, without the full stop."""
+    return str(error).strip().splitlines()[-1].strip().rstrip(".")
+
+
 def make_folder(path):
     """Creates a folder and its parents; raises Failure where that is impossible."""
     try:

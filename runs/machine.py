@@ -71,8 +71,12 @@ class Machine:
     @property
     def must_match(self):
         """What must be equal to continue an unfinished run: other kernels would give other last bits."""
-        device = {} if self.may_change_device else {"device": self.device.type}
-        return device | {"precision": self.precision, "compiled": self.compiled}
+        return {name: value for name, value in self.kind.items() if name != "device" or not self.may_change_device}
+
+    @property
+    def kind(self):
+        """What a saved state says of the machine."""
+        return {"device": self.device.type, "precision": self.precision, "compiled": self.compiled}
 
     def environment(self):
         """What a run was made with; recorded, not compared."""

@@ -61,8 +61,8 @@ class Progress:
                 self._resume()
             else:
                 make_folder(self.run.folder)
-                self._write_record()
-                self._save()
+            self._write_record()
+            self._save()
         except Interrupted as error:
             raise Interrupted(error.signal_number, self._how_far()) from None
         self.started, self.started_at = time.monotonic(), self.steps_done
@@ -232,9 +232,7 @@ class Progress:
         """Saves the state. `_check` comes first: a state that is not finite is never saved."""
         state = State(
             settings=self.settings.as_dict(),
-            device=self.machine.device.type,
-            precision=self.machine.precision,
-            compiled=self.machine.compiled,
+            **self.machine.kind,
             machines=self.machines,
             threads=torch.get_num_threads(),
             torch=str(torch.__version__),
@@ -265,8 +263,7 @@ class Progress:
         versions = ("with torch", str(torch.__version__), state.torch), ("by version", VERSION, state.program[-1])
         for word, now, then in (("on", here, before), *versions):
             if now != then:
-                text = f"{folder} was trained {word} {then}; {word} {now} the last bits may differ."
-                tqdm.write(text, file=sys.stderr)
+                tqdm.write(f"{folder} ran {word} {then}; {word} {now} the last bits may differ.", file=sys.stderr)
         if other := changed(state.code, self.settings):
             tqdm.write(f"{folder} was begun before {' and '.join(other)} changed; this code goes on.", file=sys.stderr)
         self.code = resumed(state.code)
@@ -274,14 +271,10 @@ class Progress:
         self.versions = state.program + [VERSION] * (state.program[-1] != VERSION)
         if self.machine.device.type == state.device == "cpu":
             self._resume_threads(state.threads)
-        self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
-        if state.device != self.machine.device.type:  # so that from now on this one is asked for
-            self._save()
-            self._write_record()
+        self.saved = self.epoch, self.step
 
     def _resume_threads(self, before):
-        """Trains on with as many threads as `before`: on a CPU the order of additions, and with it the last bits,
-        depends on it."""
+        """Trains on with as many threads as `before`: on a CPU their number decides last bits."""
         threads = min(before, self.threads)  # more would wait for each other
         if threads < before:
             text = f"{self.run.folder} was begun with {before} threads; with {threads}, as many as this process has,"

@@ -522,7 +522,8 @@ def test_a_wrong_gradient_is_named(other, monkeypatch):
 def test_what_is_wrong_only_in_the_precision_that_is_trained_in_is_named(other, monkeypatch):
     """As a GPU's bf16 gradients may be, which float32 does not show."""
     autocast, convolve = torch.autocast, F.conv2d
-    monkeypatch.setattr(torch, "autocast", lambda _, dtype: autocast("cpu", dtype))  # the device is none that it knows
+    # The device is none that it knows.
+    monkeypatch.setattr(torch, "autocast", lambda _, dtype, **rest: autocast("cpu", dtype))
     check_arithmetic(Machine(other, "bf16"))
 
     def convolution(images, weight, **rest):

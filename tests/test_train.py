@@ -358,9 +358,9 @@ def test_a_run_resumed_on_another_machine_says_so(loaded, tmp_path, stop_at, mon
     change_state(tmp_path, {"torch": "1.0", "program": ["2.0.0"]})
     train_run(loaded, tmp_path)
     said = capsys.readouterr().err
-    assert f"{tmp_path} was trained on Abacus; on {here} the last bits may differ" in said
-    assert f"was trained with torch 1.0; with torch {torch.__version__} the last bits may differ" in said
-    assert f"was trained by version 2.0.0; by version {VERSION} the last bits may differ" in said
+    assert f"{tmp_path} ran on Abacus; on {here} the last bits may differ" in said
+    assert f"ran with torch 1.0; with torch {torch.__version__} the last bits may differ" in said
+    assert f"ran by version 2.0.0; by version {VERSION} the last bits may differ" in said
     environment = read_json(tmp_path / "run.json")["environment"]
     assert environment["device"] == f"Abacus, then {here}" and environment["program"] == f"2.0.0, then {VERSION}"
 
@@ -393,9 +393,9 @@ def test_a_run_begun_on_another_kind_of_device_is_resumed_where_the_command_name
         patch.setattr(train.Muon, "step", interrupted)
         steps[:] = [None] * 9  # the next step is the last before the interruption, within the epoch
         got = cli(*auto, "--device", "cpu", "--precision", "fp32", "--no-compile")
-    assert got.status == 130 and f"{folder} was trained on Some GPU; on" in got.err
+    assert got.status == 130 and f"{folder} ran on Some GPU; on" in got.err
     got = cli(*auto, "--precision", "fp32")  # by now this device is the one
-    assert got.status == 0 and "was trained on" not in got.err
+    assert got.status == 0 and " ran on " not in got.err
     assert read_json(folder / "run.json")["environment"]["device"].startswith("Some GPU, then ")
 
 
