@@ -1,11 +1,14 @@
 """The optimizer against NumPy's singular value decomposition and PyTorch's own SGD."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import models
+from runs.graphs import Recorded
 from train import BIASES, CLIPPED, CONVOLUTIONS, HEAD, Muon, orthogonalize
 
 
@@ -150,3 +153,27 @@ def test_what_has_no_gradient_keeps_its_bits_and_the_others_move():
         assert all(moved) and first.equal(before[1]) != is_trained
     optimizer.param_groups[2]["params"] = [first]  # a group may have none at all
     optimizer.step()
+
+
+def test_what_is_recorded_answers_to_the_tensors_of_each_call(monkeypatch):
+    """On a stand-in for CUDA's graphs, which computes again, on the same memory, what was recorded. After another
+    number of tensors all is recorded anew."""
+    calls, recorded = [], Recorded()
+
+    def double(tensors):
+        calls.append(len(tensors))
+        return [2 * tensor for tensor in tensors]
+
+    class Graph:
+        def replay(self):
+            for result, tensor in zip(recorded.results, recorded.given, strict=True):
+                result.copy_(2 * tensor)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    draws = torch.Generator().manual_seed(0)
+    for count in (2, 2, 2, 2, 1, 1, 1, 2, 2):
+        tensors = [torch.randn(3, 4, generator=draws) for _ in range(count)]
+        for result, tensor in zip(recorded(double, tensors), tensors, strict=True):
+            assert result.equal(tensor + tensor)
+    assert calls == [2, 2, 1, 1, 2, 2]  # each time once as it is, and once to be recorded
