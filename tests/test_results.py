@@ -251,6 +251,19 @@ def test_what_new_seeds_on_another_machine_gain_is_told_as_measured():
         assert test["points"]["ci95"] == pytest.approx([low, high])
         ends = f"{mean:.2f} points ({low:+.2f} to {high:+.2f}), p = {test['points']['p_value']:.2g}"
         assert ends in told and ends.split("), p")[0] in readme
+    (over_none,), (over_softer,) = (json.loads((NEW / f"temperature_{t}.json").read_text()) for t in (32, 4))
+    softer, count = over_none["accuracies"][0], len(over_none["seeds"])
+    assert over_none["accuracies"] == [softer, record(NEW)["baseline"]["accuracies"][:count]]
+    assert over_softer["accuracies"] == [large["accuracies"][:count], softer]
+    listed, (gain, *ends), (lead, *its) = (
+        ", ".join(map("{:.4f}".format, softer)),
+        *(ahead(*each["accuracies"]) for each in (over_none, over_softer)),
+    )
+    ends, its = ("({:+.2f} to {:+.2f})".format(*each) for each in (ends, its))
+    p, q = (each["points"]["p_value"] for each in (over_none, over_softer))
+    assert f"{listed} ({np.mean(softer):.4f}), {gain:+.2f} points {ends}, p = {p:.2g}, over those without" in told
+    assert f"T = 4 is {lead:+.2f} points {its}, p = {q:.2g}, ahead of it" in told
+    assert f"{lead:+.2f} points {its}; T = 32 gains {gain:.2f} points there {ends}" in readme
     fixed = json.loads((NEW / "fixed.json").read_text())
     assert fixed["seeds"] == [6, 7, 8] and fixed["shared"]["accuracies"] == large["accuracies"][:3]
     mean, *interval = ahead(large["accuracies"][:3], fixed["fixed"]["accuracies"])
