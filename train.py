@@ -26,7 +26,7 @@ WARM_UP = 0.05  # of the steps of a network of the user's own: plain SGD at its 
 WHITENED = 2_000  # training images to which the whitening is fitted; of those larger than 64x64 as many pixels
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its source
 ITERATIONS = 3
-TOGETHER = 4  # times the images of an inference batch are as many as a GPU makes views of at a time
+TOGETHER = 4  # A GPU makes the views of so many inference batches at a time.
 
 
 def train_one_epoch(model, optimizer, views, labels, order, soft_targets, criterion, progress):
@@ -238,28 +238,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        parameters = [parameter for _, trained in groups for parameter in trained]
-        for parameter in parameters:
+        groups = [(group, parameters) for group, parameters in groups if parameters]
+        trained = [parameter for _, parameters in groups for parameter in parameters]
+        for parameter in trained:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters]
-        if self.recorded and parameters:
-            directions = iter(self.recorded(self.directions, gradients))
-        else:
-            directions = iter(self.directions(gradients))
-        for group, trained in groups:
-            if trained:
-                rate = group["lr"] * group["share"]
-                torch._foreach_add_(trained, [next(directions) for _ in trained], alpha=-rate)
+        compute, gradients = functools.partial(self.directions, groups), [parameter.grad for parameter in trained]
+        directions = iter(self.recorded(compute, gradients) if self.recorded else compute(gradients))
+        for group, parameters in groups:
+            steps = [next(directions) for _ in parameters]
+            torch._foreach_add_(parameters, steps, alpha=-group["lr"] * group["share"])
 
-    def directions(self, gradients):
-        """The steps at a learning rate of 1 of all parameters that have gradients, in the groups' order; convolutions
-        are brought to their norm before."""
+    def directions(self, groups, gradients):
+        """The steps at a learning rate of 1 that `gradients`, a list, make of the parameters of `groups`, pairs of a
+        group and those of its parameters that have one, in their order; convolutions are brought to their norm
+        before."""
         directions, gradients = [], iter(gradients)
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
+        for group, parameters in groups:
             own = [next(gradients) for _ in parameters]
             if parameters[0].ndim == 1:
                 norm = torch.nn.utils.get_total_norm(own)

@@ -57,7 +57,10 @@ class Comparison:
                 f"{self.output} holds no finished {run_name(*missing, asked['shared'])} that this comparison can use.\n"
                 "The command that trains it again (or resumes it) prints the comparison, too."
             )
-        self.settings, self.environment = self.first.settings, self.first.environment
+        self.settings, made = self.first.settings, [matching[key].environment for key in wanted]
+        several = {name: dict.fromkeys(each[name] for each in made if name in each) for name in ("device", "torch")}
+        several = {name: " and ".join(words) for name, words in several.items() if words}
+        self.environment = self.first.environment | several  # of all students that are compared
         self.images, self.labels, self.classes, self.member_logits = load_test_set(
             self.output, self.settings.data, self.settings.teacher.split("+")
         )

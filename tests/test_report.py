@@ -372,7 +372,8 @@ def test_runs_that_were_trained_on_different_machines_are_named(folder, place):
     folder.add("kd", 20, 4.0, 0.5, val_fraction=0.25)
     assert ("not all trained alike" in details(Comparison(folder.path))) == (place == "students")
     folder.add("baseline", 15, val_fraction=0.25, environment=other if place == "sweep" else None)
-    text = details(Comparison(folder.path))
+    text, environment = details(Comparison(folder.path)), Comparison(folder.path).environment
+    assert environment["device"] == ("CPU and GPU" if place == "students" else "CPU")
     who = "these students" if place == "students" else "the students of the sweep"
     assert f"Note that {who} were not all trained alike: " in text and text.count("not all trained alike") == 1
     assert "baseline-s0 on GPU in bf16, compiled" in text and "kd-T4-a0.5-s0 on CPU in fp32" in text

@@ -308,6 +308,10 @@ def test_what_the_two_commands_reached_is_told_as_measured():
     assert lengths == {"teacher-s0": 200, "kd-T4-a0.1-s0": 200, "baseline-s0": 200}
     gain, test = 100 * (kd["mean"] - baseline["mean"]), kd["improvement"]
     assert teacher > 0.9313 and kd["mean"] > 0.9022 and baseline["mean"] > 0.8997 and gain > 0.25  # reported by others
+    with open(COMMANDS / "teacher-s0" / "history.csv") as file:
+        minutes = sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
+    assert round(minutes) == 4 and "On an NVIDIA H200 the first command took four minutes" in readme
+    assert readme.count("(earlier program: ") == 4
     corrected, broken = test["fixed"], test["broken"]
     assert corrected - broken == round(100 * gain)
     tail = sum(math.comb(corrected + broken, k) for k in range(broken + 1)) / 2 ** (corrected + broken)
