@@ -23,9 +23,6 @@ import argparse
 import csv
 import io
 import math
-import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tables
+from commands import run, shown
 
 from reports.statistics import paired_test, spread
 from runs.files import make_folder, read_json, write, write_json
@@ -140,6 +138,7 @@ def main():
     parser.add_argument("--omit", default="bird", metavar="CLASS", help="chosen before anything was trained [bird]")
     parser.add_argument("--padding", type=int, default=4, help="as for main.py, in all experiments alike [4]")
     parser.add_argument("--teacher", nargs="+", default=[], help="as for main.py [the output folder's]")
+    parser.add_argument("--processes", type=int, default=1, help="that share the trainings [1]")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
@@ -165,14 +164,12 @@ def main():
             continue
         seeds = max(arguments.seeds, *(row["n"] for row in done.get(name, {}).get("rows", ())), 1)
         words = [str(word) for word in (*common, "--seeds", seeds, *options, *arguments.options)]
-        command = f"python main.py {shlex.join(words)}".replace(f"{ROOT}{os.sep}", "")
-        print(f"\n{name}: {command}", flush=True)
-        status = subprocess.run([sys.executable, str(ROOT / "main.py"), *words]).returncode
-        if status:
-            sys.exit(status)
+        print(f"\n{name}:", end="")
+        run("main.py", *words, processes=arguments.processes)
         comparison = read_json(arguments.output_dir / "comparison.json")
         found = rows(name, comparison)
         same_teacher(path, done, found)
+        command = shown("main.py", words, arguments.processes)
         done[name] = {"command": command, "environment": comparison["environment"], "rows": found}
         done = {name: done[name] for name in [*todo, *done] if name in done}
         found = [row for each in done.values() for row in each["rows"]]

@@ -21,15 +21,14 @@ other_difference.json.
 """
 
 import argparse
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from commands import run
 from PIL import Image
 
 import data
@@ -66,16 +65,6 @@ def write_images(folder, data_dir, fraction, classes=None):
             make_folder(path.parent)
             Image.fromarray(images[number].numpy()).save(path)
     part.rename(folder)
-
-
-def run(*words, processes=1):
-    """Runs a Python program of this repository, shared by `processes`; ends where it fails."""
-    words = [str(word) for word in words]
-    print(f"\n$ {'python' if processes == 1 else 'torchrun'} {shlex.join(words)}", flush=True)
-    shared = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    status = subprocess.run([sys.executable, *(shared if processes > 1 else []), *words], cwd=ROOT).returncode
-    if status:
-        sys.exit(status)
 
 
 def main():

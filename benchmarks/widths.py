@@ -17,14 +17,13 @@ at the first temperature, and how far the other temperatures are ahead of the fi
 import argparse
 import itertools
 import json
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from commands import run
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -44,6 +43,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="[5]")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[32.0, 4.0], help="[32 4]")
     parser.add_argument("--alpha", type=float, default=0.9, help="[0.9]")
+    parser.add_argument("--processes", type=int, default=1, help="that share the trainings [1]")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/widths"), help="[outputs/widths]")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "widths", help="[results/widths]")
     parser.add_argument("options", nargs="*", help="more options for main.py, after --")
@@ -57,11 +57,8 @@ def main():
     make_folder(results)
     found = {}
     for temperature, width in itertools.product(arguments.temperatures, arguments.widths):
-        command = ["main.py", "--temperature", f"{temperature:g}", "--width", f"{width:g}", *words]
-        print(f"\n$ python {shlex.join(command)}", flush=True)
-        status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
-        if status:
-            sys.exit(status)
+        pair = ["--temperature", f"{temperature:g}", "--width", f"{width:g}"]
+        run("main.py", *pair, *words, processes=arguments.processes)
         comparison = json.loads((output / "comparison.json").read_text())
         earlier = found[width]["kd"] if width in found else []
         found[width] = {name: comparison[name] for name in KEPT} | {"kd": [*earlier, comparison["kd"][0]]}

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, leave_out
+from conftest import CLASSES, ROOT, leave_out
 
 import data
 import distill
@@ -264,7 +264,7 @@ def test_the_papers_experiments_become_one_table(flags, finished, tmp_path, monk
         def __init__(self, words):
             self.returncode = exit_status(main.main, words[2:])
 
-    monkeypatch.setattr(paper.subprocess, "run", Done)
+    monkeypatch.setattr("commands.subprocess.run", Done)
     flags = [str(word) for word in flags]
     place = flags.index("--epochs")
     rest = ["--seeds", "2", "--epochs", "1", "--omit", "red", "--output-dir", str(output), "--results", str(tmp_path)]
@@ -335,7 +335,7 @@ def test_seeds_of_one_experiment_are_added_and_never_lost(tmp_path, monkeypatch,
     def seeds(words):
         return int(words[words.index("--seeds") + 1])
 
-    monkeypatch.setattr(paper.subprocess, "run", lambda words: asked.append(words) or Mock(returncode=0))
+    monkeypatch.setattr("commands.subprocess.run", lambda words: asked.append(words) or Mock(returncode=0))
     monkeypatch.setattr(paper, "rows", lambda name, comparison: experiment("a" * 12, seeds(asked[-1]))["rows"])
     monkeypatch.setattr(paper.tables, "paper", lambda path: "")
     (tmp_path / "comparison.json").write_text('{"environment": {}}')
@@ -365,3 +365,19 @@ def test_the_table_has_each_rows_seeds_and_bears_rows_without_an_interval(tmp_pa
     assert "| all | accuracy | 8 | 3 | 0.9100 ± 0.0020 | 0.9000 ± 0.0030 | **+1.00 (+0.50 to +1.50)** |" in text
     assert "| DKD | accuracy | 8 | 1 | 0.9100 | 0.9000 | +1.00 |" in text and "teacher 0.9267." in text
     assert text.count("**") == 2 and "for all 3 together" in text  # 3 x 0.01 < 0.05, but 2 x 0.03 and so 0.04 are not
+
+
+def test_a_benchmark_prints_what_it_runs_as_one_would_type_it(monkeypatch, capsys):
+    import commands
+
+    run = Mock(return_value=Mock(returncode=0))
+    monkeypatch.setattr(commands.subprocess, "run", run)
+    commands.run("main.py", "--loss", ROOT / "examples" / "dkd.py:dkd", "--output-dir", "two words", processes=2)
+    words = "--loss examples/dkd.py:dkd --output-dir 'two words'"
+    assert capsys.readouterr().out == f"\n$ torchrun --standalone --nproc-per-node 2 main.py {words}\n"
+    (started,), _ = run.call_args
+    assert started[:3] == [sys.executable, "-m", "torch.distributed.run"] and str(ROOT / "main.py") in started
+    run.return_value.returncode = 3
+    with pytest.raises(SystemExit) as ended:
+        commands.run("main.py")
+    assert ended.value.code == 3 and run.call_args[0][0] == [sys.executable, str(ROOT / "main.py")]

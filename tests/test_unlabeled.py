@@ -443,7 +443,7 @@ def benchmark(images, tmp_path, monkeypatch):
         benchmark.main()
         return typed
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr("commands.subprocess.run", run)
     return SimpleNamespace(typed_with=typed_with, output=output, images=small)
 
 

@@ -172,12 +172,12 @@ def test_students_of_several_widths_are_compared(cli, monkeypatch, finished, fla
     monkeypatch.setattr(sys, "argv", ["widths.py", *map(str, words)])
     commands = []
 
-    def run(command, cwd):
-        assert command[:2] == [sys.executable, "main.py"] and cwd == ROOT
+    def run(command):
+        assert command[:2] == [sys.executable, str(ROOT / "main.py")]
         commands.append(command[2:])
         return SimpleNamespace(returncode=cli(*command[2:]).status)
 
-    monkeypatch.setattr(widths.subprocess, "run", run)
+    monkeypatch.setattr("commands.subprocess.run", run)
     widths.main()
     expected = [[t, w] for t in ("32", "4") for w in ("0.25", "1")]
     assert [[command[1], command[3]] for command in commands] == expected
