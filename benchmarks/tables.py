@@ -1,7 +1,7 @@
-"""Writes README.md's tables from the files in results/.
+"""Writes the tables of README.md and results/findings.md from the files in results/.
 
-    python benchmarks/tables.py            writes them between README.md's markers
-    python benchmarks/tables.py --check    ends with exit status 1 where README.md shows anything else; a test runs this
+    python benchmarks/tables.py            writes them between the pages' markers
+    python benchmarks/tables.py --check    ends with exit status 1 where a page shows anything else; a test runs this
 
 A block begins with <!-- NAME --> and ends with <!-- end -->, each on a line of its own.
 """
@@ -9,7 +9,6 @@ A block begins with <!-- NAME --> and ends with <!-- end -->, each on a line of 
 import argparse
 import csv
 import json
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +23,11 @@ from runs.files import decode
 from runs.settings import Settings, pair_name
 
 RESULTS = ROOT / "results"
-README, RECORD, COMMANDS = ROOT / "README.md", RESULTS / "cifar10", RESULTS / "two-commands"
+PAGES = ROOT / "README.md", RESULTS / "findings.md"
+RECORD, COMMANDS = RESULTS / "cifar10", RESULTS / "two-commands"
 REPORTED = {"Teacher Network": 0.9313, "(with KD)": 0.9022, "(Baseline)": 0.8997, "Improvement with KD": "0.25%"}
 SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
-OF_ONE_TEACHER = ("cifar10", "seeds-6-to-10", "cifar10-10-epochs", "cifar10-60-epochs", "cifar10-200-epochs")
+OF_ONE_TEACHER = ("cifar10-10-epochs", "cifar10", "seeds-6-to-10", "cifar10-60-epochs", "cifar10-200-epochs")
 OF_OTHERS = {  # the same students by others, compared with the same baselines: what to call these, and their epochs
     "teacher-77-epochs": ("the teacher of 77 epochs", "77"),
     "three-teachers": ("three teachers together", "24, 35, 77"),
@@ -255,19 +255,25 @@ BLOCKS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README.md differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where a page differs")
     check = parser.parse_args().check
-    before = new = README.read_text(encoding="utf-8")
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
     for name, make in BLOCKS.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = make().replace("\\", "\\\\")
-        new, count = re.subn(pattern, rf"\1{text}\n\2", new, flags=re.DOTALL)
-        if count != 1:
-            sys.exit(f"error: README.md has {count} blocks <!-- {name} -->, but one is needed.")
-    if check and new != before:
-        sys.exit("error: README.md differs from results/. Run: python benchmarks/tables.py")
-    if not check:
-        README.write_text(new, encoding="utf-8")
+        start = f"<!-- {name} -->\n"
+        found = [number for number, text in enumerate(pages) for _ in range(text.count(start))]
+        if len(found) != 1:
+            names = " and ".join(page.name for page in PAGES)
+            sys.exit(f"error: {names} have {len(found)} blocks <!-- {name} -->, but one is needed.")
+        before, _, rest = pages[found[0]].partition(start)
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            sys.exit(f"error: {PAGES[found[0]].name} has no <!-- end --> after <!-- {name} -->.")
+        pages[found[0]] = f"{before}{start}{make()}\n{end}{after}"
+    for page, text in zip(PAGES, pages, strict=True):
+        if check and text != page.read_text(encoding="utf-8"):
+            sys.exit(f"error: {page.name} differs from results/. Run: python benchmarks/tables.py")
+        if not check:
+            page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

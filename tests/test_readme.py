@@ -6,11 +6,13 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 from conftest import ROOT
 
 from arguments import parse, parser
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "results").rglob("*.md"))]
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PROGRAM = [
     *ROOT.glob("*.py"),
@@ -36,19 +38,24 @@ def test_every_option_named_exists():
     known = {name for action in parser()._actions for name in action.option_strings}
     known |= {"--index-url", "--dist", "--resolution"}  # of pip, of pytest-xdist, of uv
     known |= {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
-    ours = re.sub(r"(?m)`python benchmarks.*?`|^python benchmarks.*$", "", README)
+    told = README + (ROOT / "results" / "findings.md").read_text()
+    ours = re.sub(r"(?m)`python benchmarks.*?`|^python benchmarks.*$", "", told)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
 
 
-def test_every_link_leads_somewhere():
-    anchors = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", README, re.M)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+def anchors(page):
+    """The headings of a page as GitHub makes links to them."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    targets = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    for path, _, anchor in (each.partition("#") for each in targets if not each.startswith("http")):
+        linked = page.parent / path if path else page
+        assert linked.exists(), path
+        assert not anchor or anchor in anchors(linked), f"{path}#{anchor}"
 
 
 def test_the_tables_are_those_of_the_results():

@@ -24,8 +24,16 @@ SEEDS = {NEW: [6, 7, 8, 9, 10], LONGER: [6, 7, 8, 9, 10], LONGEST: [6, 7]}  # of
 EARLIER = RESULTS / "recipe-4"  # students of the same teacher
 THEN_60, THEN_24, THEN_10, THEN_5 = (EARLIER / f"{epochs}-epochs" for epochs in (60, 24, 10, 5))
 BETTER = {"teacher-77-epochs": "the teacher of 77 epochs", "three-teachers": "three teachers together"}
-PAGES = "README.md", "results/recipe-4/README.md"
 T_QUANTILES = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 9: 2.262157}  # of Student's t, 97.5%
+
+
+def told_in(*paths):
+    """The words of pages, each space and line break as one space."""
+    return " ".join(" ".join((ROOT / path).read_text() for path in paths).split())
+
+
+def told_to_users():
+    return told_in("README.md", "results/findings.md")
 
 
 def record(folder=RECORD):
@@ -89,7 +97,7 @@ def test_a_seed_outside_of_the_record_is_one_more_of_the_kind():
         around = half(group["accuracies"], more=1)
         assert abs(found["mean"] - group["mean"]) < around
         intervals.append(f"{group['mean'] - around:.4f} to {group['mean'] + around:.4f}")
-    told = " ".join((RESULTS / "README.md").read_text().split())
+    told = told_in("results/README.md")
     words = "{:.4f}, and without {:.4f}, both inside the 95% prediction intervals of the five ({}, {})."
     assert words.format(*(found["mean"] for found, _ in pairs), *intervals) in told
 
@@ -111,7 +119,7 @@ def test_the_fifth_seed_is_one_more_of_the_kind():
     inside, count = sum(found), len(found)
     so_few = sum(math.comb(count, n) * 0.95**n * 0.05 ** (count - n) for n in range(inside + 1))  # or fewer
     assert so_few > 0.05
-    told = " ".join((RESULTS / "README.md").read_text().split())
+    told = told_in("results/README.md")
     assert f"Of {count} groups of five seeds, here and in `recipe-4/`, the fifth lies" in told
     words = (
         "of the other four in {}; not so after 24 epochs with T = 4, alpha = 0.9 ({}; of the new seeds {}) and T = 16"
@@ -121,8 +129,8 @@ def test_the_fifth_seed_is_one_more_of_the_kind():
 
 def test_the_prose_has_the_figures_of_the_records():
     """What the READMEs say between their tables is computed again here from the files in results/."""
-    paths = ("README.md", "results/recipe-4/README.md", "results/recipes.md")
-    readme, measured, chosen = (" ".join((ROOT / path).read_text().split()) for path in paths)
+    readme, measured = told_to_users(), told_in("results/recipe-4/README.md")
+    chosen = told_in("results/recipes.md")
     pair = record()["kd"][0], record()["baseline"]
 
     def against(name):
@@ -233,7 +241,7 @@ def test_the_prose_has_the_figures_of_the_records():
 
 
 def test_what_new_seeds_on_another_machine_gain_is_told_as_measured():
-    readme, told = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/README.md"))
+    readme, told = told_to_users(), told_in("results/README.md")
     small, large = entry(NEW, 4, 0.1), entry(NEW, 4, 0.9)
     rows = ("distilled, T = 4, alpha = 0.9", large), ("distilled, T = 4, alpha = 0.1", small)
     for name, group in (*rows, ("without", record(NEW)["baseline"])):
@@ -280,7 +288,7 @@ def test_what_new_seeds_on_another_machine_gain_is_told_as_measured():
 
 
 def test_what_longer_training_gains_is_told_as_measured():
-    readme, told = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/README.md"))
+    readme, told = told_to_users(), told_in("results/README.md")
     long, alone = entry(LONGER, 4, 0.9), record(LONGER)["baseline"]
     gain = ahead(long["accuracies"], alone["accuracies"])
     assert "and {:.2f} after 60 ({:+.2f} to {:+.2f}".format(*gain) in readme
@@ -300,7 +308,7 @@ def test_what_longer_training_gains_is_told_as_measured():
 
 
 def test_what_the_two_commands_reached_is_told_as_measured():
-    readme, told = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/README.md"))
+    readme, told = told_to_users(), told_in("results/README.md")
     found, (long,), alone = record(COMMANDS), record(LONGEST)["kd"], record(LONGEST)["baseline"]
     (kd,), baseline, teacher = found["kd"], found["baseline"], found["teacher"]["accuracy"]
     assert (kd["temperature"], kd["alpha"], kd["seeds"], found["settings"]["epochs"]) == (4, 0.1, [0], 200)
@@ -335,7 +343,7 @@ def test_what_the_two_commands_reached_is_told_as_measured():
 
 
 def test_what_better_teachers_teach_is_told_as_measured():
-    readme, told = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/README.md"))
+    readme, told = told_to_users(), told_in("results/README.md")
     baseline, students = record()["baseline"], {"": entry(RECORD, 4, 0.9)["accuracies"]}
     for name, who in BETTER.items():
         found = record(RESULTS / name)
@@ -363,7 +371,7 @@ def test_what_better_teachers_teach_is_told_as_measured():
 
 
 def test_what_images_without_labels_add_is_told_as_measured():
-    folder, measured = RESULTS / "few-labels", " ".join((EARLIER / "README.md").read_text().split())
+    folder, measured = RESULTS / "few-labels", told_in("results/recipe-4/README.md")
     shorter, longer = (json.loads((folder / name).read_text()) for name in ("comparison.json", "longer.json"))
     first, plain = shorter["kd"]
     others = [plain, shorter["baseline"], longer["kd"][0], longer["baseline"]]
@@ -374,7 +382,7 @@ def test_what_images_without_labels_add_is_told_as_measured():
         assert test["points"]["ci95"] == pytest.approx(ahead(first["accuracies"], other["accuracies"])[1:])
     assert ", ".join(f"{accuracy:.4f}" for accuracy in first["accuracies"]) in measured
     teacher, student, baseline = shorter["teacher"]["accuracy"], first["mean"], shorter["baseline"]["mean"]
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = told_to_users()
     below = "within {:.1f} points of its teacher, which is ten times as large; without a teacher it is {:.1f} below,"
     below += " and {:.1f} if trained for twice as many epochs"
     assert f"{teacher:.4f}" in measured
@@ -382,7 +390,7 @@ def test_what_images_without_labels_add_is_told_as_measured():
     gains = [value for each in (plain, first) for value in (each["improvement"]["mean"], *each["improvement"]["ci95"])]
     assert "gains {:+.2f} ({:+.2f} to {:+.2f}).".format(*gains[:3]) in measured
     told = "gains {:.2f} points ({:+.2f} to {:+.2f}; a comparison that was not planned). If the student also sees the "
-    told += "other images, [without labels](#images-without-labels), it gains {:.2f} ({:+.2f} to {:+.2f})."
+    told += "other images, [without labels](../README.md#images-without-labels), it gains {:.2f} ({:+.2f} to {:+.2f})."
     assert told.format(*gains) in readme
     twice = tests[3]["points"]
     assert "it is {:.2f} ({:+.2f} to {:+.2f}).".format(twice["mean"], *twice["ci95"]) in readme
@@ -403,7 +411,7 @@ def test_what_is_measured_on_some_classes_takes_no_place_of_what_is_measured_on_
 
 
 def test_what_images_of_other_classes_add_is_told_as_measured():
-    folder, measured = RESULTS / "animals", " ".join((EARLIER / "README.md").read_text().split())
+    folder, measured = RESULTS / "animals", told_in("results/recipe-4/README.md")
     same, other, longer = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("comparison", "other", "longer")
     )
@@ -421,7 +429,7 @@ def test_what_images_of_other_classes_add_is_told_as_measured():
     for one, found in ((animals, tests[0]), (plain, tests[1]), (longer["kd"][0], tests[3])):
         told = "{:+.2f} points ({:+.2f} to {:+.2f}), p = ".format(*ahead(vehicles["accuracies"], one["accuracies"]))
         assert told + f"{found['points']['p_value']:.2g}" in measured
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = told_to_users()
     means = [100 * each["mean"] for each in (animals, vehicles, plain, longer["kd"][0])]
     words = "add {:.2f} points to plain distillation of as many epochs, images of vehicles {:.2f}, which is barely"
     assert words.format(means[0] - means[2], means[1] - means[2]) in readme
@@ -439,7 +447,7 @@ def test_the_hours_that_the_readme_names_are_those_of_the_measured_speeds():
     median = {name: statistics.median(each["ours"]) for name, each in found["seconds"].items()}
     hours = {name: 200 * 50_000 / found["images"] * seconds / 3600 for name, seconds in median.items()}
     first, second = hours["teacher epoch"], hours["KD epoch, first"] + hours["baseline epoch"]
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = told_to_users()
     assert f"about {first:.0f} hours for the first command and {second:.0f} for the second" in readme
     assert max(first, second) * 24 / 200 < 1  # "with --epochs 24 less than one for each"
     look = 5 * (median["KD epoch, first"] + median["baseline epoch"]) * 50_000 / found["images"] / 60
@@ -469,7 +477,7 @@ def test_the_names_of_the_points_of_compute_lie_beside_each_other(monkeypatch):
 
 
 def test_what_a_teacher_with_smoothed_labels_is_worth_is_told_as_measured():
-    readme, measured = (" ".join((ROOT / path).read_text().split()) for path in PAGES)
+    readme, measured = told_to_users(), told_in("results/recipe-4/README.md")
     test, over_baseline = json.loads((EARLIER / "smoothed_teacher.json").read_text())
     (smoothed, plain), (same, without) = test["accuracies"], over_baseline["accuracies"]
     assert same == smoothed and over_baseline["seeds"] == test["seeds"]
@@ -497,8 +505,8 @@ def test_what_a_teacher_with_smoothed_labels_is_worth_is_told_as_measured():
 
 
 def test_what_narrower_students_gain_is_told_as_it_was_found():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    earlier = " ".join((EARLIER / "README.md").read_text().split())
+    readme = told_to_users()
+    earlier = told_in("results/recipe-4/README.md")
     halved, quarter = (json.loads((EARLIER / "widths" / f"width-{w}.json").read_text()) for w in (0.5, 0.25))
     told = []
     for found, width in ((halved, 0.5), (quarter, 0.25)):
@@ -515,8 +523,7 @@ def test_what_narrower_students_gain_is_told_as_it_was_found():
 
 
 def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
-    paths = ("README.md", "results/README.md", "results/recipes.md")
-    readme, told, chosen = ((ROOT / path).read_text() for path in paths)
+    chosen = (RESULTS / "recipes.md").read_text()
     trials = {}
     with open(RESULTS / "recipes.csv", newline="") as file:
         for row in csv.DictReader(file):
@@ -550,7 +557,7 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
             other += f"; 0.1 and the head's rate times 0.3: {cell(*key, 'clip=0.1', 'head=0.3')}"
         untried = "diverged" if name == "a quarter, T = 4" else ""
         assert [name, norms[0] or untried, *norms[1:], other] in lines
-    readme, told, chosen = (" ".join(text.split()) for text in (readme, told, chosen))
+    readme, told, chosen = told_to_users(), told_in("results/README.md"), told_in("results/recipes.md")
     assert f"recipe 5, T = 4) are no better: {cell(*four, 'mirrored=yes')};" in chosen
     assert f"(Lookahead, `lookahead=yes`): {cell(*four, 'lookahead=yes')}." in chosen
 
@@ -590,7 +597,7 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
     words = "With T = 4, the default, it gains {:.2f} points after 24 epochs ({:+.2f} to {:+.2f}), "
     assert words.format(*gained) in readme
 
-    told += " ".join((RESULTS / "widths" / "README.md").read_text().split())
+    told += told_in("results/widths/README.md")
     narrow, wide = (json.loads((folder / "widths" / "width-0.25.json").read_text()) for folder in (RESULTS, EARLIER))
     (four, softer), without, before = narrow["kd"], narrow["baseline"], (wide["kd"][0], wide["baseline"])
     assert narrow["settings"]["width"] == 0.25 and (four["temperature"], softer["temperature"]) == (4, 32)
@@ -613,7 +620,7 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
 
 
 def test_what_recorded_steps_save_on_a_gpu_is_told_as_measured():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = told_to_users()
     found = json.loads((RESULTS / "graphs-cuda.json").read_text())
     steps = [found["steps"][name] for name in ("teacher", "kd", "baseline")]
     words = "{:.1f} ms for the teacher, {:.1f} for the distilled student and {:.1f} for its baseline, "
