@@ -38,10 +38,13 @@ TASKS = {
     "list": ((), "which only lists runs"),
     "report": ((), "which only reads finished runs"),
     "predict": (
-        ("model", "temperature", "device", "num_workers", "student", "teacher_network"),
+        ("model", "temperature", "mirror", "device", "num_workers", "student", "teacher_network"),
         "which only uses a finished model",
     ),
-    "export": (("model", "temperature", "student", "teacher_network"), "which only converts a finished model"),
+    "export": (
+        ("model", "temperature", "mirror", "student", "teacher_network"),
+        "which only converts a finished model",
+    ),
 }
 
 FOLDER_OPTIONS = ("test_fraction", "skip_damaged")  # of images in folders
@@ -201,7 +204,8 @@ def parser():
            "trained for more than 60 epochs three eighths of the image size, else 0]",
            type=integer(0, 256), metavar="N")
     option("--mirror", "flip each training image left to right in every second epoch; give --no-mirror to teacher and "
-           "students where a mirror image is another thing, as with digits, letters and signs [on]",
+           "students where a mirror image is another thing, as with digits, letters and signs [on]; with --predict and "
+           "--export: average the answers to an image and its mirror image, in twice the time [off]",
            action=argparse.BooleanOptionalAction)
     option("--seed", "seed of the initial weights and of the order of images", 0,
            type=integer(0, 2**31 - 1), metavar="N")

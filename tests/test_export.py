@@ -58,6 +58,21 @@ def test_parity(architecture, classes, size):
 
 
 @pytest.mark.slow
+def test_a_file_that_answers_with_the_mirror_image(cli, copy, images):
+    result = cli("--export", "--mirror", "--output-dir", copy)
+    assert result.status == 0 and "the class is the same for 24 of 24" in result.out
+    session = onnxruntime.InferenceSession(copy / STUDENT / "model.onnx")
+    assert session.get_modelmeta().custom_metadata_map["mirror"] == "true"
+    (row,) = cli("--predict", images / "test/red/00.png", "--output-dir", copy, "--mirror").out.splitlines()[1:]
+    pixels = read_image(images / "test/red/00.png", 16)[None]
+    found, other = (session.run(None, {"images": each})[0] for each in (pixels, pixels[:, :, ::-1].copy()))
+    np.testing.assert_allclose(found, other, atol=1e-5)
+    assert found.max() == pytest.approx(float(row.split(",")[2]), abs=1e-5)
+    plain = softmax(np.load(copy / STUDENT / "test_logits.npy"), 1.0)
+    assert abs(found - plain).sum(1).min() > 1e-4
+
+
+@pytest.mark.slow
 def test_export_and_the_lines_that_use_the_file(cli, copy, images):
     """The lines in use/export.py, which the README repeats, run without this program, on the file alone, here with
     logits that are divided by a temperature."""
@@ -105,8 +120,8 @@ def test_without_a_test_set_noise_is_compared_and_said(cli, copy, monkeypatch):
     monkeypatch.setattr(export, "compare", lambda network, content, *given: compared.append(given) or (0.0, 256))
     result = cli("--export", "--model", copy / "teacher-s0")
     assert result.status == 0 and (copy / "teacher-s0" / "model.onnx").read_bytes() == b"exported"
-    ((images, _),) = compared
-    assert images.shape == (256, 16, 16, 3) and images.std() > 70
+    ((images, *how),) = compared
+    assert how == [1.0, False] and images.shape == (256, 16, 16, 3) and images.std() > 70
     assert "on 256 images of noise (no test set of this model is kept beside it)" in result.out
 
 

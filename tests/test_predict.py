@@ -42,6 +42,28 @@ def test_predictions_are_the_runs_own_test_logits(cli, finished, images, words, 
     assert result.err == f"Accuracy where a folder is named like the class: {share}\n"
 
 
+def test_an_image_is_answered_with_its_mirror_image(cli, finished, copy, images):
+    """--mirror averages the logits of both; a model that never saw a mirror image is not asked about one."""
+    words = "--predict", images / "test", "--device", "cpu", "--temperature", 3
+    found = rows(cli(*words, "--output-dir", finished, "--mirror").out)
+    network = models.load(finished / STUDENT / "model.pt")
+    pixels = np.stack([np.array(Image.open(each["path"])) for each in found])
+    with torch.inference_mode():
+        logits = [network(network.normalize(torch.from_numpy(view))) for view in (pixels, pixels[:, :, ::-1].copy())]
+    probabilities = softmax((logits[0] + logits[1]).numpy() / 2, 3.0)
+    np.testing.assert_allclose([float(each["probability"]) for each in found], probabilities.max(1), rtol=1e-4)
+    assert [each["class"] for each in found] == [CLASSES[best] for best in probabilities.argmax(1)]
+    assert found != rows(cli(*words, "--output-dir", finished).out)
+    assert cli(*words, "--output-dir", finished, "--no-mirror").out == cli(*words, "--output-dir", finished).out
+
+    model = copy / STUDENT / "model.pt"
+    content = load_checkpoint(model)
+    save_checkpoint(model, content | {"settings": content["settings"] | {"mirror": False}})
+    result = cli(*words, "--output-dir", copy, "--mirror")
+    assert (result.status, result.out) == (1, "")
+    assert f"{model} was trained with --no-mirror, so it knows no mirror images. Leave out --mirror." in result.err
+
+
 def test_a_batch_more_changes_nothing(cli, finished, images, monkeypatch):
     whole = cli("--predict", images / "test", "--output-dir", finished, "--device", "cpu")
     monkeypatch.setitem(models.INFERENCE_BATCH, "cpu", 7)

@@ -476,6 +476,80 @@ def test_the_names_of_the_points_of_compute_lie_beside_each_other(monkeypatch):
         assert not [other for other in names[:number] if name.overlaps(other)], axes.texts[number]
 
 
+def test_logits_are_averaged_over_an_image_its_mirror_image_and_moved_ones(finished, images, tmp_path, monkeypatch):
+    """By hand: seven ways to look at an image, each built pixel by pixel."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import augmented
+
+    path, output = finished / "teacher-s0" / "model.pt", tmp_path / "found.json"
+    words = [
+        finished / "teacher-s0",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        images,
+        "--device",
+        "cpu",
+        "--output",
+        output,
+    ]
+    monkeypatch.setattr(sys, "argv", ["augmented.py", *map(str, words)])
+    augmented.main()
+    network = models.load(path)
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    pixels, (size,) = loaded.test_images.numpy(), {*loaded.test_images.shape[1:3]}
+    reflected = [1, *range(size), size - 2]  # of -1 to `size`
+
+    def logits(down, right, mirror):
+        rows, columns = ([reflected[at + 1 - by] for at in range(size)] for by in (down, right))
+        view = pixels[:, rows][:, :, columns[::-1] if mirror else columns]
+        with torch.inference_mode():
+            return network(network.normalize(torch.from_numpy(view))).numpy()
+
+    plain, both = logits(0, 0, False), (logits(0, 0, False) + logits(0, 0, True)) / 2
+    corners = sum(logits(by, by, mirror) for by in (-1, 1) for mirror in (False, True)) / 4
+    expected = {"plain": plain, "mirrored": both, "mirrored and moved": (both + corners) / 2}
+    for name, found in augmented.ways(network, loaded.test_images).items():
+        assert np.allclose(found.numpy(), expected[name], atol=1e-4)
+    (kept,) = json.loads(output.read_text()).values()
+    right = {name: np.mean(way.argmax(1) == loaded.test_labels.numpy()) for name, way in expected.items()}
+    assert kept["accuracies"] == pytest.approx(right) and kept["settings"] == network.settings
+    assert kept["accuracies"]["plain"] == network.accuracy
+
+
+def test_what_averaging_over_views_adds_is_told_as_measured():
+    told, found = told_in("results/findings.md"), json.loads((RESULTS / "augmented.json").read_text())
+    accuracies = {role: {} for role in ("teacher", "kd", "baseline")}
+    for each in found.values():
+        settings = each["settings"]
+        accuracies[settings["role"]][settings["epochs"], settings["seed"]] = each["accuracies"]
+    ways = "plain", "mirrored", "mirrored and moved"
+
+    def of(role):
+        return ([accuracies[role][24, seed][way] for seed in SEEDS[NEW]] for way in ways)
+
+    kd, alone = ([*of(role)] for role in ("kd", "baseline"))
+    assert (kd[0], alone[0]) == (entry(NEW, 4, 0.9)["accuracies"], record(NEW)["baseline"]["accuracies"])
+    lost = [np.subtract(kd[0], kd[1]), np.subtract(alone[0], alone[1])]
+    for words, pair in (
+        ("by {:.2f} points with distillation ({:+.2f} to {:+.2f})", (kd[1], kd[0])),
+        ("by {:.2f} without ({:+.2f} to {:+.2f})", (alone[1], alone[0])),
+        ("Distillation then gains {:.2f} points ({:+.2f} to {:+.2f}), not 0.77", (kd[1], alone[1])),
+        ("and {:.2f} ({:+.2f} to {:+.2f}) where the images are moved by a pixel", (kd[2], alone[2])),
+        ("(by {:.2f} points, {:+.2f} to {:+.2f})", lost),
+        ("{:+.2f} points, {:+.2f} to {:+.2f})", (alone[1], kd[0])),
+    ):
+        assert words.format(*ahead(*pair)) in told
+    assert f"({np.mean(alone[1]):.4f} and {np.mean(kd[0]):.4f};" in told
+    kept, long = accuracies["teacher"][24, 0], accuracies["teacher"][200, 0]
+    assert f"the teacher of 24 epochs by {100 * (kept['mirrored'] - kept['plain']):.2f}." in told
+    assert (kept["plain"], long["plain"]) == (record()["teacher"]["accuracy"], record(COMMANDS)["teacher"]["accuracy"])
+    with open(RESULTS / "other_trainings.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["role"] == "teacher" and row["augmented"] == "yes"]
+    for each in (kept, long):
+        assert f"has {each[ways[2]]:.4f}" in told and f"{each[ways[2]]:.4f}" in {row["accuracy"] for row in rows}
+
+
 def test_what_a_teacher_with_smoothed_labels_is_worth_is_told_as_measured():
     readme, measured = told_to_users(), told_in("results/recipe-4/README.md")
     test, over_baseline = json.loads((EARLIER / "smoothed_teacher.json").read_text())

@@ -27,6 +27,7 @@ from reports.records import find_test_images
 from runs.files import Failure, first_line, write
 from runs.hooks import find_hooks
 from runs.settings import VERSION
+from use.answers import answers, load
 from use.find import find_model
 
 OPSET = 18  # of ONNX, from 2022: what PyTorch's exporter is written for, so that nothing is converted
@@ -47,11 +48,9 @@ def export(arguments):
     if missing:
         raise Failure(f"--export needs {', '.join(missing)}: pip install -r requirements-export.txt")
 
-    import models  # and with it PyTorch, which takes seconds
-
-    network = models.load(path, hooks=hooks)
-    temperature = arguments.temperature[0]
-    content = to_onnx(network, temperature)
+    network = load(path, hooks, arguments.mirror)  # and with it PyTorch, which takes seconds
+    how = arguments.temperature[0], bool(arguments.mirror)
+    content = to_onnx(network, *how)
     images = find_test_images(path, network.settings.get("data"))
     if images is None:
         shape = (NOISE, network.image_size, network.image_size, 3)
@@ -59,7 +58,7 @@ def export(arguments):
         what = f"{len(images)} images of noise (no test set of this model is kept beside it)"
     else:
         what = f"{len(images):,} test images"
-    difference, same = compare(network, content, images, temperature)
+    difference, same = compare(network, content, images, *how)
     if not difference <= TOLERANCE:  # nor NaN
         raise Failure(
             f"ONNX Runtime does not answer as PyTorch does: on {what} probabilities differ by up to {difference:.2g}, "
@@ -74,9 +73,9 @@ def export(arguments):
     )
 
 
-def to_onnx(network, temperature=1.0):
-    """A network from models.load as the bytes of an ONNX file, its logits divided by `temperature`. Raises Failure
-    where PyTorch cannot export it."""
+def to_onnx(network, temperature=1.0, mirror=False):
+    """A network from models.load as the bytes of an ONNX file, its logits divided by `temperature`, and with `mirror`
+    averaged over each image and its mirror image. Raises Failure where PyTorch cannot export it."""
     import onnx
     import torch
 
@@ -93,8 +92,11 @@ def to_onnx(network, temperature=1.0):
             self.register_buffer("shift", shift)
 
         def forward(self, images):
-            views = images.to(torch.float32) * self.scale + self.shift
-            return (self.network(views.permute(0, 3, 1, 2)) / temperature).softmax(1)
+            views = (images.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
+            logits = self.network(views)
+            if mirror:
+                logits = (logits + self.network(views.flip(3))) / 2
+            return (logits / temperature).softmax(1)
 
     size = network.image_size
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
@@ -109,7 +111,7 @@ def to_onnx(network, temperature=1.0):
         proto = program.model_proto
         if [each.version for each in proto.opset_import if not each.domain] != [OPSET]:  # it only warns of this
             raise ValueError(f"the exporter gave opset {proto.opset_import[0].version}")
-        onnx.helper.set_model_props(proto, _metadata(network, models.digest(network.state_dict()), temperature))
+        onnx.helper.set_model_props(proto, _metadata(network, models.digest(network.state_dict()), temperature, mirror))
         onnx.checker.check_model(proto)
     except Exception as error:  # the exporter and its packages raise nearly every kind
         text = f"PyTorch {torch.__version__} cannot export to ONNX, opset {OPSET}: {first_line(error)}"
@@ -119,7 +121,7 @@ def to_onnx(network, temperature=1.0):
     return proto.SerializeToString()
 
 
-def _metadata(network, digest, temperature):
+def _metadata(network, digest, temperature, mirror):
     """What the ONNX file says of itself, all of it text; `classes` and `ranges` are JSON, the classes in the order of
     the probabilities."""
     return {
@@ -129,19 +131,20 @@ def _metadata(network, digest, temperature):
         "architecture": network.architecture,
         "accuracy": repr(network.accuracy),
         "temperature": repr(temperature),
+        "mirror": json.dumps(mirror),
         "weights_sha256": digest,
         "program_version": VERSION,
     }
 
 
-def compare(network, content, images, temperature=1.0):
+def compare(network, content, images, temperature=1.0, mirror=False):
     """(largest difference in a probability, number of images with the same class) between PyTorch and ONNX Runtime, for
-    a network on the CPU, the ONNX file's bytes and uint8 images (N, S, S, 3)."""
+    a network on the CPU, the ONNX file's bytes, with which `temperature` and `mirror` agree, and uint8 images
+    (N, S, S, 3)."""
     import onnxruntime
     import torch
 
     from models import inference_batch
-    from train import evaluate
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -152,7 +155,7 @@ def compare(network, content, images, temperature=1.0):
             size = inference_batch(torch.device("cpu"), network.image_size)
             for start in range(0, len(images), size):
                 batch = images[start : start + size]
-                logits = evaluate(network, torch.from_numpy(batch), network.mean, network.std)
+                logits = answers(network, torch.from_numpy(batch), mirror)
                 expected = (logits / temperature).softmax(1).numpy()
                 found = session.run(["probabilities"], {"images": batch})[0]
                 largest = float(np.maximum(largest, np.abs(found - expected).max()))  # keeps NaN

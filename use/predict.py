@@ -31,9 +31,9 @@ def predict(arguments):
     import models
     from runs.machine import start_machine
     from sources.ranges import DOCUMENTED, plain
-    from train import evaluate
+    from use.answers import answers, load
 
-    network = models.load(path, hooks=hooks)
+    network = load(path, hooks, arguments.mirror)
     machine = start_machine(arguments.device, "fp32")
     device = machine.device
     network.to(**machine.place)
@@ -55,7 +55,7 @@ def predict(arguments):
             rows = []
             if images:
                 batch = torch.from_numpy(np.stack([*images.values()])).to(device)
-                logits = evaluate(network, batch, network.mean, network.std).cpu()
+                logits = answers(network, batch, arguments.mirror).cpu()
                 ranked = logits.argsort(dim=1, descending=True, stable=True)[:, :2]  # of equals the first
                 values = (logits.double() / arguments.temperature[0]).softmax(1).gather(1, ranked)
                 for position, best, likely in zip(images, ranked.tolist(), values.tolist(), strict=True):
