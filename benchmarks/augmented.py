@@ -11,7 +11,6 @@ Nothing is chosen by these figures.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,9 +23,9 @@ import torch
 import data
 import models
 import train
-from runs.files import Failure, write_json
+from runs.files import Failure, read_json, write_json
 from runs.machine import start_machine
-from use.answers import answers
+from use.answers import answers, load_to_ask
 
 
 def moved(images, pixels):
@@ -50,19 +49,21 @@ def ways(network, images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run, or its model.pt")
-    parser.add_argument("--dataset", default="cifar10", help="[cifar10]")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="of this program's own networks: its folder or model.pt"
+    )
+    parser.add_argument("--dataset", default="cifar10", choices=("cifar10", "cifar100", "folder"), help="[cifar10]")
     parser.add_argument("--data-dir", default="data", help="[data]")
     parser.add_argument("--device", default="auto", help="[auto]")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a JSON file; keeps what it has")
     arguments = parser.parse_args()
     machine = start_machine(arguments.device, "fp32")
-    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    found = read_json(arguments.output) if arguments.output.exists() else {}
     for run in arguments.runs:
         path = run / "model.pt" if run.is_dir() else run
-        network = models.load(path).to(**machine.place)
+        network = load_to_ask(path, None, mirror=True).to(**machine.place)
         loaded = data.load(arguments.dataset, data_dir=arguments.data_dir, image_size=network.image_size)
-        if network.settings["data"] != loaded.digest:
+        if network.settings.get("data") != loaded.digest:
             raise Failure(f"{path} was trained on other images than those in {arguments.data_dir}.")
         loaded = loaded.to(machine.device)
         accuracies = {

@@ -1,4 +1,4 @@
-"""How scripts of this folder run programs of this repository."""
+"""How paper.py, unlabeled.py and widths.py run their steps: each is a command, which is printed."""
 
 import os
 import shlex
@@ -9,18 +9,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def shown(program, words, processes=1):
-    """The command as a person would type it in the repository's folder."""
-    start = "python" if processes == 1 else f"torchrun --standalone --nproc-per-node {processes}"
-    return f"{start} {program} {shlex.join(words)}".replace(f"{ROOT}{os.sep}", "")
-
-
 def run(program, *words, processes=1):
-    """Prints and runs a `program`, such as main.py, shared by so many `processes`; ends the script where it fails."""
-    words = [str(word) for word in words]
-    print(f"\n$ {shown(program, words, processes)}", flush=True)
-    shared = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    start = [sys.executable, *(shared if processes > 1 else []), str(ROOT / program)]
+    """Prints and runs a `program` of this repository, such as main.py, shared by so many `processes`; ends the script
+    where it fails. Returns what was printed: the command as a person would type it in the current folder."""
+    words = [str(ROOT / program), *map(str, words)]
+    here = f"{Path.cwd()}{os.sep}"
+    options = ["--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = shlex.join(["torchrun" if options else "python", *options, *(word.removeprefix(here) for word in words)])
+    print(f"\n$ {command}", flush=True)
+    start = [sys.executable, *(["-m", "torch.distributed.run"] if options else []), *options]
     status = subprocess.run([*start, *words]).returncode
     if status:
         sys.exit(status)
+    return command

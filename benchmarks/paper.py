@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tables
-from commands import run, shown
+from commands import run
 
 from reports.statistics import paired_test, spread
 from runs.files import make_folder, read_json, write, write_json
@@ -163,13 +163,12 @@ def main():
         if arguments.only and name not in arguments.only:
             continue
         seeds = max(arguments.seeds, *(row["n"] for row in done.get(name, {}).get("rows", ())), 1)
-        words = [str(word) for word in (*common, "--seeds", seeds, *options, *arguments.options)]
         print(f"\n{name}:", end="")
-        run("main.py", *words, processes=arguments.processes)
+        words = *common, "--seeds", seeds, *options, *arguments.options
+        command = run("main.py", *words, processes=arguments.processes)
         comparison = read_json(arguments.output_dir / "comparison.json")
         found = rows(name, comparison)
         same_teacher(path, done, found)
-        command = shown("main.py", words, arguments.processes)
         done[name] = {"command": command, "environment": comparison["environment"], "rows": found}
         done = {name: done[name] for name in [*todo, *done] if name in done}
         found = [row for each in done.values() for row in each["rows"]]

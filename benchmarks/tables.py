@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import models
 from reports.statistics import SIGNIFICANCE, holm
 from reports.text import block
-from runs.files import decode
+from runs.files import decode, write
 from runs.settings import Settings, pair_name
 
 RESULTS = ROOT / "results"
@@ -131,8 +131,8 @@ def results():
     _, *elsewhere = (f"{' and '.join(which)}: {name}" for name, which in machines.items())
     return table(head, *rows) + (
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
-        f"(Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. Student, a "
-        f"plain CNN: {sizes[1]}. Students by recipe {recipe}, as {long}; "
+        f"t-tests (Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. "
+        f"Student, a plain CNN: {sizes[1]}. Students by recipe {recipe}, as {long}; "
         f"the other teachers by recipe {made_by}. "
         f"{'; '.join([machine(found), *elsewhere])}."
     )
@@ -147,20 +147,18 @@ def speed():
     """How many times as fast as the textbook loop, on each machine."""
     measured = [json.loads(path.read_text()) for path in SPEEDS]
     first, made_with = measured[0], measured[0]["environment"]
-    gains = {name: each["alone"] / each["side by side"] for name, each in measured[-1]["narrow_images_ms"].items()}
     rows = []
     for name in first["ratios"]:
         repeats = [ratios(found["seconds"][name]) for found in measured]
         cells = zip((found["ratios"][name] for found in measured), repeats, strict=True)
         rows.append([name, *(f"{middle:.1f} ({min(each):.1f} to {max(each):.1f})" for middle, each in cells)])
     machines = [found["environment"]["device"] + ", AMX" * found.get("amx", False) for found in measured]
-    recipes = " and ".join(str(found["recipe"]) for found in measured)
+    recipes = ", ".join(f"recipe {found['recipe']} ({name})" for found, name in zip(measured, machines, strict=True))
     return table(["times as fast", *machines], *rows) + (
         f"\n\nThis program in {made_with['precision']}, the textbook loop in float32 with SGD; torch "
-        f"{made_with['torch']}; networks of recipe {recipes}; ratios of the medians of {len(repeats[0])} "
+        f"{made_with['torch']}; networks of {recipes}; ratios of the medians of {len(repeats[0])} "
         "repeats, in brackets the smallest and largest repeat; both loops measured in turn in one process: "
-        f"`{first['command']}`, with AMX `{measured[-1]['command']}`. There, convolving narrow images side by side "
-        f"makes a teacher's pass {gains['teacher']:.2f} times as fast and a student's {gains['student']:.2f}."
+        f"`{first['command']}`, with AMX `{measured[-1]['command']}`."
     )
 
 
@@ -265,15 +263,16 @@ def main():
             names = " and ".join(page.name for page in PAGES)
             sys.exit(f"error: {names} have {len(found)} blocks <!-- {name} -->, but one is needed.")
         before, _, rest = pages[found[0]].partition(start)
-        _, end, after = rest.partition("<!-- end -->")
-        if not end:
-            sys.exit(f"error: {PAGES[found[0]].name} has no <!-- end --> after <!-- {name} -->.")
+        old, end, after = rest.partition("<!-- end -->")
+        if not end or "<!-- " in old:
+            sys.exit(f"error: in {PAGES[found[0]].name} the block <!-- {name} --> has no <!-- end -->.")
         pages[found[0]] = f"{before}{start}{make()}\n{end}{after}"
     for page, text in zip(PAGES, pages, strict=True):
-        if check and text != page.read_text(encoding="utf-8"):
+        if text == page.read_text(encoding="utf-8"):
+            continue
+        if check:
             sys.exit(f"error: {page.name} differs from results/. Run: python benchmarks/tables.py")
-        if not check:
-            page.write_text(text, encoding="utf-8")
+        write(page, text)
 
 
 if __name__ == "__main__":

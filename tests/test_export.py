@@ -73,6 +73,25 @@ def test_a_file_that_answers_with_the_mirror_image(cli, copy, images):
 
 
 @pytest.mark.slow
+def test_the_mirror_image_of_what_a_network_changes_in_place():
+    class Changing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network("student", 3, 16)
+
+        def forward(self, x):
+            return self.inner(x.mul_(2).sub_(0.5).relu_())
+
+    own = models.build(lambda classes: Changing(), "student", 3, 0)
+    for name, value in vars(network("student", 3, 16)).items():
+        if name in ("image_size", "mean", "std", "classes", "architecture", "accuracy", "settings"):
+            setattr(own, name, value)
+    images = np.random.default_rng(2).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    difference, same = export.compare(own.eval(), export.to_onnx(own, mirror=True), images, mirror=True)
+    assert difference < 1e-5 and same == 8
+
+
+@pytest.mark.slow
 def test_export_and_the_lines_that_use_the_file(cli, copy, images):
     """The lines in use/export.py, which the README repeats, run without this program, on the file alone, here with
     logits that are divided by a temperature."""

@@ -339,7 +339,7 @@ def test_seeds_of_one_experiment_are_added_and_never_lost(tmp_path, monkeypatch,
     monkeypatch.setattr(paper, "rows", lambda name, comparison: experiment("a" * 12, seeds(asked[-1]))["rows"])
     monkeypatch.setattr(paper.tables, "paper", lambda path: "")
     (tmp_path / "comparison.json").write_text('{"environment": {}}')
-    words = ["paper.py", "--results", str(tmp_path), "--output-dir", str(tmp_path)]
+    words = ["paper.py", "--results", str(tmp_path), "--output-dir", str(tmp_path), "--processes", "2"]
     last = "logit standardisation at T = 4"
     for more in (["--only", last, "DKD"], ["--only", last, "--seeds", "5"], ["--only", "DKD", last]):
         monkeypatch.setattr(sys, "argv", [*words, *more])
@@ -348,6 +348,7 @@ def test_seeds_of_one_experiment_are_added_and_never_lost(tmp_path, monkeypatch,
         (3, "dkd"), (3, "standardised"), (5, "standardised"), (3, "dkd"), (5, "standardised"),
     ]  # fmt: skip
     assert all(each[each.index("--padding") + 1] == "4" for each in asked)
+    assert all(each[each.index("--nproc-per-node") + 1] == "2" for each in asked)
 
 
 def test_the_table_has_each_rows_seeds_and_bears_rows_without_an_interval(tmp_path, monkeypatch):
@@ -372,12 +373,20 @@ def test_a_benchmark_prints_what_it_runs_as_one_would_type_it(monkeypatch, capsy
 
     run = Mock(return_value=Mock(returncode=0))
     monkeypatch.setattr(commands.subprocess, "run", run)
-    commands.run("main.py", "--loss", ROOT / "examples" / "dkd.py:dkd", "--output-dir", "two words", processes=2)
-    words = "--loss examples/dkd.py:dkd --output-dir 'two words'"
-    assert capsys.readouterr().out == f"\n$ torchrun --standalone --nproc-per-node 2 main.py {words}\n"
+    monkeypatch.chdir(ROOT)
+    words = ["--loss", str(ROOT / "examples" / "dkd.py:dkd"), "--output-dir", f"/mnt{ROOT}/two words"]
+    told = commands.run("main.py", *words, processes=2)
+    assert told == (
+        "torchrun --standalone --nproc-per-node 2 main.py --loss examples/dkd.py:dkd "
+        f"--output-dir '/mnt{ROOT}/two words'"
+    )
+    assert capsys.readouterr().out == f"\n$ {told}\n"
     (started,), _ = run.call_args
-    assert started[:3] == [sys.executable, "-m", "torch.distributed.run"] and str(ROOT / "main.py") in started
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert started == [*launcher, str(ROOT / "main.py"), *words]
+    monkeypatch.chdir(ROOT.parent)  # from elsewhere the printed command names the program there
     run.return_value.returncode = 3
     with pytest.raises(SystemExit) as ended:
-        commands.run("main.py")
-    assert ended.value.code == 3 and run.call_args[0][0] == [sys.executable, str(ROOT / "main.py")]
+        commands.run("main.py", "--demo")
+    assert capsys.readouterr().out == f"\n$ python {ROOT.name}/main.py --demo\n"
+    assert ended.value.code == 3 and run.call_args[0][0] == [sys.executable, str(ROOT / "main.py"), "--demo"]

@@ -1,14 +1,17 @@
 """How a finished network is asked, by --predict and --export alike."""
 
 from runs.files import Failure
+from runs.settings import complete
 
 
-def load(path, hooks, mirror):
-    """models.load; raises Failure where `mirror` asks it about mirror images and it has never seen any."""
+def load_to_ask(path, hooks, mirror):
+    """The network in a model.pt. Raises Failure where it is to be asked about mirror images (`mirror`), but was trained
+    without them."""
     import models
 
     network = models.load(path, hooks=hooks)
-    if mirror and not network.settings.get("mirror", True):
+    trained = network.settings.get("epochs")  # here, not elsewhere
+    if mirror and trained and not complete(network.settings)["mirror"]:
         raise Failure(f"{path} was trained with --no-mirror, so it knows no mirror images. Leave out --mirror.")
     return network
 

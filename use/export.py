@@ -11,7 +11,8 @@
     print(classes[probabilities.argmax()], probabilities.max())
 
 They turn, resize and crop an image of 8 bits nearly as sources.decode.read_image does. How the model's training scaled
-samples of more bits is in the file's metadata, too: "ranges", {kind: [black, white]}.
+samples of more bits is in the file's metadata, too: "ranges", {kind: [black, white]}; and whether the answers are
+averaged over an image and its mirror image: "mirror", true or false.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from reports.records import find_test_images
 from runs.files import Failure, first_line, write
 from runs.hooks import find_hooks
 from runs.settings import VERSION
-from use.answers import answers, load
+from use.answers import answers, load_to_ask
 from use.find import find_model
 
 OPSET = 18  # of ONNX, from 2022: what PyTorch's exporter is written for, so that nothing is converted
@@ -48,7 +49,7 @@ def export(arguments):
     if missing:
         raise Failure(f"--export needs {', '.join(missing)}: pip install -r requirements-export.txt")
 
-    network = load(path, hooks, arguments.mirror)  # and with it PyTorch, which takes seconds
+    network = load_to_ask(path, hooks, arguments.mirror)  # and with it PyTorch, which takes seconds
     how = arguments.temperature[0], bool(arguments.mirror)
     content = to_onnx(network, *how)
     images = find_test_images(path, network.settings.get("data"))
@@ -66,8 +67,9 @@ def export(arguments):
         )
     target = path.with_suffix(".onnx")
     write(target, content)
+    averaged = ", averages over mirror images" if arguments.mirror else ""
     print(
-        f"{target}: {len(content) / 1e6:.1f} MB, opset {OPSET}\n"
+        f"{target}: {len(content) / 1e6:.1f} MB, opset {OPSET}{averaged}\n"
         f"Compared with PyTorch on {what}: probabilities differ by at most {difference:.1e}, the class is the same for "
         f"{same:,} of {len(images):,}"
     )
@@ -93,9 +95,8 @@ def to_onnx(network, temperature=1.0, mirror=False):
 
         def forward(self, images):
             views = (images.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
-            logits = self.network(views)
-            if mirror:
-                logits = (logits + self.network(views.flip(3))) / 2
+            views = (views, views.flip(3)) if mirror else (views,)
+            logits = sum(self.network(each) for each in views) / len(views)
             return (logits / temperature).softmax(1)
 
     size = network.image_size
@@ -139,8 +140,8 @@ def _metadata(network, digest, temperature, mirror):
 
 def compare(network, content, images, temperature=1.0, mirror=False):
     """(largest difference in a probability, number of images with the same class) between PyTorch and ONNX Runtime, for
-    a network on the CPU, the ONNX file's bytes, with which `temperature` and `mirror` agree, and uint8 images
-    (N, S, S, 3)."""
+    a network on the CPU, the bytes of an ONNX file that was made with the same `temperature` and `mirror`, and uint8
+    images (N, S, S, 3)."""
     import onnxruntime
     import torch
 

@@ -31,9 +31,9 @@ def predict(arguments):
     import models
     from runs.machine import start_machine
     from sources.ranges import DOCUMENTED, plain
-    from use.answers import answers, load
+    from use.answers import answers, load_to_ask
 
-    network = load(path, hooks, arguments.mirror)
+    network = load_to_ask(path, hooks, arguments.mirror)
     machine = start_machine(arguments.device, "fp32")
     device = machine.device
     network.to(**machine.place)
