@@ -21,8 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import Bbox
 
 from reports.statistics import paired_test
 from reports.styles import STYLES
@@ -30,7 +32,8 @@ from reports.styles import STYLES
 RESULTS = ROOT / "results"
 IMAGES = 50_000  # of an epoch
 CHOSEN = {4: (32, 0.9), 5: (4, 0.9)}  # temperature and alpha that validation images chose, by recipe
-CLOSE = 0.002  # of two accuracies whose names would overlap: they move apart
+PLACES = (8, 0), (-8, 0), (0, 9), (0, -9), (8, 6), (-8, 6), (8, -6), (-8, -6)  # of a name, in points from its mark
+MARK = 5  # pixels from the middle of a mark to its edge
 
 
 @dataclass(frozen=True)
@@ -97,34 +100,34 @@ def all_points():
     return [teacher(), *(point for record in latest.values() for point in students(record)), *other_trainings()]
 
 
-def side_of_name(point, points):
-    """Whether the name of `point` is written to its right (1) or left (-1): its role's side, unless another point lies
-    there and none on the other side."""
+def place_names(figure, axes, names, places):
+    """Moves each of `names`, annotations, to that of PLACES where it covers the fewest marks, bars and other names, of
+    equals the first; `places` are the marks and bars as (x, lowest y, highest y)."""
+    figure.draw_without_rendering()  # only now is it known where everything lies
+    ends = [axes.transData.transform([(x, low), (x, high)]) for x, low, high in places]
+    taken = [Bbox(each + MARK * np.array([[-1, -1], [1, 1]])) for each in ends]
 
-    def in_the_way(side):
-        return any(
-            1.1 < (other.pflop / point.pflop) ** side < 3 and abs(other.accuracy - point.accuracy) < 0.75 * CLOSE
-            for other in points
-        )
+    def box(name, place):
+        name.xyann = place
+        name.set_horizontalalignment("center" if not place[0] else "left" if place[0] > 0 else "right")
+        return name.get_window_extent()
 
-    side = -1 if point.role in ("kd", "speed run") else 1
-    return -side if in_the_way(side) and not in_the_way(-side) else side
+    for name in names:
+        covered = [box(name, place).count_overlaps(taken) for place in PLACES]
+        taken.append(box(name, PLACES[covered.index(min(covered))]))
 
 
 def draw(points):
     """The figure: accuracy against PFLOP on a logarithmic axis, every point with its name."""
-    figure = Figure((9.5, 5.8), layout="constrained")
+    figure = Figure((10, 6.4), layout="constrained")
     axes = figure.subplots()
     markers = {"teacher": "s", "kd": "D", "baseline": "o", "speed run": "^"}
     labels = {role: style["label"] for role, style in STYLES.items()} | {"speed run": "speed runs of others"}
     colors = {role: style["color"] for role, style in STYLES.items()} | {"speed run": "#009E73"}
     named, (shared,) = set(), {", ".join(point.what.split(", ")[:2]) for point in points if point.role == "kd"}
     labels["kd"] = shared  # their alpha
-    sides = [side_of_name(point, points) for point in points]
-    for point, side in zip(points, sides, strict=True):
-        beside_it = [other for other, its in zip(points, sides, strict=True) if (other.role, its) == (point.role, side)]
-        apart = [point.accuracy - other.accuracy for other in beside_it]
-        raised = 4 * (any(0 < each < CLOSE for each in apart) - any(-CLOSE < each < 0 for each in apart))
+    names, places = [], []
+    for point in points:
         beside = {"kd": 0.97, "baseline": 1.03}.get(point.role, 1)  # both can be seen, though they cost the same
         place = point.pflop * beside
         label = labels[point.role] + (", test images also mirrored and moved" if point.augmented else "")
@@ -134,12 +137,10 @@ def draw(points):
             label=None if label in named else label,
         )  # fmt: skip
         named.add(label)
-        axes.annotate(
-            f"{point.what.removeprefix(f'{labels[point.role]}, ')}: {point.accuracy:.4f}",
-            (place, point.accuracy), (7 * side, raised), textcoords="offset points", fontsize=7, va="center",
-            ha="left" if side > 0 else "right", zorder=1,  # below the points
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-        )  # fmt: skip
+        name = f"{point.what.removeprefix(f'{labels[point.role]}, ')}: {point.accuracy:.4f}"
+        about = {"textcoords": "offset points", "fontsize": 7, "va": "center"}
+        names.append(axes.annotate(name, (place, point.accuracy), PLACES[0], **about))
+        places.append((place, point.accuracy - (point.half or 0), point.accuracy + (point.half or 0)))
     axes.set(
         xscale="log",
         xlabel="PFLOP of training, with KD without those of teacher and soft targets (logarithmic)\n"
@@ -147,11 +148,12 @@ def draw(points):
         ylabel="test accuracy",
     )
     low, high = min(point.pflop for point in points), max(point.pflop for point in points)
-    axes.set_xlim(low / 5, high * 5)
+    axes.set_xlim(low / 4, high * 3)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
     figure.suptitle("CIFAR-10: accuracy against the compute of training")
+    place_names(figure, axes, names, places)
     return figure
 
 
