@@ -297,7 +297,9 @@ def test_what_readme_says_in_short_is_what_was_measured():
     long, alone = entry(LONGER, 4, 0.9)["mean"], record(LONGER)["baseline"]["mean"]
     assert f"Distilled for 60 epochs, the student reaches {long:.4f}, without {alone:.4f}." in short
     best, three = (record(RESULTS / name)["kd"][0]["improvement"]["mean"] for name in BETTER)
-    assert f"the gain is {three:.2f} points. Than the best of them alone ({best:.2f}) is not shown." in short
+    assert (
+        f"the gain is {three:.2f} points. That they teach better than the best of them alone ({best:.2f}) is" in short
+    )
     small, (over,) = entry(NEW, 4, 0.1)["improvement"]["mean"], json.loads((NEW / "alpha.json").read_text())
     words = f"the gain is {small:.2f} points after 24 epochs, where 0.9 gains {gains[NEW]:.2f} with the same seeds. "
     assert f"{words}The difference is not shown (p = {over['points']['p_value']:.1g})" in short
@@ -561,6 +563,8 @@ def test_what_averaging_over_views_adds_is_told_as_measured():
     ):
         assert words.format(*ahead(*pair)) in told
     assert f"({np.mean(alone[1]):.4f} and {np.mean(kd[0]):.4f};" in told
+    words = "reaches {:.4f} in place of {:.4f}, and without distillation {:.4f} in place of {:.4f}"
+    assert words.format(*map(np.mean, (kd[1], kd[0], alone[1], alone[0]))) in told_in("README.md")
     kept, long = accuracies["teacher"][24, 0], accuracies["teacher"][200, 0]
     assert f"the teacher of 24 epochs by {100 * (kept['mirrored'] - kept['plain']):.2f}." in told
     assert (kept["plain"], long["plain"]) == (record()["teacher"]["accuracy"], record(COMMANDS)["teacher"]["accuracy"])
