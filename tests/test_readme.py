@@ -65,6 +65,33 @@ def test_the_tables_are_those_of_the_results():
     assert done.returncode == 0, done.stderr
 
 
+def test_tables_are_written_where_their_marks_are_and_nothing_else_is_lost(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    pages = [tmp_path / page.name for page in tables.PAGES]
+    texts = [page.read_text() for page in tables.PAGES]
+
+    def run(*new):
+        for page, text in zip(pages, new, strict=True):
+            page.write_text(text)
+        monkeypatch.setattr(tables, "PAGES", pages)
+        monkeypatch.setattr(sys, "argv", ["tables.py"])
+        tables.main()
+        return [page.read_text() for page in pages]
+
+    assert run(re.sub(r"(?m)^\| teacher \|.*$", "| nobody |", texts[0]), texts[1]) == texts
+    without_end = re.sub(r"(<!-- few labels -->.*?)<!-- end -->\n", r"\1", texts[1], count=1, flags=re.DOTALL)
+    for new, told in (
+        ([texts[0], without_end], r"findings.md the block <!-- few labels --> has no <!-- end -->"),
+        ([texts[0], texts[1].replace("<!-- paper -->", "")], "have 0 blocks <!-- paper -->"),
+        ([texts[0] + "<!-- paper -->\n<!-- end -->", texts[1]], "have 2 blocks <!-- paper -->"),
+    ):
+        with pytest.raises(SystemExit, match=told):
+            run(*new)
+        assert [page.read_text() for page in pages] == new
+
+
 def test_the_snippet_classifies_an_image(finished, images, tmp_path):
     (snippet,) = (text for kind, text in FENCES if kind == "python" and "read_image" in text)
     assert len(snippet.strip().splitlines()) <= 12
