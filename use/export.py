@@ -95,8 +95,11 @@ def to_onnx(network, temperature=1.0, mirror=False):
 
         def forward(self, images):
             views = (images.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
-            views = (views, views.flip(3)) if mirror else (views,)
-            logits = sum(self.network(each) for each in views) / len(views)
+            if mirror:  # in one call: of two, exporters as old as PyTorch 2.11's make a file that is out of order
+                views = torch.cat((views, views.flip(3)))
+            logits = self.network(views)
+            if mirror:
+                logits = logits.view(2, images.shape[0], -1).mean(0)
             return (logits / temperature).softmax(1)
 
     size = network.image_size
