@@ -132,8 +132,8 @@ def results():
     return table(head, *rows) + (
         f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
         f"t-tests (Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. "
-        f"Student, a plain CNN: {sizes[1]}. Students by recipe {recipe}, as {long}; "
-        f"the other teachers by recipe {made_by}. "
+        f"Student, a plain CNN: {sizes[1]}. Students by [recipe](results/findings.md#recipes-4-and-5) "
+        f"{recipe}, as {long}; the other teachers by recipe {made_by}. "
         f"{'; '.join([machine(found), *elsewhere])}."
     )
 

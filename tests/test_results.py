@@ -390,7 +390,7 @@ def test_what_better_teachers_teach_is_told_as_measured():
 
 
 def test_what_images_without_labels_add_is_told_as_measured():
-    folder, measured = RESULTS / "few-labels", told_in("results/recipe-4/README.md")
+    folder, measured = RESULTS / "few-labels", told_in("results/few-labels/README.md")
     shorter, longer = (json.loads((folder / name).read_text()) for name in ("comparison.json", "longer.json"))
     first, plain = shorter["kd"]
     others = [plain, shorter["baseline"], longer["kd"][0], longer["baseline"]]
@@ -413,6 +413,18 @@ def test_what_images_without_labels_add_is_told_as_measured():
     assert told.format(*gains) in readme
     twice = tests[3]["points"]
     assert "it is {:.2f} ({:+.2f} to {:+.2f}).".format(twice["mean"], *twice["ci95"]) in readme
+    gain, more = plain["improvement"]["mean"], first["improvement"]["mean"]
+    short = told_in("README.md")
+    for words, found in (
+        ("{:.2f} points with a tenth of them, and {:.2f} if the student also sees", (gain, more)),
+        ("{:.2f} over one without a teacher that is trained as long", (twice["mean"],)),
+        (
+            "distillation gains {:.2f} points, and the student comes within {:.1f} points of its teacher; without",
+            (more, 100 * (teacher - student)),
+        ),
+        ("these images it gains {:.2f}.", (gain,)),
+    ):
+        assert words.format(*found) in short
 
 
 def test_what_is_measured_on_some_classes_takes_no_place_of_what_is_measured_on_all(monkeypatch, capsys):
