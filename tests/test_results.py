@@ -427,6 +427,36 @@ def test_what_images_without_labels_add_is_told_as_measured():
         assert words.format(*found) in short
 
 
+def test_what_the_papers_questions_showed_is_told_as_measured():
+    told, readme = told_in("results/findings.md"), told_in("README.md")
+    with open(RESULTS / "paper.csv", newline="") as file:
+        rows = {(row["experiment"], row["what"]): row for row in csv.DictReader(file)}
+    assert {(row["n"], row["teacher_sha256"]) for row in rows.values()} == {("3", record()["settings"]["teacher"][:12])}
+
+    def numbers(experiment, what="test accuracy, over the baseline"):
+        names = ("mean", "low", "high", "distilled", "other")
+        return {name: float(rows[experiment, what][name]) for name in names}
+
+    every, soft, few = (numbers(name) for name in ("all", "labels not looked at", "3% of the images"))
+    birds = numbers("without bird", "accuracy on bird, bias corrected")
+    words = "gain {:.2f} points over the baseline, with labels {:.2f}: three seeds"
+    assert words.format(soft["mean"], every["mean"]) in told
+    words = "the student reaches {distilled:.2f}, and {other:.2f} without a teacher; {mean:.2f} points "
+    words += "({low:+.2f} to {high:+.2f})."
+    assert words.format(**few) in told
+    shares = [f"{100 * birds[name]:.0f}%" for name in ("distilled", "other")]
+    assert "student finds {} of the birds. The baseline under the same correction finds {},".format(*shares) in told
+    for name, experiment in (("DKD", "DKD"), ("Logit standardisation", "logit standardisation at T = 4")):
+        found = numbers(experiment, "test accuracy, over plain distillation")
+        side = "below" if found["mean"] < 0 else "above"
+        words = f"{name} is {abs(found['mean']):.2f} points {side} plain distillation "
+        assert words + "({low:+.2f} to {high:+.2f}).".format(**found) in told
+    words = "soft targets alone gain {:.2f} points here, with labels {:.2f}. With 3% of the images (1,500) the gain is "
+    words += "{:.1f} points."
+    assert words.format(soft["mean"], every["mean"], few["mean"]) in readme
+    assert "that never saw a bird finds {} of them, without a teacher {}.".format(*shares) in readme
+
+
 def test_what_is_measured_on_some_classes_takes_no_place_of_what_is_measured_on_all(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import tables
