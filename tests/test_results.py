@@ -389,6 +389,29 @@ def test_what_better_teachers_teach_is_told_as_measured():
     assert each.format(3 * least) in readme and f"(p = {2 * middle:.3f} for both, corrected)" in readme
 
 
+def test_what_the_teacher_of_200_epochs_teaches_is_told_as_measured():
+    folder, kept = RESULTS / "teacher-200-epochs", entry(NEW, 4, 0.9)["accuracies"]
+    found, (over_none, over_kept) = record(folder), json.loads((folder / "difference.json").read_text())
+    (kd,), settings = found["kd"], found["settings"]
+    assert kd["seeds"] == SEEDS[NEW][: len(kd["seeds"])] and settings["epochs"] == 24 and settings["recipe"] == 5
+    assert found["teacher"]["accuracy"] == record(COMMANDS)["teacher"]["accuracy"]
+    assert settings["teacher"] == record(COMMANDS)["settings"]["teacher"]
+    alone = record(NEW)["baseline"]["accuracies"]
+    told, measured = told_in("results/findings.md"), told_in("results/teacher-200-epochs/README.md")
+    ends = []
+    for test, others in ((over_none, alone), (over_kept, kept)):
+        assert test["accuracies"] == [kd["accuracies"], others[: len(kd["seeds"])]]
+        mean, low, high = ahead(*test["accuracies"])
+        ends.append(f"points ({low:+.2f} to {high:+.2f})")
+        assert f"{mean:+.2f} {ends[-1]}, p = {test['points']['p_value']:.2g}, over" in measured
+    listed = ", ".join(f"{accuracy:.4f}" for accuracy in kd["accuracies"])
+    assert f"{listed} ({kd['mean']:.4f} ± {kd['std']:.4f})" in measured
+    gain, more = over_none["points"]["mean"], over_kept["points"]
+    words = f"its students reach {kd['mean']:.4f} and gain {gain:.2f} {ends[0]}, {more['mean']:+.2f} {ends[1]}"
+    assert words in told and f"(p = {more['p_holm']:.2g}, corrected for two;" in told
+    assert ("which is not shown (p" in told) == (more["p_holm"] >= 0.05)
+
+
 def test_what_images_without_labels_add_is_told_as_measured():
     folder, measured = RESULTS / "few-labels", told_in("results/few-labels/README.md")
     shorter, longer = (json.loads((folder / name).read_text()) for name in ("comparison.json", "longer.json"))
