@@ -410,6 +410,8 @@ def test_what_the_teacher_of_200_epochs_teaches_is_told_as_measured():
     words = f"its students reach {kd['mean']:.4f} and gain {gain:.2f} {ends[0]}, {more['mean']:+.2f} {ends[1]}"
     assert words in told and f"(p = {more['p_holm']:.2g}, corrected for two;" in told
     assert ("which is not shown (p" in told) == (more["p_holm"] >= 0.05)
+    words = f"worse than that of 24 (by {-more['mean']:.2f} points; four pairs, p = {more['p_holm']:.1g})"
+    assert words in told_in("README.md") and len(kd["seeds"]) == 4
 
 
 def test_what_images_without_labels_add_is_told_as_measured():
