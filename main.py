@@ -272,7 +272,7 @@ def checked(session, teachers, role="teacher"):
             raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
         paths[digest], networks[digest] = path, network
         smoothing = network.settings.get("label_smoothing")
-        note = smoothing and f"; its labels were smoothed by {smoothing:g}, which makes a worse teacher: see README"
+        note = smoothing and f"; labels smoothed by {smoothing:g}, which makes a worse teacher, arXiv 1906.02629"
         session.group.say(f"{path}: {measured(network.settings)} accuracy {network.accuracy:.4f} ({role}{note or ''})")
     return {digest: networks[digest].to(**session.machine.place) for digest in sorted(networks)}
 

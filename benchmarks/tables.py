@@ -28,11 +28,9 @@ RECORD, COMMANDS = RESULTS / "cifar10", RESULTS / "two-commands"
 REPORTED = {"Teacher Network": 0.9313, "(with KD)": 0.9022, "(Baseline)": 0.8997, "Improvement with KD": "0.25%"}
 SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
 OF_ONE_TEACHER = ("cifar10-10-epochs", "cifar10", "seeds-6-to-10", "cifar10-60-epochs", "cifar10-200-epochs")
-OF_OTHERS = {  # the same students by others, compared with the same baselines: what to call these, and their epochs
-    "teacher-77-epochs": ("the teacher of 77 epochs", "77"),
-    "three-teachers": ("three teachers together", "24, 35, 77"),
-    "teacher-200-epochs": ("the teacher of 200 epochs", "200"),
-}
+OF_OTHERS = {  # the same students by other teachers, compared with the same baselines: these teachers' epochs
+    "teacher-77-epochs": "77", "teacher-200-epochs": "200", "three-teachers": "24, 35 and 77, together",
+}  # fmt: skip
 
 
 def table(head, *rows):
@@ -86,57 +84,56 @@ def printed():
 
 
 def results():
-    """Accuracies and gains of the record, and of other students of the same teacher."""
-    found = record()
-    teacher, machines = found["teacher"], {machine(found): []}
-    machines[machine(record(RESULTS / "recipe-4" / "24-epochs"))] = ["the teacher"]  # made together
-    epochs = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
-    made_by = models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
-    rows, tests, trained_by = [["teacher", epochs, 1, f"{teacher['accuracy']:.4f}", ""]], {}, set()
-    others = {name: (record(RESULTS / name), *about) for name, about in OF_OTHERS.items()}
-    for each, who, lengths in others.values():
-        rows.append([who, lengths, 1, f"{each['teacher']['accuracy']:.4f}", ""])
-    commands = record(COMMANDS)
-    long = f"the teacher of {commands['settings']['epochs']} epochs"
+    """Two tables: the teachers, and their students beside the same students without a teacher."""
+    found, commands = record(), record(COMMANDS)
+    others = {name: record(RESULTS / name) for name in OF_OTHERS}
+    first = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
+    long = commands["settings"]["epochs"]
+    teachers = [(first, found)] + [(who, others[name]) for name, who in OF_OTHERS.items()]
+    machines = {machine(found): []}
+    machines[machine(record(RESULTS / "recipe-4" / "24-epochs"))] = [f"the teacher of {first} epochs"]  # made together
+    students, trained_by = [], set()
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
-        epochs = each["settings"]["epochs"]
+        epochs, of_all = each["settings"]["epochs"], each["baseline"]["accuracies"]
         trained_by.add(each["settings"]["recipe"])
         machines.setdefault(machine(each), []).append(f"students of {epochs} epochs (seeds {seeds(each['baseline'])})")
-        found_by = [(kd, "") for kd in sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"]))]
-        without = each["baseline"]
-        for other, who, *_ in others.values():
-            count = len(other["baseline"]["seeds"])
-            if other["baseline"]["accuracies"] == without["accuracies"][:count]:
-                found_by += [(kd, f", by {who}") for kd in other["kd"]]
-        for kd, who in found_by:
-            name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}{who}"
-            rows.append([name, epochs, f"{len(kd['seeds'])} ({seeds(kd)})", share(kd), gain(kd["improvement"])])
-            of = f"{pair_name(kd)}{who} after {epochs} epochs, seeds {seeds(kd)},"
-            tests[of] = kd["improvement"]["p_value"]
-        name = "the same student without distillation (baseline)"
-        count = f"{len(without['seeds'])} ({seeds(without)})"
-        rows.append([name, epochs, count, share(without), ""])
-    (kd,), without = commands["kd"], commands["baseline"]
-    gained = f"{gain(kd['improvement'])}, McNemar's p = {kd['improvement']['p_value']:.2g}"
-    name = f"student with distillation, T = {kd['temperature']:g}, alpha = {kd['alpha']:g}, by {long}"
-    rows.append([name, commands["settings"]["epochs"], f"1 ({seeds(kd)})", share(kd), gained])
-    name = "the same student without distillation (baseline)"
-    rows.append([name, commands["settings"]["epochs"], f"1 ({seeds(without)})", share(without), ""])
-    machines.setdefault(machine(commands), []).append(f"{long} and its students")
-    head = ["", "epochs", "seeds", "test accuracy", "gain in points (95% interval)"]
+        several = sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"]))
+        students += [(epochs, first, kd, each["baseline"]) for kd in several]
+        for name, who in OF_OTHERS.items():
+            without = others[name]["baseline"]
+            if without["accuracies"] == of_all[: len(without["seeds"])]:
+                students += [(epochs, who, kd, without) for kd in others[name]["kd"]]
+    tests = [kd["improvement"]["p_value"] for *_, kd, _ in students]
+    shown = [p < SIGNIFICANCE for p in holm(tests)]
+    students += [(long, long, kd, commands["baseline"]) for kd in commands["kd"]]
+    machines.setdefault(machine(commands), []).append(f"the teacher of {long} epochs and its students of {long}")
+    rows = []
+    for number, (epochs, who, kd, without) in enumerate(students):
+        if kd["seeds"] != without["seeds"]:
+            raise ValueError(f"students of {epochs} epochs, {pair_name(kd)}, have no baseline of the same seeds")
+        points, p = gain(kd["improvement"]), kd["improvement"]["p_value"]
+        if kd["improvement"]["ci95"] is None:
+            points += f", McNemar's p = {p:.2g}"
+        elif shown[number]:
+            points = "**{}**, {}".format(*points.split(", "))
+        pair = f"{kd['temperature']:g}", f"{kd['alpha']:g}"
+        rows.append([epochs, who, *pair, seeds(kd), share(kd), share(without), points])
     sizes = [f"{each['parameters'] / 1e6:.2f} million parameters, {each['macs'] / 1e6:.0f} million multiply-adds"
-             for each in (teacher, found["student"])]  # fmt: skip
-    corrected = dict(zip(tests, holm([*tests.values()]), strict=True))
-    lost = [f"{name} has p = {p:.2g}" for name, p in corrected.items() if tests[name] < SIGNIFICANCE <= p]
+             for each in (found["teacher"], found["student"])]  # fmt: skip
+    made_by = models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
     (recipe,) = trained_by  # of all students
-    _, *elsewhere = (f"{' and '.join(which)}: {name}" for name, which in machines.items())
-    return table(head, *rows) + (
-        f"\n\n± is the standard deviation over seeds. Each p is for its row alone; corrected for all {len(tests)} "
-        f"t-tests (Holm), {' and '.join(lost) or 'those below 0.05 stay below it'}. Teacher, a ResNet: {sizes[0]}. "
-        f"Student, a plain CNN: {sizes[1]}. Students by [recipe](results/findings.md#recipes-4-and-5) "
-        f"{recipe}, as {long}; the other teachers by recipe {made_by}. "
-        f"{'; '.join([machine(found), *elsewhere])}."
+    _, *elsewhere = (f"{', '.join(which)}: {name}" for name, which in machines.items())
+    accuracies = [[who, f"{each['teacher']['accuracy']:.4f}"] for who, each in teachers]
+    head = ["student's epochs", "teacher's", "T", "alpha", "seeds", "with distillation", "without"]
+    note = (
+        "± is the standard deviation over seeds. Each interval and p is for its row alone; in bold are the gains that "
+        f"hold for all {len(tests)} t-tests together (5%, Holm's correction). Teacher, a ResNet: {sizes[0]}. Student, "
+        f"a plain CNN: {sizes[1]}. Students by [recipe](results/findings.md#recipes-4-and-5) {recipe}, as the teacher "
+        f"of {long} epochs; the other teachers by recipe {made_by}. Trained on {machine(found)}; "
+        f"{'; '.join(elsewhere)}."
     )
+    of_teachers = table(["teacher's epochs", "test accuracy"], *accuracies)
+    return "\n\n".join([of_teachers, table([*head, "gain in points (95% interval)"], *rows), note])
 
 
 def ratios(seconds):

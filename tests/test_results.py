@@ -286,6 +286,18 @@ def test_what_new_seeds_on_another_machine_gain_is_told_as_measured():
         assert words.format(found["improvement"]["mean"], *found["improvement"]["ci95"]) in readme
 
 
+def test_readme_shows_in_bold_the_gains_that_hold_for_all_tests_together():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    gains = [line.split(" | ")[-1] for line in lines if line.startswith("| ") and ", p = " in line]
+    found = [float(gain.strip(" |").rpartition(" ")[2]) for gain in gains]
+    p_values = sorted(found)
+    holds = 0  # Holm: the k-th smallest of n times n + 1 - k, until one is 0.05 or more
+    while holds < len(p_values) and p_values[holds] * (len(p_values) - holds) < 0.05:
+        holds += 1
+    assert [p in p_values[:holds] for p in found] == [gain.startswith("**+") for gain in gains]
+    assert 0 < holds < len(gains) and f"that hold for all {len(gains)} t-tests together" in told_in("README.md")
+
+
 def test_what_readme_says_in_short_is_what_was_measured():
     short = told_in("README.md").partition("**In short**")[2].partition("<!-- results -->")[0]
     gains = {
