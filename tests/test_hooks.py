@@ -197,7 +197,7 @@ def test_words_that_name_no_loss(cli, words, status, told):
     assert got.status == status and told in got.err and len(got.err.splitlines()) == 1
 
 
-# The two that are kept, against NumPy --------------------------------------------------------------------------------
+# Those of examples/, against NumPy --------------------------------------------------------------------------------
 
 
 def example(name, function):
@@ -269,7 +269,31 @@ def test_logit_standardisation_is_the_papers(batch, temperature, alpha):
     )
 
 
-@pytest.mark.parametrize(("name", "function"), [("dkd.py", "dkd"), ("logit_standardisation.py", "standardised")])
+@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.9), (4.0, 0.5)])
+def test_without_ranking_all_classes_but_the_teachers_first_are_equally_likely(batch, temperature, alpha):
+    student, labels, teacher = batch
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        q, p = softmax(s / temperature), softmax(t / temperature)
+        even = [p.max() if k == t.argmax() else (1 - p.max()) / 4 for k in range(5)]
+        total += (even * np.log(even / q)).sum()
+    wanted = alpha * temperature**2 * total / 7 + (1 - alpha) * cross_entropy(student, labels)
+    function = example("without_ranking.py", "without_ranking")
+    assert called(function, batch, temperature, alpha) == pytest.approx(wanted, rel=1e-5)
+    assert called(function, batch, temperature, 1.0) != pytest.approx(
+        called(distillation_loss, batch, temperature, 1.0), rel=0.01
+    )
+    reordered = teacher.copy()  # the ranking of the others does not count
+    for row in reordered:
+        others = [k for k in range(5) if k != row.argmax()]
+        row[others] = row[others[::-1]]
+    assert called(function, (student, labels, reordered), temperature, alpha) == pytest.approx(wanted, rel=1e-5)
+
+
+EXAMPLES = [("dkd.py", "dkd"), ("logit_standardisation.py", "standardised"), ("without_ranking.py", "without_ranking")]
+
+
+@pytest.mark.parametrize(("name", "function"), EXAMPLES)
 def test_the_examples_bear_teachers_that_are_sure(name, function):
     student = torch.tensor([[40.0, -40, 0, 0], [0, 0, 0, 0]], requires_grad=True)
     teacher = torch.tensor([[0.0, -60000, -500, -500], [0, -80, -80, -80]])
