@@ -65,6 +65,13 @@ def record(folder=RECORD):
     return json.loads((folder / "comparison.json").read_text())
 
 
+def of_other_trainings(what):
+    """The accuracy, with single test images, of the training that other_trainings.csv calls `what`."""
+    with open(RESULTS / "other_trainings.csv", newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["what"] == what and row["augmented"] == "no")
+    return float(row["accuracy"])
+
+
 def machine(found):
     """Where a record was made."""
     made = found["environment"]
@@ -89,24 +96,21 @@ def results():
     others = {name: record(RESULTS / name) for name in OF_OTHERS}
     first = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     long = commands["settings"]["epochs"]
-    teachers = [(first, found)] + [(who, others[name]) for name, who in OF_OTHERS.items()]
-    machines = {machine(found): []}
-    machines[machine(record(RESULTS / "recipe-4" / "24-epochs"))] = [f"the teacher of {first} epochs"]  # made together
-    students, trained_by = [], set()
+    teachers = [(first, found["teacher"]["accuracy"]), (35, of_other_trainings("teacher, 35 epochs"))]
+    teachers += [(who, others[name]["teacher"]["accuracy"]) for name, who in OF_OTHERS.items()]
+    students, recipes, devices = [], set(), {}
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
         epochs, of_all = each["settings"]["epochs"], each["baseline"]["accuracies"]
-        trained_by.add(each["settings"]["recipe"])
-        machines.setdefault(machine(each), []).append(f"students of {epochs} epochs (seeds {seeds(each['baseline'])})")
+        recipes.add(each["settings"]["recipe"])
+        devices[each["environment"]["device"]] = True
         several = sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"]))
         students += [(epochs, first, kd, each["baseline"]) for kd in several]
         for name, who in OF_OTHERS.items():
-            without = others[name]["baseline"]
-            if without["accuracies"] == of_all[: len(without["seeds"])]:
-                students += [(epochs, who, kd, without) for kd in others[name]["kd"]]
+            if others[name]["baseline"]["accuracies"] == of_all:
+                students += [(epochs, who, kd, each["baseline"]) for kd in others[name]["kd"]]
     tests = [kd["improvement"]["p_value"] for *_, kd, _ in students]
     shown = [p < SIGNIFICANCE for p in holm(tests)]
     students += [(long, long, kd, commands["baseline"]) for kd in commands["kd"]]
-    machines.setdefault(machine(commands), []).append(f"the teacher of {long} epochs and its students of {long}")
     rows = []
     for number, (epochs, who, kd, without) in enumerate(students):
         if kd["seeds"] != without["seeds"]:
@@ -118,21 +122,20 @@ def results():
             points = "**{}**, {}".format(*points.split(", "))
         pair = f"{kd['temperature']:g}", f"{kd['alpha']:g}"
         rows.append([epochs, who, *pair, seeds(kd), share(kd), share(without), points])
-    sizes = [f"{each['parameters'] / 1e6:.2f} million parameters, {each['macs'] / 1e6:.0f} million multiply-adds"
-             for each in (found["teacher"], found["student"])]  # fmt: skip
     made_by = models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
-    (recipe,) = trained_by  # of all students
-    _, *elsewhere = (f"{', '.join(which)}: {name}" for name, which in machines.items())
-    accuracies = [[who, f"{each['teacher']['accuracy']:.4f}"] for who, each in teachers]
-    head = ["student's epochs", "teacher's", "T", "alpha", "seeds", "with distillation", "without"]
+    (recipe,) = recipes  # of all students
     note = (
         "± is the standard deviation over seeds. Each interval and p is for its row alone; in bold are the gains that "
-        f"hold for all {len(tests)} t-tests together (5%, Holm's correction). Teacher, a ResNet: {sizes[0]}. Student, "
-        f"a plain CNN: {sizes[1]}. Students by [recipe](results/findings.md#recipes-4-and-5) {recipe}, as the teacher "
-        f"of {long} epochs; the other teachers by recipe {made_by}. Trained on {machine(found)}; "
-        f"{'; '.join(elsewhere)}."
+        f"hold for all {len(tests)} t-tests together (5%, Holm's correction). Students and the teacher of {long} "
+        f"epochs by recipe {recipe} (a version of networks, optimizer and schedule), the other teachers by [recipe "
+        f"{made_by}](results/findings.md#recipes-4-and-5); those of 77 and {long} epochs with squares blanked "
+        f"([why](#how-long-to-train)). Only the teacher of {first} epochs is in the repository. In "
+        f"{found['environment']['precision']}, on {'; '.join(devices)}: "
+        "[which where](results/README.md)."
     )
-    of_teachers = table(["teacher's epochs", "test accuracy"], *accuracies)
+    accuracies = [[epochs, f"{accuracy:.4f}"] for epochs, accuracy in teachers]
+    of_teachers = table(["epochs of the teacher (one run each)", "test accuracy"], *accuracies)
+    head = ["epochs", "teacher (its epochs)", "T", "alpha", "seeds", "with distillation", "without"]
     return "\n\n".join([of_teachers, table([*head, "gain in points (95% interval)"], *rows), note])
 
 
