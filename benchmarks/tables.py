@@ -9,6 +9,7 @@ A block begins with <!-- NAME --> and ends with <!-- end -->, each on a line of 
 import argparse
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,7 +103,7 @@ def results():
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
         epochs, of_all = each["settings"]["epochs"], each["baseline"]["accuracies"]
         recipes.add(each["settings"]["recipe"])
-        devices[each["environment"]["device"]] = True
+        devices |= dict.fromkeys(re.split(", then | and ", each["environment"]["device"]))
         several = sorted(each["kd"], key=lambda kd: (-kd["temperature"], -kd["alpha"]))
         students += [(epochs, first, kd, each["baseline"]) for kd in several]
         for name, who in OF_OTHERS.items():

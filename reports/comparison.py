@@ -13,6 +13,7 @@ from reports.records import Key, all_finished_runs, comparable, load_speed, load
 from reports.statistics import (
     balanced_accuracy,
     class_accuracies,
+    interval_with_images,
     mcnemar_test,
     paired_test,
     spread,
@@ -189,16 +190,17 @@ class Comparison:
         without = [baselines[seed] for seed in seeds]
         self.runs += [run for run in without if run not in self.runs]
         gains = self._gains(entry["accuracies"], [run.accuracy for run in without])
+        others = [run.logits(self.teacher_logits.shape) for run in without]
+        right, right_without = ([each.argmax(1) == self.labels for each in several] for several in (logits, others))
+        by_image = np.subtract(right, right_without, dtype=int)  # (seeds, images): 1 where only distillation is right
         if len(seeds) == 1:
-            right = logits[0].argmax(1) == self.labels
-            right_without = without[0].logits(self.teacher_logits.shape).argmax(1) == self.labels
-            fixed, broken = int((right & ~right_without).sum()), int((right_without & ~right).sum())
+            fixed, broken = int((by_image > 0).sum()), int((by_image < 0).sum())
             improvement = {
                 "mean": gains[0], "ci95": None, "p_value": mcnemar_test(fixed, broken), "method": "exact McNemar test",
                 "fixed": fixed, "broken": broken,
             }  # fmt: skip
         else:
-            improvement = paired_test(gains)
+            improvement = paired_test(gains) | {"ci95_with_images": interval_with_images(100 * by_image)}
         improvement["by_seed"] = gains
         settings, names = students[_key(way, seeds[0])].settings, ("loss", "loss_sha256", "unlabeled")
         variant = {name: value for name in names if (value := getattr(settings, name))}

@@ -156,19 +156,29 @@ def claim(improvement, seeds, images, name="KD"):
             f"{improvement['broken']} (exact McNemar test, {_p(p)}).\n"
             "One pair of students says nothing about distillation itself: add --seeds 5 for an interval."
         )
-    covers = (
-        "(The interval covers other initial weights and orders of images, for the same teacher and test set and\n"
-        "the same crops and flips.)"
-    )
     if interval is None:
         return f"All {seeds} seeds gain exactly {points(mean, '+')} points, so no interval can be computed."
-    gain = (
-        f"Gain with {name}: {points(mean, '+')} points, 95% confidence interval {points(interval[0], '+')} to "
-        f"{points(interval[1], '+')}, {_p(p)} (paired t-test, n = {seeds} seeds)."
+    ends, wide = (
+        each and f"{points(each[0], '+')} to {points(each[1], '+')}"
+        for each in (interval, improvement["ci95_with_images"])
     )
+    gain = (
+        f"Gain with {name}: {points(mean, '+')} points, 95% confidence interval {ends}, {_p(p)} (paired t-test, n = "
+        f"{seeds} seeds)."
+    )
+    covered, where = "The interval covers other initial weights and orders of images", ""
+    if wide == ends:  # of many test images
+        covered = "The interval covers other initial weights, orders of images and test images"
+    elif wide:
+        gain += f"\nFor other test images as well: {wide} points."
+        covered = "Both intervals cover other initial weights and orders of images"
+        low, high = improvement["ci95_with_images"]
+        if low <= 0 <= high:
+            where = ", on these test images;\nfor others of their kind that is not shown: more test images would help"
+    covers = f"({covered}, for the same teacher, crops and flips.)"
     if p < SIGNIFICANCE:
         verb = "improves" if mean > 0 else "worsens"
-        return f"{gain}\nDistillation {verb} this student's accuracy, with this teacher and recipe.\n{covers}"
+        return f"{gain}\nDistillation {verb} this student's accuracy, with this teacher and recipe{where}.\n{covers}"
     needed = seeds_needed(spread(improvement["by_seed"]))
     if interval[1] < SMALL_GAIN:
         more = f"a gain of {SMALL_GAIN} points lies above the interval"

@@ -90,7 +90,8 @@ def test_without_the_option_the_comparison_is_the_plain_one(cli, flags, hooked, 
     got = cli(*flags, "--output-dir", output)
     assert got.status == 0 and "- Loss" not in got.out
     assert [each.get("loss") for each in json.loads((output / "comparison.json").read_text())["kd"]] == [None, "same"]
-    text = claim({"mean": 1.0, "ci95": [0.5, 1.5], "p_value": 0.01, "by_seed": [1, 1]}, 2, 100, method({"loss": "dkd"}))
+    gain = {"mean": 1.0, "ci95": [0.5, 1.5], "p_value": 0.01, "by_seed": [1, 1], "ci95_with_images": None}
+    text = claim(gain, 2, 100, method({"loss": "dkd"}))
     assert text.startswith("Gain with KD by dkd: +1.00 points") and method({}) == "KD"
 
 

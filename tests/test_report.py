@@ -17,7 +17,7 @@ from reports import accuracy, figures, records
 from reports.accuracy import points
 from reports.comparison import Comparison
 from reports.html import page
-from reports.statistics import paired_test, seeds_needed
+from reports.statistics import interval_with_images, paired_test, seeds_needed
 from reports.text import block, claim, details, table
 from runs.code import CODE
 from runs.files import Damaged, Failure, load_arrays, save_array, save_arrays, write, write_json
@@ -93,8 +93,8 @@ def test_gains_in_points(value, text):
     assert points(value) == text
 
 
-def claim_of(gains, images=10_000):
-    return claim(paired_test(gains) | {"by_seed": gains}, len(gains), images)
+def claim_of(gains, images=10_000, wide=None):
+    return claim(paired_test(gains) | {"by_seed": gains, "ci95_with_images": wide}, len(gains), images)
 
 
 def test_one_pair_of_students_claims_nothing_about_distillation():
@@ -107,6 +107,17 @@ def test_a_gain_that_is_shown():
     text = claim_of([1.0, 1.1, 0.9])
     assert "Distillation improves this student's accuracy" in text and "+1.00 points" in text and "n = 3 seeds" in text
     assert "Distillation worsens this student's accuracy" in claim_of([-1.0, -1.1, -0.9])
+
+
+def test_a_gain_that_is_shown_on_these_test_images_alone():
+    text = claim_of([1.0, 1.1, 0.9], 100, [-0.4, 2.4])
+    assert "For other test images as well: -0.40 to +2.40 points." in text and "not shown: more test images" in text
+    assert "Distillation improves this student's accuracy, with this teacher and recipe, on these test images;" in text
+    text = claim_of([1.0, 1.1, 0.9], 10_000, [0.6, 1.4])
+    assert "and recipe.\n(Both intervals cover" in text and "not shown" not in text
+    gains = [1.0, 1.1, 0.9]
+    text = claim_of(gains, 10_000, paired_test(gains)["ci95"])  # of so many images that they add nothing
+    assert "For other" not in text and "covers other initial weights, orders of images and test images, for" in text
 
 
 def test_a_gain_that_is_not_shown_says_how_many_seeds_would_show_one():
@@ -153,6 +164,12 @@ def test_the_interval_pairs_each_student_with_the_baseline_of_its_seed(folder):
     assert got["ci95"] == pytest.approx([POINT * (10 / 3 + sign * 4.302653 * error) for sign in (-1, 1)], rel=1e-6)
     assert got["p_value"] == pytest.approx(1 - t / math.sqrt(t**2 + 2))
     assert (entry["mean"], entry["std"]) == pytest.approx((47 / 72, np.std([12 / 24, 15 / 24, 20 / 24], ddof=1)))
+    right = [[np.load(comparison.output / f"{name}-s{seed}" / "test_logits.npy").argmax(1) == comparison.labels
+              for seed in range(3)] for name in ("kd-T4-a0.5", "baseline")]  # fmt: skip
+    assert np.sum(right, 2).tolist() == [[12, 15, 20], [10, 14, 13]]
+    wide = interval_with_images(100.0 * (np.array(right[0], float) - right[1]))
+    assert got["ci95_with_images"] == pytest.approx(wide) and wide[0] < got["ci95"][0] < got["ci95"][1] < wide[1]
+    assert f"For other test images as well: {wide[0]:+.2f} to {wide[1]:+.2f} points." in details(comparison)
 
 
 def test_pairs_of_temperature_and_alpha_are_compared_over_the_seeds_of_both(folder):

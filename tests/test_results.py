@@ -89,6 +89,15 @@ def test_the_gains_are_those_of_a_paired_t_test_by_hand(folder):
         assert (interval[0] > 0) != not_shown
 
 
+def test_other_test_images_would_not_change_the_intervals():
+    few = RESULTS / "few-labels"
+    for folder in (NEW, LONGER, LONGEST, RESULTS / "teacher-200-epochs", few):
+        for kd in record(folder)["kd"]:
+            wide, ends = (kd["improvement"][name] for name in ("ci95_with_images", "ci95"))
+            assert wide == pytest.approx(ends, abs=0.005), folder
+    assert "with images counted in, they are the same (seeds 6 to 10, the" in told_in("results/findings.md")
+
+
 def test_a_seed_outside_of_the_record_is_one_more_of_the_kind():
     more, intervals = json.loads((RECORD / "seed_5.json").read_text()), []
     assert more["settings"] | {"seed": 0} == record()["settings"]
