@@ -351,6 +351,19 @@ def test_what_longer_training_gains_is_told_as_measured():
     assert interval[0] < 0 < interval[1], "no difference is shown"
 
 
+def test_what_wider_teachers_reached_is_told_as_measured():
+    told = told_in("results/findings.md")
+    with open(RESULTS / "recipes.csv", newline="") as file:
+        rows = {row["what"]: row for row in csv.DictReader(file) if (row["role"], row["epochs"]) in (
+            ("teacher", "35"), ("teacher", "18"))}  # fmt: skip
+    usual, wide = rows["cutout=12"], rows["widths=88,312,536 cutout=12"]
+    more = float(usual["pflop"]) / float(wide["pflop"]) - 1
+    words = f"18 such epochs reached {wide['val_accuracy']}, 35 of the usual width, with {more:.0%} more compute, "
+    assert f"{words}{usual['val_accuracy']} (planned in ff28f67;" in told
+    macs = models.costs_of(models.Teacher(10, (88, 312, 536)), 32).macs / 1e6
+    assert f"({macs:.0f} million multiply-adds)" in told and wide["network"].startswith(f"{macs:.1f}M MACs")
+
+
 def test_what_the_two_commands_reached_is_told_as_measured():
     readme, told = told_to_users(), told_in("results/README.md")
     found, (long,), alone = record(COMMANDS), record(LONGEST)["kd"], record(LONGEST)["baseline"]
@@ -698,7 +711,7 @@ def test_what_a_teacher_with_smoothed_labels_is_worth_is_told_as_measured():
     teachers = [rows[f"teacher, 35 epochs{labels}"]["accuracy"] for labels in (", labels smoothed", "")]
     assert "that with labels smoothed by 0.2 reached {}, the other {}, but".format(*teachers) in readme
     wide, more = rows["teacher, width 1.4, 12 epochs"], 0.971 / 0.911 - 1
-    assert f"reached {wide['accuracy']}, the one of 24 epochs, with {more:.0%} more compute, 0.9410" in readme
+    assert f"reached {wide['accuracy']}, the teacher of 24 epochs, with {more:.0%} more compute, 0.9410." in readme
     macs = models.costs_of(models.Teacher(10, width=1.4), 32).macs
     assert f"({macs / 1e6:.0f} million multiply-adds)" in readme
     assert wide["pflop"] == f"{macs * 6 * 50_000 * 12 / 1e15:.3f}"
