@@ -1,6 +1,7 @@
 """What results/ claims is so."""
 
 import csv
+import hashlib
 import json
 import math
 import statistics
@@ -349,6 +350,47 @@ def test_what_longer_training_gains_is_told_as_measured():
     words = f"{short:.4f}, from the one trained without for 60, {alone:.4f} ({lead:+.2f} points, "
     assert words + "{:+.2f} to {:+.2f}; not planned)".format(*interval) in readme
     assert interval[0] < 0 < interval[1], "no difference is shown"
+
+
+def test_what_carries_the_gain_is_told_as_measured():
+    folder, measured = RESULTS / "ranking", told_in("results/ranking/README.md")
+    (over_flat, over_smooth), (flat, flat_over_smooth), (smooth,) = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("difference", "without_ranking", "smoothed")
+    )
+    plain, alone = entry(NEW, 4, 0.9)["accuracies"], record(NEW)["baseline"]["accuracies"]
+    assert over_flat["accuracies"][0] == over_smooth["accuracies"][0] == plain
+    assert over_flat["accuracies"][1] == flat["accuracies"][0] and flat["accuracies"][1] == alone
+    assert over_smooth["accuracies"][1] == smooth["accuracies"][0] == flat_over_smooth["accuracies"][1]
+    assert set(over_flat["differ_in"]) == {"loss", "loss_sha256"} and smooth["differ_in"] == ["label_smoothing"]
+    file = (ROOT / "examples" / "without_ranking.py").read_bytes()
+    assert over_flat["settings"][1]["loss_sha256"] == hashlib.sha256(file).hexdigest(), "as it was trained"
+    for test in (over_flat, over_smooth, flat, flat_over_smooth, smooth):
+        assert test["seeds"] == SEEDS[NEW]
+        mean, low, high = ahead(*test["accuracies"])
+        assert test["points"]["ci95"] == pytest.approx([low, high])
+        assert f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" in measured
+    for group in (plain, flat["accuracies"][0], smooth["accuracies"][0], alone):
+        listed = ", ".join(f"{accuracy:.4f}" for accuracy in group)
+        assert f"| {listed} | {np.mean(group):.4f} ± {np.std(group, ddof=1):.4f} |" in measured
+    readme, told = told_in("README.md"), told_in("results/findings.md")
+
+    def words(test):
+        return "{:.2f} points ({:+.2f} to {:+.2f}".format(*ahead(*test["accuracies"]))
+
+    corrected = [test["points"]["p_holm"] for test in (over_flat, over_smooth)]
+    assert min(corrected) > 0.05, "none is shown"
+    mean, low, high = ahead(*smooth["accuracies"])
+    assert f"gains {mean:.2f} points over the plain one ({low:+.2f} to {high:+.2f}; T = 4" in told
+    assert f"is {words(over_smooth).replace(' points (', ' points ahead of it (')}), which is not shown once" in told
+    assert f"(p = {corrected[1]:.2g})" in told and f"0.57, corrected p = {corrected[1]:.2g};" in readme
+    mean, low, high = ahead(*flat["accuracies"])
+    assert f"still gain {mean:.2f} points over the plain baseline ({low:+.2f} to {high:+.2f});" in told
+    assert (
+        f"gain {words(flat)}; seeds 6 to 10); with the ranking {100 * np.subtract(plain, alone).mean():.2f}." in readme
+    )
+    mean, low, high = ahead(*over_flat["accuracies"])
+    ends = f"{mean:.2f} points larger, which is not shown ({low:+.2f} to {high:+.2f}, p = {corrected[0]:.2g})"
+    assert ends in told and f"is not shown (p = {corrected[0]:.2g}), nor" in readme
 
 
 def test_what_wider_teachers_reached_is_told_as_measured():
