@@ -85,22 +85,26 @@ def paired_test(differences):
 
 def interval_with_images(gains):
     """[low, high], the 95% confidence interval of the mean of `gains` (seeds, images), were other seeds and other test
-    images drawn; None for fewer than two of either, or where no gain differs from another.
+    images drawn; None for fewer than two of either, or where neither seeds nor images differ more than the rest does.
 
     Of a mean over S seeds and N images the variance is (MS_seeds + MS_images - MS_rest) / (S N), each a mean square of
     the two-way layout whose rows and columns are both random. `paired_test` of the rows' means leaves out what images
-    add, which is little for 10,000 and much for 100; this interval is never the narrower one.
+    add, which is little for 10,000 and much for 100; this interval is never the narrower one. Since a mean square is
+    subtracted, Satterthwaite's degrees of freedom may come out near 0; they are taken as S - 1 at least.
     """
     gains = np.asarray(gains, np.float64)
     seeds, images = gains.shape
-    if min(seeds, images) < 2 or not np.ptp(gains):
+    if min(seeds, images) < 2:
         return None
     rows, columns, mean = gains.mean(1), gains.mean(0), gains.mean()
     rest = gains - rows[:, None] - columns + mean
     freedoms = np.array([seeds - 1, images - 1, (seeds - 1) * (images - 1)])
     squares = np.array([images * rows.var(ddof=1), seeds * columns.var(ddof=1), (rest**2).sum() / freedoms[2]])
     of_seeds, of_images = squares[0], max(squares[1] - squares[2], 0.0)
+    if of_seeds + of_images < 1e-9:  # zero up to rounding
+        return None
     freedom = (of_seeds + of_images) ** 2 / (squares**2 / freedoms)[: 3 if of_images else 1].sum()
+    freedom = max(freedom, seeds - 1)
     half = stats.t.ppf(0.975, freedom) * math.sqrt((of_seeds + of_images) / gains.size)
     half = max(half, stats.t.ppf(0.975, seeds - 1) * math.sqrt(of_seeds / gains.size))
     return [float(mean - half), float(mean + half)]

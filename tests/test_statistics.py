@@ -95,7 +95,7 @@ def test_the_interval_with_images_by_hand():
     half = stats.t.ppf(0.975, freedom) * (total / 48) ** 0.5
     assert half > 3.182446 * (squares[0] / 48) ** 0.5
     assert interval_with_images(wide) == pytest.approx([wide.mean() - half, wide.mean() + half])
-    for none in ([[1, 0, 1]], [[1], [0]], [[0, 0], [0, 0]]):
+    for none in ([[1, 0, 1]], [[1], [0]], [[0, 0], [0, 0]], [[100, 0, 0, 0], [0, 100, 0, 0]]):
         assert interval_with_images(none) is None
 
 
@@ -111,6 +111,20 @@ def test_the_interval_with_images_holds_the_mean_of_all_seeds_and_images(images)
         low, high = paired_test(gains.mean(1).tolist())["ci95"]
         held_by_seeds += low <= 0.3 <= high
     assert held >= 0.93 * 1_000 and held_by_seeds < (0.88 if images == 20 else 0.96) * 1_000
+
+
+@pytest.mark.parametrize(("seeds", "images"), [(2, 4), (2, 20), (3, 50), (5, 20)])
+def test_the_interval_with_images_is_finite_and_of_sensible_width(seeds, images):
+    """Where seeds hardly differ and images no more than the rest, degrees of freedom near 0 would make it endless."""
+    random, found = np.random.default_rng(2), 0
+    for _ in range(500):
+        gains = random.choice([-100.0, 0.0, 0.0, 0.0, 100.0], (seeds, images))
+        ends = interval_with_images(gains)
+        if ends:
+            found += 1
+            squares = gains.var() * seeds * images / (seeds - 1)  # all of the variance, laid on the seeds
+            assert np.isfinite(ends).all() and ends[1] - ends[0] <= 2 * 12.7063 * (squares / seeds) ** 0.5
+    assert found > 400
 
 
 def test_an_image_more_in_every_seed_is_as_good_as_the_images_alone():
