@@ -24,6 +24,7 @@ import data
 import models
 import train
 from runs.files import Failure, read_json, write_json
+from runs.hooks import Hooks
 from runs.machine import start_machine
 from use.answers import answers, load_to_ask
 
@@ -62,7 +63,7 @@ def main():
     found = read_json(arguments.output) if arguments.output.exists() else {}
     for run in arguments.runs:
         path = run / "model.pt" if run.is_dir() else run
-        network = load_to_ask(path, None, mirror=True).to(**machine.place)
+        network = load_to_ask(path, Hooks(), mirror=True).to(**machine.place)
         loaded = data.load(arguments.dataset, data_dir=arguments.data_dir, image_size=network.image_size)
         if network.settings.get("data") != loaded.digest:
             raise Failure(f"{path} was trained on other images than those in {arguments.data_dir}.")

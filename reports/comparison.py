@@ -143,7 +143,8 @@ class Comparison:
             if baseline and comparable(runs[key].settings, baseline.settings):
                 with_baseline.append(key)
         first = (with_baseline or students)[0]
-        seeds = [key.seed for key in with_baseline if key.way == first.way] or [first.seed]
+        alike = [key for key in with_baseline if comparable(runs[first].settings, runs[key].settings)]
+        seeds = [key.seed for key in alike if key.way == first.way] or [first.seed]
         asked = {"temperature": first.temperature, "alpha": first.alpha, "seeds": seeds}
         return asked | {"variant": first.variant, "shared": shared}
 

@@ -207,5 +207,6 @@ def _teacher_path(output, teacher_digest, data_digest):
 def _speed_path(output, teacher_digests, data_digest, network):
     one = len(teacher_digests) == 1
     teacher = teacher_digests[0] if one else hashlib.sha256("+".join(teacher_digests).encode()).hexdigest()
-    student = "".join(f"-{part[:16]}" for part in network or () if part)
+    name, digest = network or ("", "")
+    student = "".join(f"-{part}" for part in (name, digest[:16]) if part)
     return Path(output) / "data" / f"speed-{teacher[:16]}-{data_digest[:16]}{student}.json"

@@ -15,7 +15,8 @@ def report(output, asked=None):
     write_json(comparison.output / "comparison.json", comparison.as_dict())
     write(comparison.output / "comparison.csv", table(comparison))
     drawn = figures.draw(comparison)
-    write(comparison.output / "report.html", page(comparison, drawn))
+    html = page(comparison, drawn).encode(errors="backslashreplace")  # paths that are not UTF-8 among the notes
+    write(comparison.output / "report.html", html)
     print(
         f"Written: {comparison.output / 'comparison.json'}, comparison.csv, report.html, "
         f"{len(drawn)} figures in {comparison.output / 'figures'}"

@@ -227,7 +227,7 @@ def check_teacher(arguments, data, path, teacher):
         raise Failure(f"The teacher {path} was trained for the classes {found} instead of {wanted}.")
     if teacher.settings.get("data") != data.digest:
         kept = {} if teacher.settings.get("epochs") else {"epochs": 0}
-        command = teacher_command(arguments, output_dir=f"{arguments.output_dir}-2", **kept)
+        command = teacher_command(arguments, output_dir=f"{Path(arguments.output_dir)}-2", **kept)
         raise Failure(
             f"The teacher {path} was trained on other images than these (or on the same under other names, in another "
             f"order). Train one on these, and students beside it, in another output folder, such as:\n{command}"

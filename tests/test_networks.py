@@ -325,6 +325,13 @@ def test_prediction_needs_the_function(cli, own, file, images):
     assert cli("--list", "--output-dir", own).out.count("kd-tiny-T4-a0.1-s0") == 1
 
 
+def test_prediction_refuses_a_network_that_it_would_not_use(cli, finished, file, images):
+    words = ("--model", finished / "kd-T4-a0.1-s0", "--predict", images / "test" / "red")
+    for more in (("--student", f"{file}:tiny"), ("--teacher-network", f"{file}:nosuch")):
+        got = cli(*words, *more)
+        assert got.status == 1 and got.out == "" and f"{' '.join(more)} is not the network in {finished}" in got.err
+
+
 def test_an_edited_file_is_another_run(cli, flags, own, file, tmp_path):
     edited = tmp_path / "nets.py"
     edited.write_text(NETS.replace("0.3", "0.4"))

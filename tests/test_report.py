@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import CLASSES, process
 
-from reports import accuracy, figures, records
+from reports import accuracy, figures, records, report
 from reports.accuracy import points
 from reports.comparison import Comparison
 from reports.html import page
@@ -170,6 +170,30 @@ def test_the_interval_pairs_each_student_with_the_baseline_of_its_seed(folder):
     wide = interval_with_images(100.0 * (np.array(right[0], float) - right[1]))
     assert got["ci95_with_images"] == pytest.approx(wide) and wide[0] < got["ci95"][0] < got["ci95"][1] < wide[1]
     assert f"For other test images as well: {wide[0]:+.2f} to {wide[1]:+.2f} points." in details(comparison)
+
+
+def test_without_comparison_json_seeds_of_another_teacher_are_left_out(folder):
+    for seed, teacher in ((0, {}), (1, {"teacher": "f" * 64})):
+        folder.add("kd", 12 + seed, 4.0, 0.5, seed, **teacher), folder.add("baseline", 10, seed=seed)
+    assert Comparison(folder.path).kd[0]["seeds"] == [0]
+
+
+def test_speeds_of_two_networks_with_one_beginning_are_kept_apart(tmp_path):
+    one, other = ((f"my_student_network_{name}", "a" * 64) for name in ("small", "large"))
+    speed = {"milliseconds": 1.0, "images_per_second": 2.0}
+    measured = {who: {"fp32": speed, "bf16": speed} for who in ("teacher", "student")}
+    place = {"device": "CPU", "threads": 1, "teacher_bytes": 9}
+    records.save_speed(tmp_path, [TEACHER], DATA, place, "bf16", lambda: {"batch": 1} | measured, one)
+    assert records.load_speed(tmp_path, [TEACHER], DATA, one) and not records.load_speed(
+        tmp_path, [TEACHER], DATA, other
+    )
+
+
+def test_a_page_may_name_paths_that_are_not_utf_8(folder, monkeypatch, capsys):
+    folder.add("kd", 20, 4.0, 0.1), folder.add("baseline", 15)
+    monkeypatch.setattr(report, "page", lambda *_: "in m\udcff")
+    report.report(folder.path)
+    assert (folder.path / "report.html").read_bytes() == b"in m\\udcff" and "report.html" in capsys.readouterr().out
 
 
 def test_pairs_of_temperature_and_alpha_are_compared_over_the_seeds_of_both(folder):

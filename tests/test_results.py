@@ -298,6 +298,15 @@ def test_readme_shows_in_bold_the_gains_that_hold_for_all_tests_together():
     while holds < len(p_values) and p_values[holds] * (len(p_values) - holds) < 0.05:
         holds += 1
     assert [p in p_values[:holds] for p in found] == [gain.startswith("**+") for gain in gains]
+    others = (RESULTS / name for name in (*BETTER, "teacher-200-epochs"))
+    folders = RECORD, SHORTER, NEW, LONGER, LONGEST, *others
+    exact = sorted(kd["improvement"]["p_value"] for folder in folders for kd in record(folder)["kd"])
+    assert exact == pytest.approx(p_values, rel=0.05)
+    corrected = np.maximum.accumulate(np.multiply(exact, range(len(exact), 0, -1)))[:holds]
+    barely = int((corrected == corrected[-1]).sum())
+    assert barely == 3 and "has p < 0.05, three of them barely." in told_in("README.md")
+    words = f"three of its ten gains of five pairs are barely shown (p = {corrected[-1]:.3f})"
+    assert holds == 10 and words in told_in("results/findings.md")
     assert 0 < holds < len(gains) and f"that hold for all {len(gains)} t-tests together" in told_in("README.md")
 
 
@@ -867,6 +876,8 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
             leads = "is {:.2f} points ahead" if each is four else "and {:.2f}"
             assert f"{leads.format(mean)} with T = {each['temperature']:g} ({ends}, p = {p:.2f})" in readme
         assert listed in told
+    words = "five seeds do not show a gain (T = 4: {:.2f} points, {:+.2f} to {:+.2f};"
+    assert words.format(*ahead(four["accuracies"], without["accuracies"])) in told_in("README.md")
     for now, then, words in (
         (softer, before[0], "{:.2f} points better with T = 32 ({:+.2f} to {:+.2f}; not planned)"),
         (without, before[1], "and {:.2f} without a teacher ({:+.2f} to {:+.2f})"),
