@@ -156,7 +156,7 @@ def parser():
     option = group("distillation")
     option("--temperature", "divides the logits of teacher and student in the loss; several values are a sweep (with "
            "--predict and --export: divides the logits, 1 unless given)", [4.0],
-           type=number(0, 1000, above=True), nargs="+", metavar="T")
+           type=number(0.01, 1000), nargs="+", metavar="T")
     option("--alpha", "weight of the soft targets, 0 to 1; several values are a sweep; most of README's "
            "results are with 0.9", [0.1],
            type=number(0, 1), nargs="+", metavar="A")
@@ -254,6 +254,9 @@ def parse(argv):
     arguments.temperature, arguments.alpha = (list(dict.fromkeys(v)) for v in (arguments.temperature, arguments.alpha))
     arguments.sweep = len(arguments.temperature) * len(arguments.alpha) > 1
     arguments.teacher_network, *arguments.other_networks = arguments.teacher_network or [None]
+    arguments.task = next((name for name in TASKS if getattr(arguments, name)), None)
+    if arguments.other_networks and arguments.task in ("predict", "export"):
+        raise Usage(f"--{arguments.task} uses one model: give the one --teacher-network that it needs")
     if arguments.other_networks and not arguments.teacher:
         raise Usage("several --teacher-network are for several teachers: name these with --teacher")
     if arguments.train_teacher:
@@ -265,10 +268,9 @@ def parse(argv):
     if not arguments.epochs:
         if not (arguments.train_teacher and arguments.teacher_network):
             raise Usage("--epochs 0 is for --train-teacher with a --teacher-network that was trained before")
-        if arguments.val_fraction or arguments.seeds > 1:
-            option = "--val-fraction" if arguments.val_fraction else "--seeds"
-            raise Usage(f"{option} cannot be combined with --epochs 0, which trains nothing")
-    arguments.task = next((name for name in TASKS if getattr(arguments, name)), None)
+        for name in ("val_fraction", "seeds", "label_smoothing"):
+            if getattr(arguments, name) != top.get_default(name):
+                raise Usage(f"--{name.replace('_', '-')} cannot be combined with --epochs 0, which trains nothing")
     if arguments.task:
         more, why = TASKS[arguments.task]
         allowed = {arguments.task, *more, "task", "output_dir", "debug", "sweep", "demo", "other_networks"}

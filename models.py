@@ -46,7 +46,7 @@ class Whitening(nn.Conv2d):
         """Computes the weights from normalized images (N, 3, S, S)."""
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+        filters = (vectors / (values.clamp(min=0) + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.weight.copy_(torch.cat((filters, -filters)))
 
 

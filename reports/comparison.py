@@ -19,7 +19,7 @@ from reports.statistics import (
     spread,
 )
 from runs.files import Damaged, Failure, decode, read_json
-from runs.settings import PLAIN, Settings, pair_name, run_name
+from runs.settings import PLAIN, Settings, pair_name, run_name, variant_of
 from sources import survey
 
 
@@ -32,6 +32,18 @@ def _key(way, seed):
 def _baseline(seed):
     """The Key of a baseline."""
     return Key("baseline", None, None, seed, None)
+
+
+def _tell_apart(entries):
+    """Adds `version`, the first digits of a digest, to entries of a loss that was edited between their trainings, and
+    of different images without labels: they have one name and are not one way to distil."""
+    digests = {}
+    for entry in entries:
+        digests.setdefault(variant_of(entry), {})[id(entry)] = entry.get("loss_sha256") or entry.get("unlabeled")
+    for entry in entries:
+        found = digests[variant_of(entry)]
+        if len({*found.values()}) > 1:
+            entry["version"] = found[id(entry)][:8]
 
 
 class Comparison:
@@ -59,7 +71,9 @@ class Comparison:
                 "The command that trains it again (or resumes it) prints the comparison, too."
             )
         self.settings, made = self.first.settings, [matching[key].environment for key in wanted]
-        several = {name: dict.fromkeys(each[name] for each in made if name in each) for name in ("device", "torch")}
+        several = {
+            name: dict.fromkeys(str(each[name]) for each in made if name in each) for name in ("device", "torch")
+        }
         several = {name: " and ".join(words) for name, words in several.items() if words}
         self.environment = self.first.environment | several  # of all students that are compared
         self.images, self.labels, self.classes, self.member_logits = load_test_set(
@@ -89,6 +103,7 @@ class Comparison:
         self.student = dict(vars(self.first.costs["student"]))
         self._add_speed()
         self.selection = self._selection()
+        _tell_apart([*self.kd, *self.selection])
         for run in self.runs:
             if not run.settings.val_fraction:
                 self.balanced[run.folder] = self._by_class(self._test_logits(run))["balanced_accuracy"]
@@ -97,6 +112,12 @@ class Comparison:
     def students(self):
         """The rows of the printed tables: (name, entry) of each way to distil and of the baseline."""
         return [*((f"KD, {pair_name(each)}", each) for each in self.kd), ("Baseline", self.baseline)]
+
+    def entry_of(self, run):
+        """The entry of the way in which a distilled student was trained."""
+        names = ("temperature", "alpha", "loss_sha256", "unlabeled")
+        wanted = [getattr(run.settings, name) for name in names]
+        return next(each for each in self.kd if [each.get(name) for name in names] == wanted)
 
     @property
     def is_balanced(self):
@@ -278,12 +299,9 @@ class Comparison:
 
     def notes(self):
         """What must be said of the images beside the figures, lines; raises Damaged where that cannot be read."""
-        record = {name: value for name, value in (self.first.images or {}).items() if name != "unlabeled"}
-        for run in self.runs:
-            if run.settings.unlabeled and run.images:
-                record.setdefault("unlabeled", run.images.get("unlabeled"))
+        unlabeled = {run.settings.unlabeled: run.images["unlabeled"] for run in self.runs if run.settings.unlabeled}
         try:
-            return survey.notes(record, len(self.labels), self.output)
+            return survey.notes(self.first.images or {}, [*unlabeled.values()], len(self.labels), self.output)
         except msgspec.ValidationError as error:
             raise Damaged(f"{self.first.folder / 'run.json'} is damaged: images: {error}.") from None
 

@@ -3,6 +3,9 @@
 import csv
 import io
 import math
+import re
+import sys
+import warnings
 
 import matplotlib
 import numpy as np
@@ -14,10 +17,12 @@ from reports.statistics import BINS, by_confidence, paired_test, softmax
 from reports.styles import MARKERS, STYLES, broken, family, legend, pair_style, role_line
 from runs.files import Damaged, make_folder, read, remove, write
 from runs.settings import pair_name, variant_of
+from sources import one_line
 
 FEW = 20  # images in a bin of a reliability diagram, below which it is drawn pale
 TICKS = 12  # below a panel of gains
 PANELS = 4  # of gains in a row
+LETTERS = 20  # that are named of those that no font has
 
 
 def draw(comparison):
@@ -29,7 +34,7 @@ def draw(comparison):
     matplotlib.rcParams.update(plain | {"font.family": family()})  # a class may be called $5_$10
     folder = comparison.output / "figures"
     make_folder(folder)
-    drawn = []
+    drawn, boxes = [], set()
     for name, function in {
         "cost": cost, "gain": gain, "curves": curves, "sweep": sweep, "reliability": reliability_diagrams,
         "dark_knowledge": dark_knowledge,
@@ -40,9 +45,23 @@ def draw(comparison):
             remove(path)
             continue
         content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            figure.savefig(content, format="png", dpi=150)
+        for each in caught:
+            if glyph := re.match(r"Glyph (\d+) ", str(each.message)):
+                boxes.add(chr(int(glyph[1])))
+            else:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         write(path, content.getvalue())
         drawn.append(path)
+    if boxes:
+        letters = one_line("".join(sorted(boxes)[:LETTERS])) + "…" * (len(boxes) > LETTERS)
+        print(
+            f"The figures show boxes for letters that no font here has: {letters}\nreport.html shows them. For East "
+            f"Asian ones install Noto Sans CJK, and remove {matplotlib.get_cachedir()}, where fonts are listed.",
+            file=sys.stderr,
+        )
     return drawn
 
 
@@ -57,7 +76,7 @@ def curves(comparison):
         settings, history = run.settings, _history(run.folder / "history.csv")
         style = role_line(settings.role) | {"linewidth": 1.3, "marker": "" if len(history) > 1 else "o"}
         if settings.role == "kd":
-            pair = pair_name(vars(settings))
+            pair = pair_name(comparison.entry_of(run))
             style["label"] = f"KD, {pair}"
             style["color"], style["linestyle"], marker = pair_style(pairs.index(pair))
             style["marker"] = style["marker"] if marker == MARKERS[0] else marker

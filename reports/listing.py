@@ -32,7 +32,10 @@ def _describe(folder):
     written = max((folder / name).stat().st_mtime for name in FILES if (folder / name).is_file())
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
     try:
-        record = _verified_record(folder)
+        try:
+            record = _verified_record(folder)
+        except Failure:
+            record = _verified_record(folder)  # the run may have ended in between, with other files
     except Failure as error:
         return "", "", written, f"DAMAGED: {error}"
     epochs = f"{record.epochs_done} of {record.settings.epochs}"

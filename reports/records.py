@@ -146,7 +146,10 @@ def load_speed(output, teacher_digests, data_digest, network=None):
     """The SpeedRecord of a teacher (or several together) and its student, None where it was not measured; raises
     Damaged where the file is damaged."""
     path = _speed_path(output, teacher_digests, data_digest, network)
-    return read_json(path, SpeedRecord) if path.is_file() else None
+    speed = read_json(path, SpeedRecord) if path.is_file() else None
+    if speed and not speed.teacher.keys() == speed.student.keys() >= {"fp32"}:
+        raise Damaged(f"{path} is damaged: teacher and student have not the same precisions.")
+    return speed
 
 
 def load_test_set(output, data_digest, teacher_digests):

@@ -43,14 +43,15 @@ def calibration_error(probabilities, labels):
 
 def negative_log_likelihood(logits, labels):
     """The mean of -log softmax(logits)[label], in nats."""
-    return float(-special.log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(labels)), labels].mean())
+    of_labels = special.log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(labels)), labels]
+    return 0.0 - float(of_labels.mean())  # not -mean, which may be -0.0
 
 
 def kl_divergence(teacher_logits, student_logits, temperature=1.0):
     """KL(softmax(teacher / T) || softmax(student / T)) of logits (N, classes), the mean over N, in nats."""
     both = (teacher_logits, student_logits)
     teacher, student = (special.log_softmax(np.asarray(each, np.float64) / temperature, axis=1) for each in both)
-    return float((np.exp(teacher) * (teacher - student)).sum(1).mean())
+    return max(float((np.exp(teacher) * (teacher - student)).sum(1).mean()), 0.0)  # less is rounding
 
 
 def class_accuracies(logits, labels, classes):

@@ -133,7 +133,7 @@ def differently_trained(comparison):
         for run in students:
             if file in run.environment and file in deciding(run.settings):
                 name = f"{run.folder.name} of the sweep" if run.settings.val_fraction else run.folder.name
-                found.setdefault(run.environment[file], []).append(name)
+                found.setdefault(str(run.environment[file]), []).append(name)
         if len(found) > 1:
             versions = ", others ".join(", ".join(names) for names in found.values())
             notes.append(f"{file} was changed between the trainings of these students: some are {versions}")

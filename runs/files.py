@@ -100,7 +100,8 @@ def replace(source, target):
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path beside `path` for the caller to write; it replaces `path` when the block ends without an error.
-    Raises Failure, leaving what was there before, where the file cannot be written."""
+    Raises Failure, leaving what was there before, where the file cannot be written, and where its folder cannot be
+    flushed, after which the new file may be lost with the power."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")  # one name per target, so that a killed process leaves one at most
     try:
@@ -109,13 +110,16 @@ def replacing(path):
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             replace(temporary, path)
-            _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
     except OSError as error:
         raise Failure(f"cannot write {path}: {reason(error)}. What was there before is unchanged.") from error
+    try:
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise Failure(f"{path} was written, but its folder cannot be flushed to the disk: {reason(error)}.") from error
 
 
 def write(path, content):

@@ -242,8 +242,10 @@ def pair_name(entry):
 
 
 def variant_of(entry):
-    """What a way to distil, as in `pair_name`, has besides plain distillation, or None."""
-    return entry.get("loss") or ("unlabeled" if entry.get("unlabeled") else None)
+    """What a way to distil, as in `pair_name`, has besides plain distillation, or None; with the `version` of several
+    of one name."""
+    name = entry.get("loss") or ("unlabeled" if entry.get("unlabeled") else None)
+    return f"{name} {entry['version']}" if entry.get("version") else name
 
 
 def complete(settings):

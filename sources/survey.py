@@ -113,16 +113,17 @@ def _unlabeled_warnings(found, output):
     return lines
 
 
-def notes(record, tests, output):
-    """What a comparison on `tests` test images must say of its images, lines, from what `look` returned; raises
-    msgspec.ValidationError where that is not such a record."""
+def notes(record, unlabeled, tests, output):
+    """What a comparison on `tests` test images must say of its images, lines, from what `look` returned and, for each
+    of the folders `unlabeled`, `look_at_unlabeled`; raises msgspec.ValidationError where that is no such record."""
     copies = msgspec.convert(record.get("copies", {}), Copies)
     skipped = msgspec.convert(record.get("skipped", {}), dict[str, dict[str, int]])
     counts = [f"{sum(lost.values()):,} {split}" for split, lost in skipped.items() if lost]
-    found = msgspec.convert(record.get("unlabeled") or {"count": 0}, UnlabeledCopies)
-    counts += [f"{found.skipped:,} without labels"] if found.skipped else []
+    found = msgspec.convert(unlabeled, list[UnlabeledCopies])
+    counts += [f"{each.skipped:,} without labels" for each in found if each.skipped]
     left_out = [f"images that cannot be decoded were left out: {', '.join(counts)}"] if counts else []
-    return _warnings(copies, tests, output) + _unlabeled_warnings(found, output) + left_out
+    warnings = [warning for each in found for warning in _unlabeled_warnings(each, output)]
+    return _warnings(copies, tests, output) + warnings + left_out
 
 
 def _warnings(copies, tests, output):

@@ -8,7 +8,7 @@ import pytest
 from reports import costs
 from reports.records import load_speed, save_speed
 from runs.code import CODE
-from runs.files import read_json
+from runs.files import read_json, write_json
 from runs.settings import Speed
 
 
@@ -35,9 +35,11 @@ def test_every_comparison_says_what_it_costs(cli, copy, flags):
 @pytest.mark.slow
 def test_measured_again_where_it_is_missing_or_damaged(cli, copy, flags):
     (path,) = (copy / "data").glob("speed-*.json")
-    path.write_text("{}")
-    damaged = cli("--report", "--output-dir", copy)
-    assert (damaged.status, str(path) in damaged.err) == (1, True)
+    speed = read_json(path)
+    for content in ({}, speed | {"student": {}}, speed | {"teacher": {}, "student": {}}):
+        write_json(path, content)
+        damaged = cli("--report", "--output-dir", copy)
+        assert (damaged.status, str(path) in damaged.err) == (1, True)
     path.unlink()
     missing = cli("--report", "--output-dir", copy)
     assert missing.status == 0

@@ -84,6 +84,22 @@ def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypa
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
+@posix
+def test_a_folder_that_cannot_be_flushed_is_a_failure_that_says_what_is_there(tmp_path, monkeypatch):
+    write(tmp_path / "file", b"before")
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(Failure, match="file was written, but its folder cannot be flushed to the disk: Input/output"):
+        write(tmp_path / "file", b"after")
+    assert (tmp_path / "file").read_bytes() == b"after" and os.listdir(tmp_path) == ["file"]
+
+
 def test_a_write_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):

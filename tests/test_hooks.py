@@ -95,6 +95,16 @@ def test_without_the_option_the_comparison_is_the_plain_one(cli, flags, hooked, 
     assert text.startswith("Gain with KD by dkd: +1.00 points") and method({}) == "KD"
 
 
+def test_losses_of_one_name_have_rows_of_their_own(cli, flags, hooked, tmp_path):
+    output, edited = Path(shutil.copytree(hooked[0], tmp_path / "out")), tmp_path / "own.py"
+    edited.write_text(SAME + "\n")
+    got = cli(*flags, "--output-dir", output, "--loss", f"{edited}:same", "--seed", 2)
+    assert got.status == 0
+    for file in (hooked[1], edited):
+        digest = Hook("--loss", file, "same", file.read_bytes()).sha256
+        assert got.out.count(f"KD, same {digest[:8]}, T=4, alpha=0.1") == 3, got.out  # a row in each of three tables
+
+
 def test_one_byte_more_is_another_run_and_is_refused_by_name(cli, flags, hooked, tmp_path):
     output, file = hooked
     edited = tmp_path / "own.py"
@@ -103,6 +113,7 @@ def test_one_byte_more_is_another_run_and_is_refused_by_name(cli, flags, hooked,
     digests = [Hook("--loss", each, "same", each.read_bytes()).sha256[:12] for each in (file, edited)]
     assert got.status == 1 and "the loss in own.py was edited since" in got.err and "--overwrite" in got.err
     assert all(each in got.err for each in digests) and digests[0] != digests[1]
+
     other = tmp_path / "other.py"  # a function of that name, not the same one edited
     other.write_text(SAME + "\n")
     got = cli(*flags, "--output-dir", output, "--loss", f"{other}:same")
@@ -190,6 +201,7 @@ def test_a_loss_is_tried_with_all_pairs_of_a_sweep(cli, flags, finished, tmp_pat
         (("--loss", "examples/dkd.py"), 2, "is not FILE.py:FUNCTION"),
         (("--loss", "examples/dkd:dkd"), 2, "is not FILE.py:FUNCTION"),
         (("--loss", "examples/dkd.py:dkd", "--train-teacher"), 2, "--loss is for students"),
+        (("--temperature", "1e-300"), 2, "'1e-300' is not a number from 0.01 to 1000"),
         (("--loss", "examples/dkd.py:dkd", "--report"), 2, "--loss cannot be combined with --report"),
     ],
 )

@@ -349,9 +349,11 @@ def test_a_list_of_copies_that_was_removed_is_made_again(folder):
     listed = folder.cache / record["copies"]["listed"]
     assert listed.read_text() == "train/red/00.png = 'test/red/two\\nlines.png'\n"
     listed.unlink()
-    assert survey.notes(record, 9, folder.cache)[0].startswith("1 of 9 test images are training images, too: test acc")
+    assert survey.notes(record, [], 9, folder.cache)[0].startswith(
+        "1 of 9 test images are training images, too: test acc"
+    )
     survey.look(loaded, folder.cache, lambda line: None)
-    assert listed.is_file() and f"(listed in {listed})" in survey.notes(record, 9, folder.cache)[0]
+    assert listed.is_file() and f"(listed in {listed})" in survey.notes(record, [], 9, folder.cache)[0]
 
 
 @pytest.mark.parametrize(

@@ -566,6 +566,7 @@ def test_a_student_of_no_multiply_adds_is_compared(cli, flags, finished, copy, t
             "--seeds cannot be combined with --epochs",
         ),
         (("--train-teacher", "--teacher-network", "a.py:f", "--val-fraction", "0.1"), "--val-fraction cannot be"),
+        (("--train-teacher", "--teacher-network", "a.py:f", "--label-smoothing", "0.1"), "--label-smoothing cannot be"),
     ],
 )
 def test_no_epochs_are_for_a_teacher_that_was_trained_elsewhere(cli, words, told):
@@ -677,6 +678,8 @@ def test_a_teacher_that_cannot_be_trained_is_refused_before_anything_is_written(
         (("--student", "resnet20"), "is not FILE.py:FUNCTION"),
         (("--train-teacher", "--student", "a.py:f"), "--student is for students"),
         (("--report", "--teacher-network", "a.py:f"), "--teacher-network cannot be combined with --report"),
+        (("--predict", "a.png", "--teacher-network", "a.py:f", "b.py:f"), "--predict uses one model: give the one"),
+        (("--teacher-network", "a.py:f", "b.py:f"), "for several teachers: name these with --teacher"),
     ],
 )
 def test_wrong_usage(cli, words, told):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import CLASSES, ROOT
 from PIL import Image
 
 import models
+from reports import listing
 from reports.statistics import softmax
 from runs.checkpoints import load_checkpoint, save_checkpoint
 
@@ -213,7 +215,22 @@ def test_models_load_is_the_way_into_pytorch(finished, images):
     assert losses[-1] < losses[0]
 
 
-def test_list(cli, finished, copy, tmp_path):
+def finishes_once(folder, read_json):
+    """`read_json`, which at its first look at the run in `folder` says what that was before it finished."""
+    looks = []
+
+    def read(path, kind):
+        record = read_json(path, kind)
+        if path == folder / "run.json":
+            looks.append(path)
+            if len(looks) == 1:
+                return replace(record, finished=False, accuracy=None)
+        return record
+
+    return read
+
+
+def test_list(cli, finished, copy, tmp_path, monkeypatch):
     lines = cli("--list", "--output-dir", finished).out.splitlines()
     assert lines[0].split() == ["run", "epochs", "accuracy", "last", "written", "on"]
     assert [line.split()[0] for line in lines[1:]] == ["baseline-s0", STUDENT, "teacher-s0"]
@@ -231,6 +248,11 @@ def test_list(cli, finished, copy, tmp_path):
     assert "2 of 2  unfinished" in unfinished
     assert f"DAMAGED: {model} is damaged: the checksum" in flipped
     assert f"DAMAGED: {copy / 'teacher-s0' / 'run.json'} is damaged" in broken
+
+    monkeypatch.setattr(listing, "read_json", finishes_once(copy / "baseline-s0", listing.read_json))
+    (copy / "baseline-s0" / "model.pt").write_bytes((finished / "baseline-s0" / "model.pt").read_bytes())
+    now = cli("--list", "--output-dir", copy).out.splitlines()[1]
+    assert now.startswith("baseline-s0") and "DAMAGED" not in now and "2 of 2  0." in now
 
     (tmp_path / "empty").mkdir()
     assert cli("--list", "--output-dir", tmp_path / "empty").out == f"{tmp_path / 'empty'} holds no runs.\n"

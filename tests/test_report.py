@@ -544,3 +544,16 @@ def test_fidelity_is_told_beside_agreement(folder):
     title, one, two, baseline = text[text.index("Fidelity") :].splitlines()[:4]
     assert one.split()[-2:] == [f"{kl(20, 3, 1):.4f}", f"{kl(20, 3, 4):.4f}"] and title.endswith("KL at its T")
     assert two.split()[-1] == f"{kl(20, 2, 8):.4f}" and baseline.split()[-1] == f"{kl(15, 1, 4):.4f}"
+
+
+@pytest.mark.draws
+def test_letters_that_no_font_has_are_named_once(folder, capfd, recwarn):
+    images = np.zeros((24, 16, 16, 3), np.uint8)
+    (folder.path / "data" / f"test-{DATA[:16]}.npz").unlink()
+    records.save_test_set(folder.path, DATA, images, LABELS, ["red", "\U00013000", "\U00013000\U00013001"])
+    folder.add("kd", 20, 4.0, 0.1)
+    folder.add("baseline", 18)
+    figures.draw(Comparison(folder.path))
+    told = capfd.readouterr().err
+    assert "letters that no font here has: \U00013000\U00013001\nreport.html shows them." in told
+    assert told.count("no font here") == 1 and not [each for each in recwarn if "Glyph" in str(each.message)]

@@ -246,6 +246,16 @@ def test_negative_log_likelihood_by_hand():
     assert negative_log_likelihood(logits, np.array([0, 1, 1])) == pytest.approx(expected)
 
 
+def test_what_cannot_be_negative_is_never_printed_so():
+    logits = np.array([[1e3, 0.0, 0.0]])
+    assert f"{negative_log_likelihood(logits, np.array([0])):.4f}" == "0.0000"
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        logits = random.normal(0, 3, (5, 4))
+        shifted = logits + 1e3 * random.normal(size=(5, 1))  # the same probabilities up to rounding
+        assert f"{kl_divergence(logits, shifted):.4f}" == "0.0000"
+
+
 def test_softmax_by_hand_and_at_a_temperature():
     np.testing.assert_allclose(softmax([[2 * math.log(3), 0]], 2), [[0.75, 0.25]])
     logits = np.random.default_rng(0).normal(0, 3, (4, 5))

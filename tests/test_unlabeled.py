@@ -324,12 +324,24 @@ def test_test_and_training_images_among_them_are_a_warning_with_a_list(
     for name in ("00", "02"):
         shutil.copy(images / "train" / "blue" / f"{name}.png", mixed)
     output = tmp_path / "out"
-    command = (*flags, "--alpha", 0.9, "--unlabeled", mixed, "--output-dir", output)
-    got = cli(*command, "--teacher", finished / "teacher-s0")
+    plain = (*flags, "--alpha", 0.9, "--output-dir", output, "--teacher", finished / "teacher-s0")
+    command = (*plain, "--unlabeled", mixed)
+    got = cli(*command)
     warned = re.search(r"Warning: 1 of 103 images without labels are test images, too \(listed in (.*)\): ", got.out)
     listed = {line.split(" = ")[1] for line in Path(warned[1]).read_text().splitlines()}
     assert listed == {"test/red/01.png", "train/blue/00.png", "train/blue/02.png"}
     assert "Warning: 2 of 103 images without labels are training images, too (listed in" in got.out
+    more = write_noise(tmp_path / "more", 20, seed=1)
+    shutil.copy(images / "test" / "blue" / "03.png", more / "copy.png")
+    cli(*plain, "--unlabeled", more, "--seed", 1)
+    cli(*plain)
+    both = cli("--report", "--output-dir", output).out
+    for count in (21, 103):
+        assert f"Note that 1 of {count} images without labels are test images, too" in both
+    rows = set(re.findall(r"^KD, (unlabeled.*), T=4, alpha=0.9$", both, re.MULTILINE))
+    found = {json.loads(path.read_text())["settings"]["unlabeled"] for path in output.glob("kd-unlabeled-*/run.json")}
+    assert rows == {f"unlabeled {digest[:8]}" for digest in found} and len(found) == 2, both
+    cli(*command)
     again = cli("--report", "--output-dir", output).out
     assert "Note that 1 of 103 images without labels are test images, too" in again
     assert "Note that 2 of 103 images without labels are training images, too" in again
