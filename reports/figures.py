@@ -22,6 +22,7 @@ from sources import one_line
 FEW = 20  # images in a bin of a reliability diagram, below which it is drawn pale
 TICKS = 12  # below a panel of gains
 PANELS = 4  # of gains in a row
+LONG_NAME = 30  # letters of a name in a legend that would cover the curves
 LETTERS = 20  # that are named of those that no font has
 
 
@@ -104,7 +105,7 @@ def curves(comparison):
     else:  # a logarithmic locator would find one or two ticks
         left.yaxis.set_major_locator(MaxNLocator(7))
         left.yaxis.set_minor_locator(NullLocator())
-    if len(groups) > 5:
+    if len(groups) > 5 or max(map(len, groups)) > LONG_NAME:
         legend(figure, [left], 4)
     else:
         left.legend(frameon=False)
