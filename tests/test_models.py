@@ -109,6 +109,26 @@ def test_whitened_patches_are_uncorrelated_and_of_one_variance():
     assert not first.weight.requires_grad and first.bias.requires_grad
 
 
+def test_whitening_divides_by_what_the_paper_adds_to_each_variance():
+    """arXiv 2404.00498, section 3.2: eigenvectors over the root of (eigenvalue + 0.0005), each with both signs."""
+    gray = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)  # of 4 dimensions
+    layer = models.Whitening()
+    layer.fit(gray)
+    patches = np.stack([gray[:, :, y : y + 2, x : x + 2].numpy() for y in range(7) for x in range(7)]).reshape(-1, 12)
+    values = np.linalg.eigvalsh(patches.T.astype(float) @ patches / len(patches)).clip(0)
+    norms = layer.weight.reshape(24, 12).norm(dim=1).numpy()
+    assert norms[:12] == pytest.approx(1 / np.sqrt(values + 0.0005), rel=1e-3)
+    assert (layer.weight[12:] == -layer.weight[:12]).all()
+
+
+def test_whitening_of_images_that_are_hardly_more_than_one_colour_is_finite():
+    """Their other eigenvalues are 0 up to rounding, which is more than 0.0005 below it where pixels are large."""
+    images = 300 + 1e-3 * torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    layer = models.Whitening()
+    layer.fit(images)
+    assert layer.weight.isfinite().all()
+
+
 def test_the_student_is_ten_times_smaller_and_five_times_cheaper():
     teacher, student = (models.costs(name, 10, 32) for name in ("teacher", "student"))
     assert teacher.parameters >= 10 * student.parameters
