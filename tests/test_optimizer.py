@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import models
 from runs.graphs import Recorded
-from train import BIASES, CLIPPED, CONVOLUTIONS, HEAD, Muon, orthogonalize
+from runs.settings import RECIPE
+from train import BIASES, CLIPPED, COEFFICIENTS, CONVOLUTIONS, HEAD, ITERATIONS, WARM_UP, Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(32, 27), (64, 288), (128, 96), (64, 64)])
@@ -177,3 +178,9 @@ def test_what_is_recorded_answers_to_the_tensors_of_each_call(monkeypatch):
         for result, tensor in zip(recorded(double, tensors), tensors, strict=True):
             assert result.equal(tensor + tensor)
     assert calls == [2, 2, 1, 1, 2, 2]  # each time once as it is, and once to be recorded
+
+
+def test_other_constants_are_another_recipe():
+    """What was trained by other ones is told apart by RECIPE alone: raise it with any of them."""
+    now = RECIPE, CONVOLUTIONS, HEAD, BIASES, CLIPPED, COEFFICIENTS, ITERATIONS, WARM_UP
+    assert now == (5, (0.3, 0.6), (1.0, 0.85), (30.0, 0.85), 0.1, (3.4445, -4.7750, 2.0315), 3, 0.05)
