@@ -17,6 +17,8 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import compute
+
 import models
 from reports.statistics import SIGNIFICANCE, holm
 from reports.text import block
@@ -31,6 +33,11 @@ SPEEDS = [RESULTS / f"throughput-{name}.json" for name in ("cpu", "amx")]
 OF_ONE_TEACHER = ("cifar10-10-epochs", "cifar10", "seeds-6-to-10", "cifar10-60-epochs", "cifar10-200-epochs")
 OF_OTHERS = {  # the same students by other teachers, compared with the same baselines: these teachers' epochs
     "teacher-77-epochs": "77", "teacher-200-epochs": "200", "three-teachers": "24, 35 and 77, together",
+}  # fmt: skip
+
+TEACHERS = {  # their names in other_trainings.csv; epochs, whether squares were blanked, recipe
+    "teacher, 35 epochs": (35, "no", 4), "teacher, 35 epochs, squares blanked": (35, "yes", 5),
+    "teacher, 77 epochs": (77, "yes", 4), "teacher, 200 epochs": (200, "yes", 5),
 }  # fmt: skip
 
 
@@ -66,11 +73,24 @@ def record(folder=RECORD):
     return json.loads((folder / "comparison.json").read_text())
 
 
-def of_other_trainings(what):
-    """The accuracy, with single test images, of the training that other_trainings.csv calls `what`."""
+def teachers():
+    """The table of the teachers, each alone, and of those that were distilled together."""
     with open(RESULTS / "other_trainings.csv", newline="") as file:
-        (row,) = (row for row in csv.DictReader(file) if row["what"] == what and row["augmented"] == "no")
-    return float(row["accuracy"])
+        others = {row["what"]: row for row in csv.DictReader(file) if row["augmented"] == "no"}
+    kept, recipe = compute.teacher(RECORD), models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
+    rows = {"first": [24, "no", recipe, kept.pflop, kept.accuracy]}
+    for name, (epochs, squares, recipe) in TEACHERS.items():
+        rows[name] = [epochs, squares, recipe, *(float(others[name][column]) for column in ("pflop", "accuracy"))]
+    together = [rows[name][3] for name in ("first", "teacher, 35 epochs", "teacher, 77 epochs")]
+    several = [
+        OF_OTHERS["three-teachers"],
+        "",
+        "",
+        sum(together),
+        record(RESULTS / "three-teachers")["teacher"]["accuracy"],
+    ]
+    rows = [[*row[:3], f"{row[3]:.2f}", f"{row[4]:.4f}"] for row in (*rows.values(), several)]
+    return table(["epochs of the teacher", "squares blanked", "recipe", "PFLOP", "test accuracy"], *rows)
 
 
 def machine(found):
@@ -97,8 +117,6 @@ def results():
     others = {name: record(RESULTS / name) for name in OF_OTHERS}
     first = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     long = commands["settings"]["epochs"]
-    teachers = [(first, found["teacher"]["accuracy"]), (35, of_other_trainings("teacher, 35 epochs"))]
-    teachers += [(who, others[name]["teacher"]["accuracy"]) for name, who in OF_OTHERS.items()]
     students, recipes, devices = [], set(), {}
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
         epochs, of_all = each["settings"]["epochs"], each["baseline"]["accuracies"]
@@ -123,21 +141,18 @@ def results():
             points = "**{}**, {}".format(*points.split(", "))
         pair = f"{kd['temperature']:g}", f"{kd['alpha']:g}"
         rows.append([epochs, who, *pair, seeds(kd), share(kd), share(without), points])
-    made_by = models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
     (recipe,) = recipes  # of all students
     note = (
         "± is the standard deviation over seeds. Each interval and p is for its row alone; in bold are the gains that "
-        f"hold for all {len(tests)} t-tests together (5%, Holm's correction). Students and the teacher of {long} "
-        f"epochs by recipe {recipe} (a version of networks, optimizer and schedule), the other teachers by [recipe "
-        f"{made_by}](results/findings.md#recipes-4-and-5); those of 77 and {long} epochs with squares blanked "
-        f"([why](#how-long-to-train)). Only the teacher of {first} epochs is in the repository. In "
+        f"hold for all {len(tests)} t-tests together (5%, Holm's correction). Students by [recipe "
+        f"{recipe}](results/findings.md#recipes-4-and-5), a version of networks, optimizer and schedule. One teacher "
+        "of each kind was trained; PFLOP: 10^15 operations of training; [why squares](#how-long-to-train). The "
+        f"teacher of 35 epochs with squares taught no student; that of {first} is in the repository. In "
         f"{found['environment']['precision']}, on {'; '.join(devices)}: "
         "[which where](results/README.md)."
     )
-    accuracies = [[epochs, f"{accuracy:.4f}"] for epochs, accuracy in teachers]
-    of_teachers = table(["epochs of the teacher (one run each)", "test accuracy"], *accuracies)
     head = ["epochs", "teacher (its epochs)", "T", "alpha", "seeds", "with distillation", "without"]
-    return "\n\n".join([of_teachers, table([*head, "gain in points (95% interval)"], *rows), note])
+    return "\n\n".join([teachers(), table([*head, "gain in points (95% interval)"], *rows), note])
 
 
 def ratios(seconds):

@@ -733,11 +733,37 @@ def test_what_averaging_over_views_adds_is_told_as_measured():
     assert (kept["plain"], long["plain"]) == (record()["teacher"]["accuracy"], record(COMMANDS)["teacher"]["accuracy"])
     with open(RESULTS / "other_trainings.csv", newline="") as file:
         rows = {row["what"]: row for row in csv.DictReader(file) if row["augmented"] == "yes"}
-    for epochs, each, other in ((24, kept, "airbench95"), (200, long, "airbench96_faster")):
-        ours, theirs = rows[f"teacher, {epochs} epochs"], rows[other]
-        assert (ours["accuracy"], int(ours["epochs"])) == (f"{each[ways[2]]:.4f}", epochs)
-        words = f"the teacher of {epochs} epochs ({ours['pflop']} PFLOP) has {ours['accuracy']}, {other} "
-        assert f"{words}({theirs['pflop']} PFLOP) {theirs['accuracy']}" in told
+    for name, each in (("24 epochs", kept), ("35 epochs, squares blanked", accuracies["teacher"][35, 0]),
+                       ("200 epochs", long)):  # fmt: skip
+        assert rows[f"teacher, {name}"]["accuracy"] == f"{each[ways[2]]:.4f}"
+    for what, words in (
+        ("teacher, 24 epochs", "the teacher of 24 epochs ({} PFLOP) has {}, one of 35"),
+        ("teacher, 35 epochs, squares blanked", "of 35 epochs with squares blanked ({} PFLOP) {}, airbench95"),
+        ("airbench95", "airbench95 ({} PFLOP) {};"),
+        ("teacher, 200 epochs", "the teacher of 200 epochs ({} PFLOP) has {}, airbench96_faster"),
+        ("airbench96_faster", "airbench96_faster ({} PFLOP) {}."),
+    ):
+        assert words.format(rows[what]["pflop"], rows[what]["accuracy"]) in told
+
+
+def test_the_teachers_are_told_as_measured():
+    with open(RESULTS / "other_trainings.csv", newline="") as file:
+        plain = {row["what"]: row["accuracy"] for row in csv.DictReader(file) if row["augmented"] == "no"}
+    averaged = json.loads((RESULTS / "augmented.json").read_text()).values()
+    (squares,) = (each for each in averaged if each["settings"]["epochs"] == 35)
+    assert (squares["settings"]["cutout"], squares["settings"]["recipe"]) == (12, 5)
+    assert f"{squares['accuracies']['plain']:.4f}" == plain["teacher, 35 epochs, squares blanked"]
+    words = "with squares reached {} after 35 epochs (planned in a581637), {} after 77 and {} after 200"
+    names = "teacher, 35 epochs, squares blanked", "teacher, 77 epochs", "teacher, 200 epochs"
+    assert words.format(*(plain[name] for name in names)) in told_in("results/findings.md")
+    assert f"with `--cutout 12` on the EPYC {plain[names[0]]})" in told_in("results/README.md")
+    together = record(RESULTS / "three-teachers")["teacher"]
+    others = [float(plain[name]) for name in ("teacher, 35 epochs", "teacher, 77 epochs")]
+    assert together["members"] == [record()["teacher"]["accuracy"], *others]
+    for folder, name in (("teacher-77-epochs", names[1]), ("teacher-200-epochs", names[2])):
+        assert f"{record(RESULTS / folder)['teacher']['accuracy']:.4f}" == plain[name]
+    total = sum(6e-15 * 50_000 * epochs * models.costs("teacher", 10, 32).macs for epochs in (24, 35, 77))
+    assert f"| 24, 35 and 77, together | | | {total:.2f} | {together['accuracy']:.4f} |" in told_in("README.md")
 
 
 def test_what_a_teacher_with_smoothed_labels_is_worth_is_told_as_measured():
