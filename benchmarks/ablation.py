@@ -72,6 +72,8 @@ def main():
             "this program's student on all training images."
         )
     settings = [pairs[seed].settings for seed in seeds]
+    if not all(comparable(settings[0], each) for each in settings):
+        raise Failure(f"the runs in {output} were not all trained alike. Name seeds that were with --seeds.")
     if {(each.recipe, each.views) for each in settings} != {(RECIPE, VIEWS_VERSION)}:
         raise Failure(f"the runs in {output} are of another recipe than this version of the program trains.")
     made_with = pairs[seeds[0]].environment

@@ -89,6 +89,8 @@ def read_group(named, seeds=None):
             folders = sorted(glob.glob(each)) or [each]  # which not every shell expands
             found += [(folder, read_json(Path(folder) / "run.json", RunRecord)) for folder in folders]
     for where, record in found:
+        if seeds and record.settings.seed not in seeds:
+            continue
         if record.accuracy is None:
             raise Failure(f"{where} holds no accuracy on the test set: the run is unfinished, or a sweep's.")
         if record.settings.seed in runs:
@@ -99,7 +101,7 @@ def read_group(named, seeds=None):
         raise Failure(f"the runs of one group differ in {', '.join(sorted(apart))}: {' '.join(map(str, named))}")
     if missing := [str(seed) for seed in seeds or () if seed not in runs]:
         raise Failure(f"there is no run with seed {' or '.join(missing)} among {' '.join(map(str, named))}.")
-    return {seed: run for seed, run in sorted(runs.items()) if not seeds or seed in seeds}
+    return dict(sorted(runs.items()))
 
 
 def differing(what, *runs):

@@ -117,7 +117,7 @@ def results():
     others = {name: record(RESULTS / name) for name in OF_OTHERS}
     first = len((RECORD / "teacher-s0" / "history.csv").read_text().splitlines()) - 1
     long = commands["settings"]["epochs"]
-    students, recipes, devices = [], set(), {}
+    students, recipes, devices, taught = [], set(), {}, set()
     for each in map(record, (RESULTS / name for name in OF_ONE_TEACHER)):
         epochs, of_all = each["settings"]["epochs"], each["baseline"]["accuracies"]
         recipes.add(each["settings"]["recipe"])
@@ -127,6 +127,9 @@ def results():
         for name, who in OF_OTHERS.items():
             if others[name]["baseline"]["accuracies"] == of_all:
                 students += [(epochs, who, kd, each["baseline"]) for kd in others[name]["kd"]]
+                taught.add(name)
+    if taught != OF_OTHERS.keys():
+        raise ValueError(f"no record has the baselines of {' and '.join(OF_OTHERS.keys() - taught)}")
     tests = [kd["improvement"]["p_value"] for *_, kd, _ in students]
     shown = [p < SIGNIFICANCE for p in holm(tests)]
     students += [(long, long, kd, commands["baseline"]) for kd in commands["kd"]]

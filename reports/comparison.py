@@ -86,7 +86,7 @@ class Comparison:
         students = {key: run for key, run in matching.items() if key.role == "kd"}
         self.runs = self._teacher_runs(everything)
         self.baseline, self.baseline_logits = self._several([baselines[seed] for seed in seeds], first[0])
-        self.kd, self.kd_logits = [], []
+        self.kd, self.kd_logits = [], []  # the logits of the first way alone: what is drawn is of it
         self._add(first, seeds, students, baselines)
         ways = {key.way for key in students} - {first}
         for way in sorted(ways, key=lambda way: (way != (*first[:2], None), way[:2], way[2] or ())):
@@ -115,7 +115,7 @@ class Comparison:
 
     def entry_of(self, run):
         """The entry of the way in which a distilled student was trained."""
-        names = ("temperature", "alpha", "loss_sha256", "unlabeled")
+        names = ("temperature", "alpha", "loss", "loss_sha256", "unlabeled")
         wanted = [getattr(run.settings, name) for name in names]
         return next(each for each in self.kd if [each.get(name) for name in names] == wanted)
 
@@ -229,8 +229,9 @@ class Comparison:
         entry = {"temperature": temperature, "alpha": alpha, **variant, **entry, "improvement": improvement}
         if self.kd:
             entry["first_over_this"] = self._over(self.kd[0], entry)
+        else:
+            self.kd_logits = logits
         self.kd.append(entry)
-        self.kd_logits.append(logits)
 
     def _gains(self, accuracies, others):
         """The differences in points, seed by seed."""

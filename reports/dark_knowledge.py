@@ -23,7 +23,7 @@ def examples(comparison, count=EXAMPLES):
     teacher = softmax(comparison.teacher_logits)
     ranked = teacher.argsort(1)
     second = ranked[:, -2]
-    kd, baseline = comparison.kd_logits[0][0].argmax(1), comparison.baseline_logits[0].argmax(1)
+    kd, baseline = comparison.kd_logits[0].argmax(1), comparison.baseline_logits[0].argmax(1)
     right = (ranked[:, -1] == labels).astype(int)
     score = 4 * right + 2 * (right & (kd == labels) & (baseline != labels)) + (right & (baseline == second))
     order = np.lexsort((-teacher[np.arange(len(labels)), second], -score))
@@ -41,7 +41,7 @@ def dark_knowledge(comparison):
     columns = [
         ("teacher, T = 1", "teacher", comparison.teacher_logits, 1.0),
         (softened, "teacher", comparison.teacher_logits, temperature),
-        (broken(f"with KD, {pair_name(entry)}", 28), "kd", comparison.kd_logits[0][0], 1.0),
+        (broken(f"with KD, {pair_name(entry)}", 28), "kd", comparison.kd_logits[0], 1.0),
         ("baseline", "baseline", comparison.baseline_logits[0], 1.0),
     ]
     figure = Figure((11, 0.6 + 1.35 * len(indices)), layout="constrained")

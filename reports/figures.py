@@ -163,8 +163,9 @@ def cost(comparison):
         )  # fmt: skip
     axes.margins(y=0.15)
     axes.grid(axis="y", alpha=0.25)
-    seeds = len(comparison.kd[0]["seeds"])
-    figure.suptitle(f"Accuracy against cost ({'one pair' if seeds == 1 else f'{seeds} seeds, 95% intervals'})")
+    counts = sorted({len(entry["seeds"]) for entry in comparison.kd})
+    seeds = f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} seeds, 95% intervals"
+    figure.suptitle(f"Accuracy against cost ({'one pair' if counts == [1] else seeds})")
     legend(figure, [axes], 3)
     return figure
 
@@ -247,7 +248,7 @@ def sweep(comparison):
     axes.spines[:].set_visible(False)
     figure.colorbar(image, label="gain over baseline (points)")
     seen = "\nThe teacher was trained on these images, too." * comparison.sweep_teacher_has_seen
-    loss = f", {own[0]['loss']}" if own and "loss" in own[0] else ""
+    loss = f", {variant_of(own[0])}" if own and variant_of(own[0]) else ""
     figure.suptitle(f"Validation accuracy{loss}\n(baseline {reference[0]:.4f}; framed: best){seen}", fontsize=9)
     return figure
 
@@ -259,7 +260,7 @@ def reliability_diagrams(comparison):
     panels = figure.subplots(1, 3, sharey=True)
     models = {
         "teacher": [comparison.teacher_logits],
-        "kd": comparison.kd_logits[0],
+        "kd": comparison.kd_logits,
         "baseline": comparison.baseline_logits,
     }
     errors = {"teacher": comparison.teacher, "kd": comparison.kd[0], "baseline": comparison.baseline}
@@ -271,7 +272,7 @@ def reliability_diagrams(comparison):
         middle = (np.arange(BINS) + 0.5) / BINS
         many = share * len(logits) * len(comparison.labels) >= FEW
         for bins, alpha, label in (
-            (many, 0.55, "accuracy in the bin" + ", students of all seeds" * (len(comparison.kd_logits[0]) > 1)),
+            (many, 0.55, "accuracy in the bin" + ", students of all seeds" * (len(comparison.kd_logits) > 1)),
             (there & ~many, 0.15, f"accuracy, fewer than {FEW} images"),
         ):
             axes.bar(

@@ -85,7 +85,7 @@ def details(comparison):
     text += f"({costs.where(comparison)})\n{costs.trade(comparison)}\n"
     text += "\n" + claim(entry["improvement"], len(entry["seeds"]), len(comparison.labels), method(entry)) + "\n"
     tested = accuracy.differences(comparison)
-    if len(tested) > 2:  # the only one is told above
+    if len(tested) > 2 or (tested and len(entry["seeds"]) == 1):  # the only one of the first way is told above
         text += "\n" + "".join(_row(*row, width=40, cell=10) for row in tested) + f"({accuracy.DIFFERENCES})\n"
     notes = [*differently_trained(comparison), *comparison.notes()]
     return text + "".join(f"Note that {note}.\n" for note in notes)
@@ -196,9 +196,9 @@ def _p(value):
 
 
 COLUMNS = (
-    "run", "role", "temperature", "alpha", "loss", "unlabeled", "network", "width", "train_fraction", "omit_class",
-    "seed", "accuracy", "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate", "weight_decay",
-    "image_size", "padding", "cutout", "mirror", "label_smoothing", "val_fraction", "seconds",
+    "run", "role", "temperature", "alpha", "loss", "loss_sha256", "unlabeled", "network", "width", "train_fraction",
+    "omit_class", "seed", "accuracy", "balanced_accuracy", "val_accuracy", "epochs", "batch_size", "learning_rate",
+    "weight_decay", "image_size", "padding", "cutout", "mirror", "label_smoothing", "val_fraction", "seconds",
 )  # fmt: skip
 
 
@@ -206,7 +206,8 @@ def run_values(comparison, run):
     """{name: value} of a FinishedRun, all COLUMNS among them."""
     values = {**vars(run), **asdict(run.settings), "run": run.folder.relative_to(comparison.output).as_posix()}
     values["omit_class"] = ", ".join(run.settings.omit_class)
-    values["unlabeled"] = run.settings.unlabeled and run.settings.unlabeled[:16]
+    for name in ("loss_sha256", "unlabeled"):
+        values[name] = values[name] and values[name][:16]
     values["balanced_accuracy"] = comparison.balanced.get(run.folder)  # None for a sweep's, which reads no test set
     return values
 

@@ -189,6 +189,11 @@ def test_the_ablation_takes_the_views_from_the_same_ensemble(copy, images, monke
     for name, folder in (("fixed", copy / "fixed"), ("shared", copy)):
         accuracies = [load_run(folder, f"kd-T4-a0.9-s{seed}").accuracy for seed in (0, 1)]
         assert result[name]["accuracies"] == accuracies
+    for name in ("kd-T4-a0.9-s1", "baseline-s1"):  # of other settings than those of seed 0
+        path = copy / name / "run.json"
+        path.write_text(path.read_text().replace('"epochs": 2', '"epochs": 3'))
+    with pytest.raises(SystemExit, match="error: .* were not all trained alike"):
+        ablation(copy / "teacher-s0", copy / "teacher-s1")
 
 
 # A student as a teacher ----------------------------------------------------------------------------------------------

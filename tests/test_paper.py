@@ -297,7 +297,9 @@ def test_a_loss_is_compared_over_the_seeds_that_both_have(finished):
     loss = plain | {"loss": "dkd", "seeds": [0, 1, 2, 7], "accuracies": [0.3, 0.5, 0.4, 0.8], "mean": 0.5}
     test = {"seeds": seeds[:3], "mean": 50 / 3, "ci95": [0, 1], "p_value": 0.5}
     comparison["kd"] = [loss, plain | {"first_over_this": test}]
+    assert paper.rows("DKD", comparison)[0]["p_value"] is None  # McNemar's, of one pair, is of these two networks
     row = paper.rows("DKD", comparison)[1]
+    assert row["p_value"] == 0.5
     assert row["what"] == "test accuracy, over plain distillation" and row["n"] == 3
     assert (row["distilled"], row["other"]) == pytest.approx((0.4, 0.7 / 3))
     assert 100 * (row["distilled"] - row["other"]) == pytest.approx(row["mean"])

@@ -146,6 +146,9 @@ def test_refused(cli, finished, copy, images, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no image" in says("--predict", tmp_path / "empty", "--output-dir", finished)
     assert "does not exist" in says("--predict", tmp_path / "none.png", "--output-dir", finished)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert "is a named pipe" in says("--predict", tmp_path / "pipe", "--output-dir", finished)
     assert "no finished distilled student" in says("--predict", photo, "--output-dir", tmp_path / "empty")
     assert "does not exist" in says("--predict", photo, "--model", tmp_path / "none")
     assert "holds no model.pt" in says("--predict", photo, "--model", tmp_path / "empty")

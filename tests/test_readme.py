@@ -65,6 +65,29 @@ def test_the_tables_are_those_of_the_results():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_table_that_would_lose_a_row_or_pair_other_seeds_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    record = tables.record
+
+    def changed(what, value):
+        def read(folder=tables.RECORD):
+            found = record(folder)
+            if folder.name == "seeds-6-to-10":
+                found["baseline"][what] = value(found["baseline"][what])
+            return found
+
+        return read
+
+    monkeypatch.setattr(tables, "record", changed("seeds", lambda seeds: [*seeds[1:], 11]))
+    with pytest.raises(ValueError, match="no baseline of the same seeds"):
+        tables.results()
+    monkeypatch.setattr(tables, "record", changed("accuracies", lambda found: [*found, 0.9]))
+    with pytest.raises(ValueError, match="no record has the baselines of teacher-200-epochs"):
+        tables.results()
+
+
 def test_tables_are_written_where_their_marks_are_and_nothing_else_is_lost(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import tables

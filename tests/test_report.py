@@ -196,6 +196,24 @@ def test_a_page_may_name_paths_that_are_not_utf_8(folder, monkeypatch, capsys):
     assert (folder.path / "report.html").read_bytes() == b"in m\\udcff" and "report.html" in capsys.readouterr().out
 
 
+def test_losses_in_one_file_are_told_apart(folder):
+    for loss in "fg":
+        folder.add("kd", 20, 4.0, 0.1, loss=loss, loss_file="own.py", loss_sha256="a" * 64)
+    folder.add("baseline", 15)
+    comparison = Comparison(folder.path)
+    students = [run for run in comparison.runs if run.settings.role == "kd"]
+    assert sorted(comparison.entry_of(run)["loss"] for run in students) == ["f", "g"]
+    assert all(comparison.entry_of(run)["loss"] == run.settings.loss for run in students)
+
+
+def test_the_differences_of_other_ways_are_told_where_the_first_has_one_seed(folder):
+    folder.add("kd", 20, 8.0, 0.1)
+    for seed, (kd, baseline) in enumerate([(12, 10), (15, 14), (20, 13)]):
+        folder.add("kd", kd, 4.0, 0.5, seed), folder.add("baseline", baseline, seed=seed)
+    text = details(Comparison(folder.path, {"temperature": 8.0, "alpha": 0.1, "seeds": [0]}))
+    assert f"T=4, alpha=0.5 over baseline{'':12}{POINT * 10 / 3:+10.2f}" in text and "exact McNemar test" in text
+
+
 def test_pairs_of_temperature_and_alpha_are_compared_over_the_seeds_of_both(folder):
     """The second pair has seeds 1 to 3 and shares 1 and 2 with the first: differences of 4 and -1 images. With one
     degree of freedom t(0.975) = 12.706205 and p = 1 - 2 / pi atan |t|."""

@@ -1110,6 +1110,10 @@ def test_any_two_groups_of_runs_are_compared_by_seed(finished, tmp_path, monkeyp
     assert run(one, smoothed, other)[1] == run([*one, "--seeds", "2", "0", "1"], smoothed, other)[1]
     (found,) = run([*one, "--seeds", "2", "0"], other[::2])
     assert found["seeds"] == [0, 2] and found["accuracies"] == [[0.93, 0.94], [0.929, 0.9405]]
+    edited = group("kd-T4-a0.1-s0", (0.5,), 7, loss="own", loss_sha256="a" * 64)  # not asked for, so it may differ
+    assert run([*one, *edited, "--seeds", "2", "0"], other[::2]) == [found]
+    with pytest.raises(Failure, match="differ in loss, loss_sha256"):
+        run([*one, *edited], other)
     with pytest.raises(Failure, match="there is no run with seed 3 or 4 among"):
         run([*one, "--seeds", "0", "3", "4"], other)
     found = run(one[::-1], smoothed, other)  # paired by seed, in whichever order they are named

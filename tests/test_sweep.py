@@ -456,7 +456,7 @@ def test_dark_knowledge_of_many_classes_shows_whole_bars_and_their_numbers(count
     labels = np.arange(4) % 3
     logits = np.random.default_rng(0).normal(0, 2, (4, count))
     logits[range(4), labels] = 12
-    answers = {"teacher_logits": logits, "kd_logits": [[logits]], "baseline_logits": [logits[:, ::-1]]}
+    answers = {"teacher_logits": logits, "kd_logits": [logits], "baseline_logits": [logits[:, ::-1]]}
     images = np.zeros((4, 16, 16, 3), np.uint8)
     comparison = of_students(1, classes=names, labels=labels, images=images, **answers)
     comparison.kd[0]["temperature"] = 32.0
@@ -501,7 +501,7 @@ def test_examples_begin_with_those_that_show_most():
         classes=["a", "b", "c"],
         labels=np.array([0, 0, 0, 0]),
         teacher_logits=np.array([[1.0, 3, 0], [3, 1, 0], [3, 2, 0], [3, 2, 0]]),
-        kd_logits=[[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 0, 0]])]],
+        kd_logits=[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 0, 0]])],
         baseline_logits=[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [0, 3, 0]])],
     )
     assert dark_knowledge.examples(comparison, 4) == [3, 2, 1, 0]
@@ -513,7 +513,7 @@ def test_examples_are_of_different_classes_where_possible():
         classes=["a", "b", "c"],
         labels=np.array([0, 0, 0, 1, 1]),
         teacher_logits=np.array([[3.0, 2.9, 0], [3, 2.8, 0], [3, 2.7, 0], [1, 3, 0], [0, 3, 0]]),
-        kd_logits=[[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [0, 3, 0], [0, 3, 0]])]],
+        kd_logits=[np.array([[3.0, 0, 0], [3, 0, 0], [3, 0, 0], [0, 3, 0], [0, 3, 0]])],
         baseline_logits=[np.array([[0.0, 3, 0], [0, 3, 0], [0, 3, 0], [0, 3, 0], [0, 3, 0]])],
     )
     assert dark_knowledge.examples(comparison, 4) == [0, 3, 1, 2]

@@ -1,11 +1,14 @@
 """Which model and which images a command uses, found before PyTorch is imported."""
 
 import os
+import stat
 import sys
 from pathlib import Path
 
 from runs.files import Damaged, Failure, read_json, reason
 from runs.settings import RunRecord
+
+OPEN = ("/dev/fd/", "/proc/")  # where a shell's <(command) is
 
 
 def find_model(arguments):
@@ -74,6 +77,8 @@ def find_images(paths):
             if passed_over:
                 print(f"{path}: {len(found):,} images taken; passed over: {passed_over}", file=sys.stderr)
         elif os.path.exists(path):
+            if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith(OPEN):
+                raise Failure(f"--predict {path} is a named pipe, which may never end: save what it gives as a file.")
             found = [path]
         else:
             raise Failure(f"--predict {path} does not exist.")
