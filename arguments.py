@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         raise Usage(message + f" (is {meant[0]} meant?)" if meant else message)
 
 
-def integer(low, high=None):
+def integer(low, high):
     """An argparse type: an integer from `low` to `high`."""
 
     def convert(text):
@@ -71,9 +71,8 @@ def integer(low, high=None):
             value = int(text)
         except ValueError:
             value = None
-        if value is None or value < low or (high is not None and value > high):
-            limits = f"of {low} or more" if high is None else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"'{text}' is not an integer {limits}")
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is not an integer from {low} to {high}")
         return value
 
     return convert
@@ -173,7 +172,8 @@ def parser():
     option("--student", "a student network of your own: FUNCTION(classes) returns a module from normalized images "
            "(B, 3, S, S) to logits", type=function, metavar="FILE.py:FUNCTION")
     option("--teacher-network", "a teacher network of your own, as --student; needed to train it and again to use "
-           "it (of several teachers, name all networks)", type=function, nargs="+", metavar="FILE.py:FUNCTION")
+           "it (of several teachers, name all networks)", type=function, nargs="+", action="extend",
+           metavar="FILE.py:FUNCTION")
     option("--width", "multiplies the channels of all layers of the student, or with --train-teacher of the teacher",
            1.0, type=number(0, 8, above=True), metavar="F")
     option("--train-fraction", "students are trained on this part of each class, always the same images", 1.0,
@@ -236,7 +236,8 @@ def parser():
            type=path, metavar="DIR")
     option("--save-every", "seconds between saved states within an epoch", 120.0,
            type=number(0, 1e6), metavar="SECONDS")
-    option("--overwrite", "remove the runs of this command that exist, and train them again", **SWITCH)
+    option("--overwrite", "remove the runs of this command that exist (of a sweep, those of all its pairs), and train "
+           "them again", **SWITCH)
     option("--debug", "show the traceback of an error", **SWITCH)
     # fmt: on
     return top
@@ -315,9 +316,10 @@ def parse(argv):
         raise Usage(f"--padding must be less than --image-size, {arguments.image_size}")
     if arguments.cutout is not None and arguments.cutout > arguments.image_size:
         raise Usage(f"--cutout must be at most --image-size, {arguments.image_size}")
-    if arguments.width != 1 and (arguments.teacher_network if arguments.train_teacher else arguments.student):
+    own = arguments.teacher_network if arguments.train_teacher else arguments.student
+    if arguments.width != 1 and own:
         raise Usage("--width is for the program's own networks: write the width into your function")
-    if arguments.batch_size == 1 and arguments.image_size == 16:
+    if arguments.batch_size == 1 and arguments.image_size == 16 and not own:
         raise Usage("--batch-size 1 needs --image-size 17 or more: batch norm cannot be trained on a single pixel")
     if arguments.seed + arguments.seeds > 2**31:
         raise Usage("--seed and --seeds together exceed the largest seed, 2147483647")

@@ -255,8 +255,9 @@ def split(labels, fraction, transfer_set=None):
 
     `labels` is (N,); both results are sorted index tensors. A class keeps at least one image for training. Of a
     `transfer_set`, indices of those that students see, validation images are only such as are in the validation part of
-    the whole training set, too, so a teacher trained without that has seen none of them: about `fraction` of each
-    class, no more, and none of a class of which that part has none.
+    the whole training set, too, so a teacher trained without that was not trained on them (normalization and whitening
+    are of all training images, whatever the part): about `fraction` of each class, no more, and none of a class of
+    which that part has none.
     """
     everything = torch.arange(len(labels))
     seen = everything if transfer_set is None else transfer_set.cpu()

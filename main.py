@@ -122,9 +122,8 @@ def train_students(session, teachers):
     if arguments.sweep:
         pair, plain = choose_pairs(session, teachers, digest, targets)
     runs = plan.student_runs(arguments, loaded, digest, [pair], session.hooks, plain_pairs=[plain])
-    # With --overwrite the baselines of a sweep were removed before it.
-    again = [run for run in runs if run.settings.role == "kd"] if arguments.sweep else runs
-    prepare(session, again)
+    if not arguments.sweep:  # before which those of all pairs were prepared
+        prepare(session, runs)
     train_all(session, runs, targets)
     asked = {"temperature": pair[0], "alpha": pair[1], "seeds": list(plan.seeds(arguments))}
     return asked | {"variant": runs[0].settings.variant, "shared": runs[0].settings.shared}
@@ -179,12 +178,7 @@ def choose_pairs(session, teachers, digest, targets):
     other = "+".join(others) or None
     selection = plan.student_runs(arguments, loaded, digest, pairs, session.hooks, fraction, other)
     candidates = plan.student_runs(arguments, loaded, digest, pairs, session.hooks)
-    if arguments.overwrite:
-        # Which pair will be trained on everything is not known yet: of the candidates only the baselines are removed,
-        # and those that would stop whoever resumes this command without --overwrite.
-        conflicts = session.group.agree(lambda: [run.name for run in plan.conflicts(candidates, session.machine)])
-        candidates = [run for run in candidates if run.settings.role == "baseline" or run.name in conflicts]
-    prepare(session, selection + candidates)
+    prepare(session, selection + candidates)  # of all pairs: with --overwrite none is found again if this is resumed
     later = plan.student_runs(arguments, loaded, digest, pairs[:1], session.hooks)
     train_all(session, selection, targets, later=later)
     shared, variant = selection[0].settings.shared, selection[0].settings.variant

@@ -4,7 +4,7 @@
 import itertools
 from pathlib import Path
 
-from runs.files import Failure, read_json
+from runs.files import read_json
 from runs.hooks import settings_of
 from runs.run import Run
 from runs.settings import SPLIT_VERSION, RunRecord, Settings, default_augmentation, default_learning_rate
@@ -119,17 +119,6 @@ def epochs_left(runs):
 def are_finished(runs):
     """Whether this machine sees that all of `runs` are finished."""
     return all(run.is_finished and run.record.is_file() and read_json(run.record, RunRecord).finished for run in runs)
-
-
-def conflicts(runs, machine):
-    """Those of `runs` that can be neither reused nor resumed."""
-    found = []
-    for run in runs:
-        try:
-            run.check(machine)
-        except Failure:
-            found.append(run)
-    return found
 
 
 def prepare(runs, machine, overwrite):

@@ -150,11 +150,12 @@ class Progress:
         self._check(weights=True)  # waits for the device before the time is taken
         self.seconds = time.perf_counter() - self.epoch_started
         images, alpha = self.steps * self.batch_size, self.settings.alpha
+        apart = alpha and alpha >= 1e-3 and not self.settings.loss  # below, what is left of the sums is rounding
         loss, hard_loss = (self.sums[name].item() / self.steps for name in ("loss", "hard_loss"))
         row = HistoryRow(
             epoch=self.epoch + 1,
             train_loss=loss,
-            soft_loss=(loss - (1 - alpha) * hard_loss) / alpha if alpha and not self.settings.loss else None,
+            soft_loss=(loss - (1 - alpha) * hard_loss) / alpha if apart else None,
             hard_loss=hard_loss,
             train_accuracy=self.sums["correct"].item() / images,
             val_accuracy=val_accuracy,

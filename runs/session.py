@@ -115,9 +115,10 @@ def start(arguments, stop, group, hooks, machine, teachers):
     for name in ("teacher", "student"):
         millions = f"{costs[name].macs / 1e6:,.1f} million multiply-adds"
         group.say(f"{name.capitalize()}: {costs[name].parameters:,} parameters, {millions} per image")
-    if loaded.image_size > models.LARGE:
+    if loaded.image_size > models.LARGE and arguments.epochs:
         largest = "student" if teachers else "teacher"  # of what this command trains
-        batch = min(arguments.batch_size, len(loaded.train_labels)) * (2 if loaded.unlabeled and teachers else 1)
+        count = len(transfer_set if teachers else loaded.train_labels)
+        batch = min(arguments.batch_size, count) * (2 if loaded.unlabeled and teachers else 1)
         group.say(describe_memory(largest, networks[largest], loaded.image_size, batch, machine, group.local_size))
     processes = f", shared by {group.size} processes" if group.size > 1 else ""
     group.say(f"Device: {describe(machine.device)}, {machine.precision}{processes}")

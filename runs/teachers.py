@@ -9,7 +9,9 @@ from pathlib import Path
 from arguments import FOLDER_OPTIONS, command
 from runs.files import Damaged, Failure, decode, read_json
 from runs.settings import (
+    RECIPE,
     UNFAIR_SWEEP,
+    VIEWS_VERSION,
     RunRecord,
     Settings,
     complete,
@@ -37,11 +39,13 @@ def _find_teacher(arguments, named):
         if not folder.is_dir():
             raise Failure(f"--teacher {folder} does not exist. {TAKES}")
     else:
-        own = arguments.teacher_network and (arguments.teacher_network.rpartition(":")[2],)
-        folder = output / run_name("teacher", None, None, arguments.seed, shared=(1.0, (), own))
+        folder = output / _own_name(arguments, arguments.seed)
         if not folder.is_dir():
-            pattern = f"{folder.name.rpartition('-')[0]}-s*" if own else "teacher-*"  # with a network only its own
-            others = sorted(each for each in output.glob(pattern) if each.is_dir())
+            own = arguments.teacher_network  # with a network only its own
+            pattern = f"{folder.name.rpartition('-')[0]}-s*" if own else "teacher-*"
+            others = sorted(
+                {each.parent for name in ("model.pt", "run.json") for each in output.glob(f"{pattern}/{name}")}
+            )
             if len(others) > 1:
                 raise Failure(
                     f"{output} holds several teachers. Name one with --teacher, or several as an ensemble: "
@@ -55,14 +59,21 @@ def _find_teacher(arguments, named):
     if named and (inside := sorted(folder.glob("teacher-*/model.pt"))):
         found = " ".join(str(each.parent) for each in inside)
         raise Failure(f"--teacher {named} is not a teacher's folder, but it holds teachers. Name them: {found}")
-    own = re.fullmatch(r"teacher-(?:.*-)?s(\d+)", folder.name)  # the program's own name for it
-    if named and not own:
-        raise Failure(f"{folder} holds no model.pt. {TAKES}")
-    changed = {"output_dir": str(folder.parent), "seed": int(own[1])} if named else {}
+    if named:
+        number = re.fullmatch(r".*-s(\d+)", folder.name)  # is it what the command below would train?
+        if not number or folder.name != _own_name(arguments, int(number[1])):
+            raise Failure(f"{folder} holds no model.pt. {TAKES}")
+    changed = {"output_dir": str(folder.parent), "seed": int(number[1])} if named else {}
     what = f"teacher with the network {arguments.teacher_network}" if arguments.teacher_network else "teacher"
     raise Failure(
         f"There is no {what} in {named or output} yet. Train one first:\n{teacher_command(arguments, **changed)}"
     )
+
+
+def _own_name(arguments, seed):
+    """The name of the folder of the teacher that these arguments would train."""
+    own = arguments.teacher_network and (arguments.teacher_network.rpartition(":")[2],)
+    return run_name("teacher", None, None, seed, shared=(1.0, (), own))
 
 
 def _unfinished(arguments, folder, known=()):
@@ -137,6 +148,8 @@ def find_sweep_teachers(arguments, teachers, fraction):
             paths.append(found / "model.pt")
         elif begun:
             raise Failure(_unfinished(arguments, begun, {**wanted, "output_dir": str(begun.parent.parent)}))
+        elif is_old(settings):
+            return [], f"{UNFAIR_SWEEP} (An older version trained it, and this one trains none that matches it.)"
         else:
             commands.append(teacher_command(arguments, **wanted))
     if not commands:
@@ -144,6 +157,11 @@ def find_sweep_teachers(arguments, teachers, fraction):
     begun = Path(arguments.output_dir) / "selection" / "kd-*"
     how = f"For a fair sweep stop this one, remove {begun}, train a teacher that has not seen them, and sweep again"
     return [], f"{UNFAIR_SWEEP}\n{how}:\n" + "\n".join(commands)
+
+
+def is_old(settings):
+    """Whether this version of the program trains by another recipe than that of these Settings, or on other views."""
+    return (settings.recipe, settings.views) != (RECIPE, VIEWS_VERSION)
 
 
 def check_sweep_teacher(arguments, path, network, original, teacher, fraction):
@@ -154,13 +172,14 @@ def check_sweep_teacher(arguments, path, network, original, teacher, fraction):
     if network.settings["val_fraction"] < fraction:
         phrases.append(f"val fraction {network.settings['val_fraction']} instead of {fraction}")
     if phrases:
-        typed = _typed(decode(teacher.settings, Settings, original), arguments) | {
-            "val_fraction": fraction,
-            "overwrite": True,
-        }
+        settings, output = decode(teacher.settings, Settings, original), str(path.parents[2])
+        again = {"val_fraction": fraction, "overwrite": True, "output_dir": output}
+        command = teacher_command(arguments, **_typed(settings, arguments) | again)
+        train = f"Remove its folder, or train it again:\n{command}"
+        older = "Move its folder away: an older version trained that teacher, and this one trains none that matches it."
         raise Failure(
             f"{path} is not {original} trained without the validation images: {', '.join(phrases)}.\n"
-            f"Remove its folder, or train it again:\n{teacher_command(arguments, **typed)}"
+            f"{older if is_old(settings) else train}"
         )
 
 

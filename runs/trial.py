@@ -1,4 +1,4 @@
-"""What is of the user's own is tried before anything is trained, removed or decoded."""
+"""What is of the user's own is tried before anything is trained or removed; of students, before images are decoded."""
 
 import contextlib
 import copy

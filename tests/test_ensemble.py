@@ -196,6 +196,19 @@ def test_the_ablation_takes_the_views_from_the_same_ensemble(copy, images, monke
         ablation(copy / "teacher-s0", copy / "teacher-s1")
 
 
+def test_no_command_is_told_that_would_train_a_teacher_of_another_name(cli, flags, tmp_path):
+    for name, told in (
+        ("teacher-s3", "--seed 3"),
+        ("teacher-w2-s0", "holds no model.pt"),
+        ("teacher-f-s1", "holds no mod"),
+    ):
+        (tmp_path / "made" / name).mkdir(parents=True)
+        got = cli(*flags, "--output-dir", tmp_path / "out", "--teacher", tmp_path / "made" / name)
+        assert got.status == 1 and told in got.err and ("Train one first" in got.err) == (name == "teacher-s3"), got
+    got = cli(*flags, "--output-dir", tmp_path / "made")  # of which none is begun
+    assert got.status == 1 and "There is no teacher in" in got.err, got
+
+
 # A student as a teacher ----------------------------------------------------------------------------------------------
 
 

@@ -680,6 +680,8 @@ def test_a_teacher_that_cannot_be_trained_is_refused_before_anything_is_written(
         (("--report", "--teacher-network", "a.py:f"), "--teacher-network cannot be combined with --report"),
         (("--predict", "a.png", "--teacher-network", "a.py:f", "b.py:f"), "--predict uses one model: give the one"),
         (("--teacher-network", "a.py:f", "b.py:f"), "for several teachers: name these with --teacher"),
+        (("--teacher-network", "a.py:f", "--teacher-network", "b.py:f"), "for several teachers: name these with"),
+        (("--batch-size", "1", "--image-size", "16"), "cannot be trained on a single pixel"),
     ],
 )
 def test_wrong_usage(cli, words, told):

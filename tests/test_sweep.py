@@ -8,14 +8,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
 import models
+from arguments import parse
 from reports import dark_knowledge, figures, styles
 from reports.comparison import Comparison
 from reports.statistics import paired_test
 from reports.styles import legend
+from runs.files import Failure
+from runs.settings import RECIPE
+from runs.teachers import check_sweep_teacher, find_sweep_teachers
 
 WORDS = ("--seeds", 2, "--temperature", 2, 4, "--alpha", 0.5, 0.9, "--val-fraction", 0.25)
 
@@ -282,6 +287,8 @@ def test_students_of_few_images_are_judged_on_what_the_teacher_of_the_sweep_has_
 def test_a_teacher_of_the_sweep_that_does_not_fit_is_refused_with_the_command_that_trains_it(cli, flags, copy):
     one = ("--train-teacher", "--val-fraction", 0.25)
     assert cli(*flags, "--output-dir", copy, *one, "--epochs", 1, "--lr", 0.1).status == 0
+    got = cli(*flags, "--output-dir", copy / "new", "--teacher", copy / "teacher-s0", *PAIRS)
+    assert got.status == 1 and command_in(got.err)[command_in(got.err).index("--output-dir") + 1] == str(copy), got
     got = cli(*flags, "--output-dir", copy, *PAIRS)
     assert got.status == 1 and "epochs 1 instead of 2" in got.err and "learning rate 0.1 instead" in got.err, got
     students = cli(*flags, "--output-dir", copy, *PAIRS, "--no-mirror", "--overwrite")
@@ -290,6 +297,27 @@ def test_a_teacher_of_the_sweep_that_does_not_fit_is_refused_with_the_command_th
     assert got.status == 0, got
     got = cli(*flags, "--output-dir", copy, *PAIRS)
     assert got.status == 0 and "(teacher of the sweep)" in got.out, got
+
+
+def test_no_command_is_told_for_a_teacher_that_this_version_cannot_train(tmp_path):
+    """That of results/cifar10 is of recipe 4."""
+    path = ROOT / "results" / "cifar10" / "teacher-s0" / "model.pt"
+    old, arguments = models.load(path), parse(["--output-dir", str(tmp_path)])
+    found, why = find_sweep_teachers(arguments, [(path, old)], 0.1)
+    assert found == [] and SEEN in why and "An older version trained it" in why and "main.py" not in why
+    new = SimpleNamespace(settings=old.settings | {"recipe": RECIPE, "val_fraction": 0.1})
+    with pytest.raises(Failure, match=r"recipe 5 instead of 4.*\n?.*Move its folder away"):
+        check_sweep_teacher(arguments, tmp_path / "selection" / "teacher-s0" / "model.pt", new, path, old, 0.1)
+
+
+def test_a_sweep_that_overwrites_begins_with_none_of_its_pairs(cli, flags, copy, monkeypatch):
+    """Whichever pair wins, whoever resumes it finds no student that was there before."""
+    import train
+
+    assert (copy / "kd-T4-a0.1-s0" / "model.pt").exists()
+    monkeypatch.setattr(train, "train", lambda *_, **__: 1 / 0)
+    assert cli(*flags, "--output-dir", copy, "--temperature", 1, 4, "--overwrite").status == 1
+    assert [path.parent.name for path in copy.glob("*/model.pt")] == ["teacher-s0"]
 
 
 @pytest.mark.slow
