@@ -399,7 +399,24 @@ def test_what_carries_the_gain_is_told_as_measured():
     )
     mean, low, high = ahead(*over_flat["accuracies"])
     ends = f"{mean:.2f} points larger, which is not shown ({low:+.2f} to {high:+.2f}, p = {corrected[0]:.2g})"
-    assert ends in told and f"is not shown (p = {corrected[0]:.2g}), nor" in readme
+    assert ends in told
+    (ten,), (new,) = (json.loads((folder / f"{name}.json").read_text()) for name in ("ten", "new"))
+    assert (ten["seeds"], new["seeds"]) == ([*range(6, 16)], [*range(11, 16)])
+    assert ten["differ_in"] == new["differ_in"] == over_flat["differ_in"]
+    for number in (0, 1):
+        assert ten["accuracies"][number] == over_flat["accuracies"][number] + new["accuracies"][number]
+        listed, group = ", ".join(f"{each:.4f}" for each in new["accuracies"][number]), new["accuracies"][number]
+        assert f"| {listed} | {np.mean(group):.4f} ± {np.std(group, ddof=1):.4f} |" in measured
+    for test in (ten, new):
+        mean, low, high = ahead(*test["accuracies"])
+        assert test["points"]["ci95"] == pytest.approx([low, high], abs=1e-6)
+        assert f"by {mean:+.2f} ({low:+.2f} to {high:+.2f})" in measured
+        assert f"p = {test['points']['p_value']:.2g}" in measured
+    mean, low, high = ahead(*ten["accuracies"])
+    doubled = 2 * ten["points"]["p_value"]  # the second look
+    assert 0.05 < doubled < 0.1 and f"doubled {doubled:.2g} (" in measured
+    assert f"{mean:.2f} points ({low:+.2f} to {high:+.2f}), p = {doubled:.2g}. So it helps" in told
+    assert f"(ten pairs: {mean:.2f}, {low:+.2f} to {high:+.2f}; p = {doubled:.2g}, doubled" in readme
 
 
 def test_what_wider_teachers_reached_is_told_as_measured():
