@@ -17,6 +17,7 @@ from conftest import CIFAR10_DIR, ROOT, needs_cifar10
 import data
 import models
 import train
+from reports.statistics import holm
 from runs.files import Damaged, Failure
 
 RESULTS = ROOT / "results"
@@ -829,6 +830,32 @@ def test_what_narrower_students_gain_is_told_as_it_was_found():
     assert f"a quarter lost {told[1]}, and with T = 4" in readme and quarter["student"]["parameters"] // 1000 == 26
 
 
+def test_what_students_of_half_the_width_gain_is_told_as_measured():
+    half, quarter = (json.loads((RESULTS / "widths" / f"width-{width}.json").read_text()) for width in (0.5, 0.25))
+    told, without = told_in("results/widths/README.md"), half["baseline"]
+    assert half["settings"]["width"] == 0.5 and half["student"]["parameters"] // 1000 == 99
+    assert half["environment"]["device"].startswith("AMD EPYC") and half["settings"]["recipe"] == 5
+    assert half["settings"] | {"width": 0.25} == quarter["settings"] and half["kd"][0]["temperature"] == 4
+    corrected = holm([kd["improvement"]["p_value"] for found in (half, quarter) for kd in found["kd"]])
+    for each in (*half["kd"], without):
+        assert each["seeds"] == [0, 1, 2, 3, 4]
+        listed = f"{', '.join(f'{a:.4f}' for a in each['accuracies'])} | {each['mean']:.4f} ± {each['std']:.4f} |"
+        if each is not without:
+            lead = ahead(each["accuracies"], without["accuracies"])
+            listed += " {:+.2f} ({:+.2f} to {:+.2f}), p = {:.2g} |".format(*lead, each["improvement"]["p_value"])
+        assert listed in told
+    words = "both gains of half of the channels have p = {:.2g}, those of a quarter {:.2g}."
+    assert words.format(corrected[0], corrected[2]) in told
+    assert corrected[0] == corrected[1] and f"{corrected[2]:.2f}" == f"{corrected[3]:.2f}"
+    four, soft = (ahead(kd["accuracies"], without["accuracies"]) for kd in half["kd"])
+    words = (
+        "gains {:.2f} points with T = 4 ({:+.2f} to {:+.2f}) and {:.2f} with T = 32 ({:+.2f} to {:+.2f}; p = {:.2g} for"
+    )
+    assert words.format(*four, *soft, corrected[0]) in told_in("results/findings.md")
+    words = "a student of half the width gains {:.2f} points (T = 4; {:+.2f} to {:+.2f})."
+    assert words.format(*four) in told_in("README.md")
+
+
 def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
     chosen = (RESULTS / "recipes.md").read_text()
     trials = {}
@@ -919,7 +946,7 @@ def test_what_clipping_the_biases_gradients_does_is_told_as_measured():
             leads = "is {:.2f} points ahead" if each is four else "and {:.2f}"
             assert f"{leads.format(mean)} with T = {each['temperature']:g} ({ends}, p = {p:.2f})" in readme
         assert listed in told
-    words = "five seeds do not show a gain (T = 4: {:.2f} points, {:+.2f} to {:+.2f};"
+    words = "five seeds do not show a gain ({:.2f} points, {:+.2f} to {:+.2f};"
     assert words.format(*ahead(four["accuracies"], without["accuracies"])) in told_in("README.md")
     for now, then, words in (
         (softer, before[0], "{:.2f} points better with T = 32 ({:+.2f} to {:+.2f}; not planned)"),
