@@ -77,19 +77,14 @@ def teachers():
     """The table of the teachers, each alone, and of those that were distilled together."""
     with open(RESULTS / "other_trainings.csv", newline="") as file:
         others = {row["what"]: row for row in csv.DictReader(file) if row["augmented"] == "no"}
-    kept, recipe = compute.teacher(RECORD), models.load(RECORD / "teacher-s0" / "model.pt").settings["recipe"]
-    rows = {"first": [24, "no", recipe, kept.pflop, kept.accuracy]}
+    kept, settings = compute.teacher(RECORD), models.load(RECORD / "teacher-s0" / "model.pt").settings
+    rows = {"first": [settings["epochs"], "no", settings["recipe"], kept.pflop, kept.accuracy]}
     for name, (epochs, squares, recipe) in TEACHERS.items():
         rows[name] = [epochs, squares, recipe, *(float(others[name][column]) for column in ("pflop", "accuracy"))]
-    together = [rows[name][3] for name in ("first", "teacher, 35 epochs", "teacher, 77 epochs")]
-    several = [
-        OF_OTHERS["three-teachers"],
-        "",
-        "",
-        sum(together),
-        record(RESULTS / "three-teachers")["teacher"]["accuracy"],
-    ]
-    rows = [[*row[:3], f"{row[3]:.2f}", f"{row[4]:.4f}"] for row in (*rows.values(), several)]
+    pflop = sum(rows[name][3] for name in ("first", "teacher, 35 epochs", "teacher, 77 epochs"))
+    accuracy = record(RESULTS / "three-teachers")["teacher"]["accuracy"]
+    together = [OF_OTHERS["three-teachers"], "", "", pflop, accuracy]
+    rows = [[*row[:3], f"{row[3]:.2f}", f"{row[4]:.4f}"] for row in (*rows.values(), together)]
     return table(["epochs of the teacher", "squares blanked", "recipe", "PFLOP", "test accuracy"], *rows)
 
 

@@ -37,13 +37,11 @@ def _baseline(seed):
 def _tell_apart(entries):
     """Adds `version`, the first digits of a digest, to entries of a loss that was edited between their trainings, and
     of different images without labels: they have one name and are not one way to distil."""
-    digests = {}
-    for entry in entries:
-        digests.setdefault(variant_of(entry), {})[id(entry)] = entry.get("loss_sha256") or entry.get("unlabeled")
-    for entry in entries:
-        found = digests[variant_of(entry)]
-        if len({*found.values()}) > 1:
-            entry["version"] = found[id(entry)][:8]
+    variants = [(variant_of(each), each.get("loss_sha256") or each.get("unlabeled")) for each in entries]
+    names = [name for name, _ in {*variants}]
+    for entry, (name, digest) in zip(entries, variants, strict=True):
+        if names.count(name) > 1:
+            entry["version"] = digest[:8]
 
 
 class Comparison:

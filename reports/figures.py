@@ -164,7 +164,7 @@ def cost(comparison):
     axes.margins(y=0.15)
     axes.grid(axis="y", alpha=0.25)
     counts = sorted({len(entry["seeds"]) for entry in comparison.kd})
-    seeds = f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} seeds, 95% intervals"
+    seeds = f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds, 95% intervals"
     figure.suptitle(f"Accuracy against cost ({'one pair' if counts == [1] else seeds})")
     legend(figure, [axes], 3)
     return figure

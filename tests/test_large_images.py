@@ -128,6 +128,8 @@ def test_large_images_are_trained_on_and_predicted(cli, flags, images, tmp_path,
     assert got.status == 0, got
     assert "Teacher: 4,064,568 parameters, 798.5 million multiply-adds per image\n" in got.out
     assert "Memory: about 0.2 GB to train the teacher with batches of 16, of 2.0 GB that are free\n" in got.out
+    few = cli(*flags, "--image-size", 72, "--epochs", 1, "--train-fraction", 0.25, "--output-dir", tmp_path)
+    assert few.status == 0 and "to train the student with batches of 12, of" in few.out  # of 48 images
     got = cli("--predict", images / "test" / "red", "--model", tmp_path / "teacher-s0", "--device", "cpu")
     assert got.status == 0 and len(got.out.splitlines()) == 1 + 8
 

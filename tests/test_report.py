@@ -196,6 +196,12 @@ def test_a_page_may_name_paths_that_are_not_utf_8(folder, monkeypatch, capsys):
     assert (folder.path / "report.html").read_bytes() == b"in m\\udcff" and "report.html" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("loss", "below"), [("dkd", 0), ("a_loss_of_a_very_long_name", 1)])
+def test_a_legend_of_long_names_lies_below_the_curves(folder, loss, below):
+    folder.add("kd", 20, 4.0, 0.1, loss=loss, loss_file="own.py", loss_sha256="a" * 64), folder.add("baseline", 15)
+    assert len(figures.curves(Comparison(folder.path)).legends) == below
+
+
 def test_losses_in_one_file_are_told_apart(folder):
     for loss in "fg":
         folder.add("kd", 20, 4.0, 0.1, loss=loss, loss_file="own.py", loss_sha256="a" * 64)
@@ -210,7 +216,9 @@ def test_the_differences_of_other_ways_are_told_where_the_first_has_one_seed(fol
     folder.add("kd", 20, 8.0, 0.1)
     for seed, (kd, baseline) in enumerate([(12, 10), (15, 14), (20, 13)]):
         folder.add("kd", kd, 4.0, 0.5, seed), folder.add("baseline", baseline, seed=seed)
-    text = details(Comparison(folder.path, {"temperature": 8.0, "alpha": 0.1, "seeds": [0]}))
+    comparison = Comparison(folder.path, {"temperature": 8.0, "alpha": 0.1, "seeds": [0]})
+    text = details(comparison)
+    assert figures.cost(comparison).get_suptitle() == "Accuracy against cost (1 to 3 seeds, 95% intervals)"
     assert f"T=4, alpha=0.5 over baseline{'':12}{POINT * 10 / 3:+10.2f}" in text and "exact McNemar test" in text
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from runs.files import Damaged, Failure, read_json, reason
 from runs.settings import RunRecord
 
-OPEN = ("/dev/fd/", "/proc/")  # where a shell's <(command) is
+OF_SHELLS = ("/dev/fd/", "/proc/")  # where the pipe of a shell's <(command) is
 
 
 def find_model(arguments):
@@ -77,7 +77,7 @@ def find_images(paths):
             if passed_over:
                 print(f"{path}: {len(found):,} images taken; passed over: {passed_over}", file=sys.stderr)
         elif os.path.exists(path):
-            if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith(OPEN):
+            if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith(OF_SHELLS):
                 raise Failure(f"--predict {path} is a named pipe, which may never end: save what it gives as a file.")
             found = [path]
         else:
