@@ -2,9 +2,8 @@
 
     python benchmarks/compute.py    draws results/compute.png and prints its points as a table
 
-It reads the records in results/ with three pairs or more, as far as they are of the teacher of results/cifar10: of each
-length those of the latest recipe, and of these those with the lowest seeds; that teacher's history.csv; and
-results/other_trainings.csv.
+It reads the records in results/ with three pairs or more, as far as they are of the teacher of results/cifar10, of each
+length those with the lowest seeds; that teacher's history.csv; and results/other_trainings.csv.
 
 Compute is counted alike for all: multiply-adds x 2 operations x 3 (forward, and backward twice) x images x epochs, in
 PFLOP. A distilled student's is that of its own training, without its teacher's, and without the soft targets, which are
@@ -31,7 +30,7 @@ from reports.styles import STYLES
 
 RESULTS = ROOT / "results"
 IMAGES = 50_000  # of an epoch
-CHOSEN = {4: (32, 0.9), 5: (4, 0.9)}  # temperature and alpha that validation images chose, by recipe
+CHOSEN = 4, 0.9  # temperature and alpha
 PLACES = (8, 0), (-8, 0), (0, 9), (0, -9), (8, 6), (-8, 6), (8, -6), (-8, -6)  # of a name, in points from its mark
 MARK = 5  # pixels from the middle of a mark to its edge
 
@@ -62,19 +61,17 @@ def teacher(folder=RESULTS / "cifar10"):
 
 
 def students(record):
-    """The Points of a record, a dict: students distilled with the temperature and alpha that were chosen, and those
-    without a teacher."""
-    macs, settings = record["student"]["macs"], record["settings"]
-    temperature, alpha = CHOSEN[settings["recipe"]]
-    (kd,) = (kd for kd in record["kd"] if (kd["temperature"], kd["alpha"]) == (temperature, alpha))
+    """The Points of a record, a dict: students distilled with the CHOSEN temperature and alpha, and those without a
+    teacher."""
+    macs, epochs, (temperature, alpha) = record["student"]["macs"], record["settings"]["epochs"], CHOSEN
+    (kd,) = (kd for kd in record["kd"] if (kd["temperature"], kd["alpha"]) == CHOSEN)
     points = []
     for role, entry in (("kd", kd), ("baseline", record["baseline"])):
         interval = paired_test(entry["accuracies"])["ci95"]  # of the mean; the pairing is with 0
         half = interval and (interval[1] - interval[0]) / 2
-        what = STYLES[role]["label"] + (f", alpha={alpha:g}" if role == "kd" else "") + f", {settings['epochs']} epochs"
-        what += f", T={temperature:g}" if role == "kd" else ""
-        cost = pflop(macs, settings["epochs"])
-        points.append(Point(what, role, cost, entry["mean"], len(entry["seeds"]), half))
+        pair = f", T={temperature:g}, alpha={alpha:g}" if role == "kd" else ""
+        what = f"{STYLES[role]['label']}{pair}, {epochs} epochs"
+        points.append(Point(what, role, pflop(macs, epochs), entry["mean"], len(entry["seeds"]), half))
     return points
 
 
@@ -93,11 +90,11 @@ def all_points():
     """The Points of the teacher of results/cifar10, of its students, and of other_trainings.csv."""
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("**/comparison.json"))]
     digest = json.loads((RESULTS / "cifar10" / "comparison.json").read_text())["settings"]["teacher"]
-    latest = {}
-    for record in sorted(records, key=lambda each: (each["settings"]["recipe"], -each["baseline"]["seeds"][0])):
+    lengths = {}
+    for record in sorted(records, key=lambda each: each["baseline"]["seeds"][0]):
         if record["settings"]["teacher"] == digest and len(record["baseline"]["seeds"]) > 2:
-            latest[record["settings"]["epochs"]] = record
-    return [teacher(), *(point for record in latest.values() for point in students(record)), *other_trainings()]
+            lengths.setdefault(record["settings"]["epochs"], record)
+    return [teacher(), *(point for record in lengths.values() for point in students(record)), *other_trainings()]
 
 
 def place_names(figure, axes, names, places):
@@ -124,9 +121,8 @@ def draw(points):
     markers = {"teacher": "s", "kd": "D", "baseline": "o", "speed run": "^"}
     labels = {role: style["label"] for role, style in STYLES.items()} | {"speed run": "speed runs of others"}
     colors = {role: style["color"] for role, style in STYLES.items()} | {"speed run": "#009E73"}
-    named, (shared,) = set(), {", ".join(point.what.split(", ")[:2]) for point in points if point.role == "kd"}
-    labels["kd"] = shared  # their alpha
-    names, places = [], []
+    labels["kd"] += ", T={:g}, alpha={:g}".format(*CHOSEN)
+    named, names, places = set(), [], []
     for point in points:
         beside = {"kd": 0.97, "baseline": 1.03}.get(point.role, 1)  # both can be seen, though they cost the same
         place = point.pflop * beside
