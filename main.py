@@ -13,41 +13,25 @@ machines share the runs of a command:
 
 import sys
 from functools import partial
-from pathlib import Path
 
 from runs.command import exit_status
 from runs.files import Failure
 from runs.group import Tally, join, launched
 from runs.hooks import find_hooks
-from runs.settings import other_width
-from runs.teachers import (
-    check_answers,
-    check_image_size,
-    check_networks,
-    check_sweep_teacher,
-    check_teacher,
-    find_sweep_teachers,
-    find_teachers,
-    spare_teachers,
-)
+from runs.settings import measured
+from runs.teachers import check_image_size, check_networks, find_teachers, spare_teachers
 from use.tasks import do_task
 
 
 def import_modules():
     """Imports everything that needs PyTorch. That takes seconds, so it comes after the arguments are checked."""
-    global accuracy, choose_machine, describe, evaluate, measure_speeds, start, train, try_hooks, untrained
-    global data, distill, models, plan, records, torch
-    import torch
-
+    global choose_machine, data, models, plan, records, start, teaching, train, try_hooks
     import data
-    import distill
     import models
     from reports import records
-    from runs import plan
-    from runs.machine import describe
-    from runs.session import choose_machine, start, try_hooks, untrained
-    from runs.speed import speeds as measure_speeds
-    from train import accuracy, evaluate, train
+    from runs import plan, teaching
+    from runs.session import choose_machine, start, try_hooks
+    from train import train
 
 
 def main(arguments, stop):
@@ -109,14 +93,14 @@ def train_students(session, teachers):
     (reports.comparison.Comparison's `asked`). `teachers` are pairs of the path of a model.pt and its network."""
     arguments, loaded = session.arguments, session.data
     with session.group.first():
-        networks = checked(session, teachers)
-    digest, targets = "+".join(networks), soft_targets(session, networks)
+        networks = teaching.checked(session, teachers)
+    digest, targets = "+".join(networks), teaching.soft_targets(session, networks)
     if arguments.overwrite:
         spare_teachers([path for path, _ in teachers], plan.all_student_runs(arguments, loaded, session.hooks))
     if any(arguments.alpha) or session.hooks.loss:
-        say_size(session, targets)
+        teaching.say_size(session, targets)
     if session.group.leads:
-        keep_for_report(session, networks, teachers)
+        teaching.keep_for_report(session, networks, teachers)
 
     pair = plain = plan.pairs(arguments)[0]
     if arguments.sweep:
@@ -127,30 +111,6 @@ def train_students(session, teachers):
     train_all(session, runs, targets)
     asked = {"temperature": pair[0], "alpha": pair[1], "seeds": list(plan.seeds(arguments))}
     return asked | {"variant": runs[0].settings.variant, "shared": runs[0].settings.shared}
-
-
-def soft_targets(session, networks):
-    """The distill.Ensemble of teachers, {digest: network}, for the views of the command's students."""
-    arguments, loaded, several = session.arguments, session.data, session.group.size > 1
-    place = Path(arguments.output_dir) / "targets", session.machine, several
-
-    def ensemble(data_digest, views, transfer_set, unlabeled=None):
-        about = data_digest, views, *place, transfer_set
-        members = [distill.SoftTargets(network, digest, *about) for digest, network in networks.items()]
-        return distill.Ensemble(members, unlabeled)
-
-    augmentation, others = plan.augmentation(arguments, "kd"), None
-    if loaded.unlabeled:
-        views = data.unlabeled_views(loaded, augmentation, len(session.transfer_set), arguments.batch_size)
-        others = ensemble(loaded.unlabeled.digest, views, None)
-    views = data.Views(loaded.train_images, loaded.mean, loaded.std, **augmentation)
-    return ensemble(loaded.digest, views, session.transfer_set, others)
-
-
-def say_size(session, targets, which=""):
-    """Says how much room soft targets take."""
-    size, folder = session.arguments.epochs * targets.bytes_per_epoch, Path(session.arguments.output_dir) / "targets"
-    session.group.say(f"Soft targets{which}: {size / 1e6:.1f} MB in {folder}")
 
 
 def choose_pairs(session, teachers, digest, targets):
@@ -171,10 +131,10 @@ def choose_pairs(session, teachers, digest, targets):
         f"Sweep: {len(pairs)} pairs of temperature and alpha, judged on {len(judged):,} of the "
         f"{len(session.transfer_set):,} training images{of_these}"
     )
-    others = sweep_networks(session, teachers, fraction)
+    others = teaching.sweep_networks(session, teachers, fraction)
     if others:
-        targets = soft_targets(session, others)
-        say_size(session, targets, " of the sweep")
+        targets = teaching.soft_targets(session, others)
+        teaching.say_size(session, targets, " of the sweep")
     other = "+".join(others) or None
     selection = plan.student_runs(arguments, loaded, digest, pairs, session.hooks, fraction, other)
     candidates = plan.student_runs(arguments, loaded, digest, pairs, session.hooks)
@@ -189,20 +149,6 @@ def choose_pairs(session, teachers, digest, targets):
         words += f" with {session.hooks.loss.function}; temperature {plain[0]}, alpha {plain[1]} without"
     session.group.say(f"Best on the validation part: {words}")
     return pair, plain
-
-
-def sweep_networks(session, teachers, fraction):
-    """The `teachers` as trained without the `fraction` of the training images on which a sweep is judged, as
-    checked; {} where there is one that was not, which is said."""
-    with session.group.first():
-        paths, missing = find_sweep_teachers(session.arguments, teachers, fraction)
-        if missing:
-            session.group.say(missing)
-            return {}
-        found = [(path, models.load(path, hooks=session.hooks)) for path in paths]
-        for (path, network), (original, teacher) in zip(found, teachers, strict=True):
-            check_sweep_teacher(session.arguments, path, network, original, teacher, fraction)
-        return checked(session, found, "teacher of the sweep")
 
 
 def prepare(session, runs):
@@ -248,51 +194,6 @@ def train_all(session, runs, targets=None, later=()):
 def accuracy_of(run, accuracy):
     """The line that says how well a run went."""
     return f"{run.folder}: {measured(vars(run.settings))} accuracy {accuracy:.4f}"
-
-
-def measured(settings):
-    """On what the accuracy of a run with `settings`, a dict, was measured."""
-    return "validation" if settings.get("val_fraction") else "test"
-
-
-def checked(session, teachers, role="teacher"):
-    """The teachers, checked and on the device, by their digests and in the order of these; so however they are named,
-    their mean is the same to the last bit. `role` is what is said of them."""
-    paths, networks = {}, {}
-    for path, network in teachers:
-        check_teacher(session.arguments, session.data, path, network)
-        digest = models.identity(network.state_dict(), network.settings)
-        if digest in paths:
-            raise Failure(f"{path} and {paths[digest]} are the same teacher: name it once.")
-        paths[digest], networks[digest] = path, network
-        smoothing = network.settings.get("label_smoothing")
-        note = smoothing and f"; labels smoothed by {smoothing:g}, which makes a worse teacher, arXiv 1906.02629"
-        session.group.say(f"{path}: {measured(network.settings)} accuracy {network.accuracy:.4f} ({role}{note or ''})")
-    return {digest: networks[digest].to(**session.machine.place) for digest in sorted(networks)}
-
-
-def keep_for_report(session, networks, teachers):
-    """Keeps the test set, the teachers' test logits and how fast teacher and student are, from which --report works
-    without data and PyTorch. `networks` are those of `teachers`, pairs of path and network, by digest."""
-    output, loaded, machine = session.arguments.output_dir, session.data, session.machine
-    images, labels = loaded.test_images.cpu().numpy(), loaded.test_labels.cpu().numpy()
-    records.save_test_set(output, loaded.digest, images, labels, loaded.classes)
-
-    def test_logits(network):
-        logits = evaluate(network, loaded.test_images, loaded.mean, loaded.std)
-        path = next(path for path, each in teachers if each is network)
-        check_answers(path, network, accuracy(logits, loaded.test_labels), len(labels))
-        return logits
-
-    for digest, network in networks.items():
-        records.save_teacher_logits(output, digest, loaded.digest, partial(test_logits, network))
-    sizes = sum(Path(path).stat().st_size for path, _ in teachers)
-    place = {"device": describe(machine.device), "threads": torch.get_num_threads(), "teacher_bytes": sizes}
-    hook = session.hooks.student
-    student = untrained(hook, "student", len(loaded.classes), session.arguments.width)
-    measure = partial(measure_speeds, list(networks.values()), student, loaded.image_size, machine)
-    own = (hook.function, hook.sha256) if hook else other_width(session.arguments.width)
-    records.save_speed(output, list(networks), loaded.digest, place, machine.precision, measure, own)
 
 
 if __name__ == "__main__":

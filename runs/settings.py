@@ -220,6 +220,11 @@ def run_name(role, temperature, alpha, seed, variant=None, shared=PLAIN):
     return "-".join([*parts, f"s{seed}"])
 
 
+def measured(settings):
+    """On what the accuracy of a run with `settings`, a dict, was measured."""
+    return "validation" if settings.get("val_fraction") else "test"
+
+
 def other_width(width):
     """What `Settings.shared` says of the network of a run with another `width` than 1: a name and no digest; else
     None."""
