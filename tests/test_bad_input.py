@@ -77,7 +77,6 @@ USAGE = {
     "report of the default": ("--report", "--alpha", "0.1"),
     "sweep with the baseline": ("--alpha", "0", "0.5"),
     "sweep of the baseline": ("--temperature", "2", "4", "--alpha", "0"),
-    "batch norm of a single pixel": ("--batch-size", "1", "--image-size", "16"),
     "part of a teacher": ("--train-teacher", "--train-fraction", "0.1"),
     "class that a teacher omits": ("--train-teacher", "--omit-class", "bird"),
     "report of a class": ("--report", "--omit-class", "bird"),
@@ -388,6 +387,16 @@ def test_a_gpu_is_used_and_made_current_where_it_is_numbered(gpu, capsys):
     current = gpu(None)
     assert [str(choose_device(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
     assert current == ["cuda:1"] and not capsys.readouterr().err
+    ranks = [str(choose_device(name, rank)) for name in ("auto", "cuda") for rank in (0, 1, 3)]  # of two GPUs
+    assert ranks == ["cuda:0", "cuda:1", "cuda:1"] * 2 and str(choose_device("cuda:0", 1)) == "cuda:0"
+
+
+def test_without_cuda_mps_comes_before_the_cpu(gpu, monkeypatch):
+    gpu(None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
+    assert str(choose_device("auto")) == "mps"
 
 
 @pytest.mark.parametrize("found", ["amx_bf16", "avx512_bf16", None])

@@ -4,11 +4,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import runs.speed
 from reports import costs
 from reports.records import load_speed, save_speed
 from runs.code import CODE
 from runs.files import read_json, write_json
+from runs.machine import Machine
 from runs.settings import Speed
 
 
@@ -28,6 +31,10 @@ def test_every_comparison_says_what_it_costs(cli, copy, flags):
     for words in ((*flags, "--output-dir", copy), ("--report", "--output-dir", copy)):
         result = cli(*words)
         assert result.status == 0
+        student, fast = content["student"], content["student"]["cost"]["fp32"]
+        numbers = student["cost"]["bytes"] / 1e6, fast["milliseconds"], fast["images_per_second"]
+        cells = f"{student['parameters']:,}", *(f"{each:,.1f}" for each in (student["macs"] / 1e6, *numbers))
+        assert f"Student, float32 {' '.join(cells)}" in " ".join(result.out.split())
         assert "Compared with the teacher the student is 10.5 times smaller" in result.out
         assert (copy / "comparison.json").read_text() == before
 
@@ -47,6 +54,26 @@ def test_measured_again_where_it_is_missing_or_damaged(cli, copy, flags):
     assert read_json(copy / "comparison.json")["student"]["cost"] is None
     assert cli(*flags, "--output-dir", copy).status == 0
     assert path.is_file()
+
+
+def test_speeds_are_those_of_the_networks_on_a_clock(monkeypatch):
+    """An image takes each of two teachers 3 milliseconds and the student 2, in float32 alone."""
+    clock = [0.0]
+
+    class Slow(torch.nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, images):
+            clock[0] += self.seconds * len(images)
+
+    monkeypatch.setattr(runs.speed.time, "perf_counter", lambda: clock[0])
+    found = runs.speed.speeds([Slow(0.003), Slow(0.003)], Slow(0.002), 16, Machine(torch.device("cpu")))
+    for name, milliseconds in (("teacher", 6), ("student", 2)):
+        (speed,) = found[name].values()
+        assert [speed.milliseconds, speed.images_per_second] == pytest.approx([milliseconds, 1000 / milliseconds])
+    assert [*found["teacher"]] == [*found["student"]] == ["fp32"]
 
 
 def test_measured_again_in_another_precision_and_by_other_code(tmp_path, monkeypatch):

@@ -93,11 +93,6 @@ def test_at_high_temperatures_the_gradient_is_the_difference_of_centred_logits(b
         np.testing.assert_allclose(gradient(batch, temperature, 1.0), (z - v) / 5 / 6, atol=5e-3)
 
 
-def test_T_squared_keeps_gradients_at_one_size(batch):
-    sizes = [np.linalg.norm(gradient(batch, temperature, 1.0)) for temperature in (20.0, 200.0)]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
-
-
 def test_equal_logits_have_no_soft_loss(batch):
     student, labels, _ = as_tensors(*batch)
     assert distillation_loss(student, labels, student + 7, 4.0, 1.0).item() == pytest.approx(0, abs=1e-6)

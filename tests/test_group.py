@@ -399,15 +399,18 @@ main.main = wait
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
+    silent = socket.socket()  # a port that is taken, where nobody listens
+    silent.bind(("127.0.0.1", 0))
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     waiting = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM.format(root=str(ROOT), code=code)],
             env=os.environ | place | {"RANK": rank, "MASTER_PORT": number}, stderr=subprocess.PIPE, text=True,
         )
-        for rank, number in (("0", port), ("1", port[:-1] + "0"), ("0", "nothing"))
+        for rank, number in (("0", port), ("1", str(silent.getsockname()[1])), ("0", "nothing"))
     ]  # fmt: skip
-    first, second, third = (each.communicate(timeout=LIMIT)[1] for each in waiting)
+    with silent:
+        first, second, third = (each.communicate(timeout=LIMIT)[1] for each in waiting)
     assert [each.returncode for each in waiting] == [1, 1, 1]
     assert first.startswith("[0] error: 1 of the 2 processes are missing at 127.0.0.1:"), first
     assert second.startswith("[1] error: the first process is missing at 127.0.0.1:"), second

@@ -106,7 +106,7 @@ def test_losses_of_one_name_have_rows_of_their_own(cli, flags, hooked, tmp_path)
 
 
 def test_one_byte_more_is_another_run_and_is_refused_by_name(cli, flags, hooked, tmp_path):
-    output, file = hooked
+    output, file = Path(shutil.copytree(hooked[0], tmp_path / "out")), hooked[1]
     edited = tmp_path / "own.py"
     edited.write_text(SAME + "\n")
     got = cli(*flags, "--output-dir", output, "--loss", f"{edited}:same")

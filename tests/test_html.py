@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import re
 from html.parser import HTMLParser
 
 from PIL import Image
@@ -52,13 +53,15 @@ def test_one_file_that_fetches_nothing(finished):
 
 def test_it_says_what_the_comparison_says(finished):
     comparison = Comparison(finished)
-    texts = " ".join(Page((finished / "report.html").read_text(encoding="utf-8")).texts)
+    content = (finished / "report.html").read_text(encoding="utf-8")
+    texts = " ".join(Page(content).texts)
+    for name, *accuracies in zip(comparison.classes, comparison.teacher["class_accuracies"], strict=True):
+        assert re.search(rf"<td>{name}</td>\s*<td>{accuracies[0]:.4f}</td>", content), name
     assert f"{comparison.kd[0]['mean']:.4f}" in texts
     for words in (
         "Compared with the teacher the student",
         "exact McNemar test",
         "Temperature scaling",
-        "red",
         "kd-T4-a0.1-s0",
         "weight decay",
     ):

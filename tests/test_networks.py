@@ -202,10 +202,10 @@ def small(images):
     return data.load("folder", data_dir=images, image_size=16)
 
 
-def tiny_run(small, folder, file, stop=None):
+def tiny_run(small, folder, file, stop=None, epochs=2):
     found = hook(file, "tiny")
     settings = Settings(
-        "baseline", small.digest, 2, 16, 0.05, 5e-4, 0, 16,
+        "baseline", small.digest, epochs, 16, 0.05, 5e-4, 0, 16,
         network="tiny", network_file=found.file, network_sha256=found.sha256,
     )  # fmt: skip
     run = Run(folder, settings, Hooks(student=found))
@@ -288,11 +288,15 @@ def test_weights_that_do_not_depend_on_the_seed_are_noted(file, tmp_path):
 
 def test_it_is_trained_by_plain_sgd(small, file, tmp_path, monkeypatch):
     """Nesterov momentum 0.9, the weight decay of the settings, and a rate that rises before it falls."""
-    made, sgd = [], torch.optim.SGD
+    made, rates, sgd = [], [], torch.optim.SGD
+    step = sgd.step
+    monkeypatch.setattr(sgd, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     monkeypatch.setattr(torch.optim, "SGD", lambda *given, **rest: made.append((given, rest)) or sgd(*given, **rest))
-    tiny_run(small, tmp_path, file)
+    tiny_run(small, tmp_path, file, epochs=14)
     (((_, rate), rest),) = made
     assert rate == 0.05 and rest == {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    by_hand = [1 / 3, 2 / 3, *(left / 40 for left in range(40, 0, -1))]  # it rises in 2 of 42 steps
+    np.testing.assert_allclose(rates, 0.05 * np.array(by_hand))
     shares = [train.schedule(step, 40, 0.1) for step in range(40)]
     np.testing.assert_allclose(shares[:6], [0.2, 0.4, 0.6, 0.8, 1, 35 / 36])
     assert shares[-1] == pytest.approx(1 / 36) and all(

@@ -49,6 +49,9 @@ def without_red(tmp_path_factory, finished, flags):
 # Which images --------------------------------------------------------------------------------------------------------
 
 
+PART = [4, 6, 9, 13, 17, 22, 23, 30, 33, 38, 43, 45]  # a quarter of 3 times 16 images, in every version
+
+
 def test_a_part_is_stratified_fixed_and_within_a_larger_one(images):
     loaded = data.load("folder", data_dir=images, image_size=16)
     parts = {fraction: loaded.transfer_set(fraction) for fraction in (0.01, 0.25, 0.5, 1.0)}
@@ -56,7 +59,7 @@ def test_a_part_is_stratified_fixed_and_within_a_larger_one(images):
         assert loaded.train_labels[parts[fraction]].bincount().tolist() == [count] * 3
     sets = [set(part.tolist()) for part in parts.values()]
     assert sets[0] < sets[1] < sets[2] < sets[3] == set(range(48))
-    assert torch.equal(parts[1.0], torch.arange(48)) and torch.equal(parts[0.5], loaded.transfer_set(0.5))
+    assert torch.equal(parts[1.0], torch.arange(48)) and parts[0.25].tolist() == PART
     some = loaded.transfer_set(0.5, ["green"])
     assert set(some.tolist()) == {i for i in sets[2] if loaded.classes[loaded.train_labels[i]] != "green"}
 

@@ -28,8 +28,9 @@ def test_the_first_fence_is_two_lines_that_need_nothing_else():
 
 
 def test_every_command_is_one_that_the_program_takes():
-    commands = re.findall(r"^(?:.*&& )?\S*python main\.py (.*)$", "\n".join(text for _, text in FENCES), re.MULTILINE)
-    assert len(commands) > 6
+    text = "\n".join(text for _, text in FENCES)
+    commands = re.findall(r"^(?:.*&& )?\S*(?:python|torchrun .*) main\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) == text.count(" main.py ") == len(re.findall(r"main\.py --", text))
     for words in commands:
         parse(shlex.split(words))
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import json
 import math
 import statistics
@@ -907,6 +908,27 @@ def test_the_kept_student_was_taught_by_the_kept_teacher():
     assert teacher.accuracy == comparison["teacher"]["accuracy"]
     assert student.settings["teacher"] == models.digest(teacher.state_dict())
     assert teacher.settings["data"] == student.settings["data"]
+
+
+def test_the_kept_networks_answer_as_they_always_did():
+    """Two images of noise; on a scale of their own, logits would be other soft targets, whatever the accuracy."""
+    noise = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for name, row in (
+        ("teacher-s0", [-1.2443, 2.3314, -1.9798, -0.7523, -3.4456, 2.4074, -1.4248, 0.7298, 3.3196, 0.0144]),
+        ("kd-T4-a0.9-s0", [-0.5620, -0.5971, 3.3755, -0.1642, 0.0728, -1.0252, 1.2848, -0.5696, -1.6800, -0.1596]),
+    ):
+        network = models.load(RECORD / name / "model.pt")
+        with torch.inference_mode():
+            np.testing.assert_allclose(network(network.normalize(noise))[0], row, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["throughput", "scaling", "graphs", "soak"])
+def test_benchmarks_that_take_long_can_be_called(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main()
+    assert end.value.code == 0 and f"python benchmarks/{name}.py" in capsys.readouterr().out
 
 
 def test_each_change_of_the_recipe_is_trained_and_recorded(images, tmp_path, monkeypatch, capsys):

@@ -86,15 +86,11 @@ def test_the_interval_with_images_by_hand():
     low, high = interval_with_images([[1, 0, 0, 0], [1, 1, 1, 0]])
     half = max(stats.t.ppf(0.975, 1.5) / 12**0.5, 12.706205 / 4)
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
-    random = np.random.default_rng(0)
-    wide = random.normal(0, 0.1, (4, 1)) + random.normal(0, 1, 12) + random.normal(0, 1, (4, 12))
-    rest = [[wide[s, i] - wide[s].mean() - wide[:, i].mean() + wide.mean() for i in range(12)] for s in range(4)]
-    squares = 12 * wide.mean(1).var(ddof=1), 4 * wide.mean(0).var(ddof=1), np.square(rest).sum() / 33
-    total = squares[0] + squares[1] - squares[2]
-    freedom = total**2 / (squares[0] ** 2 / 3 + squares[1] ** 2 / 11 + squares[2] ** 2 / 33)
-    half = stats.t.ppf(0.975, freedom) * (total / 48) ** 0.5
-    assert half > 3.182446 * (squares[0] / 48) ** 0.5
-    assert interval_with_images(wide) == pytest.approx([wide.mean() - half, wide.mean() + half])
+    # Rows -1, 0 and 1 plus columns -3, -1, 1 and 3, nothing else. Mean squares: 4 * 1, 3 * 20/3 and 0; so the variance
+    # is 24 / 12, and the degrees of freedom are 24^2 / (4^2 / 2 + 20^2 / 3), 4.08.
+    half = stats.t.ppf(0.975, 576 / (8 + 400 / 3)) * 2**0.5
+    wide = np.add.outer([-1, 0, 1], [-3, -1, 1, 3])
+    assert half > 3.8 and interval_with_images(wide + 0.5) == pytest.approx([0.5 - half, 0.5 + half])
     for none in ([[1, 0, 1]], [[1], [0]], [[0, 0], [0, 0]], [[100, 0, 0, 0], [0, 100, 0, 0]]):
         assert interval_with_images(none) is None
 

@@ -19,7 +19,7 @@ from reports.comparison import Comparison
 from reports.statistics import paired_test
 from reports.styles import legend
 from runs.files import Failure
-from runs.settings import RECIPE
+from runs.settings import RECIPE, pair_name
 from runs.teachers import check_sweep_teacher, find_sweep_teachers
 
 WORDS = ("--seeds", 2, "--temperature", 2, 4, "--alpha", 0.5, 0.9, "--val-fraction", 0.25)
@@ -417,6 +417,50 @@ def test_figures_are_not_blank_and_carry_their_labels(swept):
     assert set(drawn) == {"curves", "gain", "sweep", "reliability", "dark_knowledge", "cost"}
     for name, pixels in drawn.items():
         assert pixels.std() > 10 and min(pixels.shape) > 300, name
+
+
+@pytest.mark.slow
+def test_figures_show_what_was_measured(swept):
+    comparison = Comparison(swept)
+    gains = {"mean": 1.0, "ci95": [-2.0, 4.5], "by_seed": [0.75, 1.25], "p_value": 0.5}
+    comparison.kd[0]["improvement"] = gains
+    comparison.kd[0] |= {"seeds": [0, 1]}
+    axes = figures.gain(comparison).axes[0]
+    assert [*axes.lines[1].get_ydata()] == gains["by_seed"]
+    (bars,) = axes.containers
+    (segment,) = bars.lines[2][0].get_segments()
+    assert [*bars.lines[0].get_ydata()] == [gains["mean"]] and [*segment[:, 1]] == gains["ci95"]
+
+    comparison = Comparison(swept)
+    (axes,) = figures.cost(comparison).axes
+    points = {line.get_label(): [*line.get_ydata()] for line in axes.lines if len(line.get_ydata())}
+    assert points["teacher"] == [comparison.teacher["accuracy"]]
+    groups = {f"KD, {pair_name(entry)}": entry for entry in comparison.kd} | {"baseline": comparison.baseline}
+    means = {bars.get_label(): bars.lines[0].get_ydata()[0] for bars in axes.containers}
+    assert means == {name: entry["mean"] for name, entry in groups.items()}
+    dots = sorted([*line.get_ydata()] for line in axes.lines if line.get_marker() == ".")
+    assert dots == sorted(entry["accuracies"] for entry in groups.values())
+
+    left, right = figures.curves(comparison).axes
+    histories, reached = [], []
+    for path in sorted(swept.glob("*/history.csv")):
+        with open(path, newline="") as file:
+            histories.append(
+                [[float(row[n]) for n in ("train_loss", "train_accuracy")] for row in csv.DictReader(file)]
+            )
+        reached.append(json.loads((path.parent / "run.json").read_text())["accuracy"])
+    for column, axes in enumerate((left, right)):
+        drawn = sorted([*line.get_ydata()] for line in axes.lines if line.get_marker() != "D")
+        assert drawn == sorted([row[column] for row in history] for history in histories)
+    assert sorted(line.get_ydata()[0] for line in right.lines if line.get_marker() == "D") == sorted(reached)
+
+    panels = figures.reliability_diagrams(comparison).axes
+    for axes, logits in zip(panels, ([comparison.teacher_logits], comparison.kd_logits), strict=False):
+        probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        sure, right = probabilities.max(-1).ravel(), (np.argmax(logits, -1) == comparison.labels).ravel()
+        bins = np.minimum((sure * 15).astype(int), 14)
+        heights = {round(bar.get_x() * 15): bar.get_height() for bar in axes.patches}
+        assert heights == pytest.approx({number: right[bins == number].mean() for number in {*bins.tolist()}})
 
 
 def of_students(count, **rest):

@@ -34,7 +34,7 @@ def record(folder):
 
 def written(folder):
     """When each file of runs and soft targets in `folder` was written."""
-    paths = [*folder.glob("*-s*/*"), *folder.glob("targets/**/*.npy")]
+    paths = [*folder.glob("*-s*/*"), *folder.glob("targets/**/*.npz")]
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in paths}
 
 
