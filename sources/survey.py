@@ -1,6 +1,7 @@
 """A look at the data before training: how many images a class has, their sizes, and images that occur twice."""
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,9 +44,11 @@ class UnlabeledCopies:
 def look(data, output, say):
     """Tells `say` what `data` (a data.Data on the CPU) are, and returns what run.json says of them.
 
-    Copies are looked for once and kept in the folder `output`/data; after that only warnings are repeated.
+    Copies are looked for once and kept in the folder `output`/data, until an image gets another path; after that only
+    warnings are repeated.
     """
-    path = Path(output) / "data" / f"survey-{data.digest[:16]}.json"
+    kept = data.digest if data.facts.names is None else _digest_of([data.digest, *data.facts.names])
+    path = Path(output) / "data" / f"survey-{kept[:16]}.json"
     try:
         copies = read_json(path, Copies) if path.is_file() else None
     except Damaged:
@@ -54,7 +57,7 @@ def look(data, output, say):
         for line in (_classes(data), _sizes(data)):
             if line:
                 say(line)
-        copies = _find_copies(data, path.with_name(f"duplicates-{data.digest[:16]}.txt"))
+        copies = _find_copies(data, path.with_name(f"duplicates-{kept[:16]}.txt"))
         make_folder(path.parent)
         write_json(path, asdict(copies))
     for warning in _warnings(copies, len(data.test_labels), output):
@@ -201,6 +204,10 @@ def _find_copies(data, path):
         make_folder(path.parent)
         write(path, "".join(f"{line}\n" for line in lines))
     return Copies(*(counts[name] for name in names), f"{path.parent.name}/{path.name}" if lines else None)
+
+
+def _digest_of(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _digest(image):

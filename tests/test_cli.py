@@ -310,6 +310,8 @@ def test_without_mirrored_images(cli, flags, finished, tmp_path):
     )
     mirrored = cli(*words)
     assert mirrored.status == 0 and warning in mirrored.out, mirrored
+    both = ("--teacher", tmp_path / "teacher-s0", finished / "teacher-s0", "--output-dir", tmp_path / "both")
+    assert warning in cli(*words, *both).out  # one of them
     refused = cli(*words, "--no-mirror")
     assert (
         "kd-T4-a0.1-s0 holds a run with other settings: mirror True instead of False.\nAdd --mirror to use"

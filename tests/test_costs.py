@@ -87,11 +87,14 @@ def test_measured_again_in_another_precision_and_by_other_code(tmp_path, monkeyp
     for precisions in (("fp32",), ("fp32", "bf16"), ("fp32", "bf16"), ("fp32",)):
         save_speed(tmp_path, ["t" * 64], "d" * 64, place, precisions[-1], lambda now=precisions: measure(*now))
     assert measured == [("fp32",), ("fp32", "bf16")]
+    for other in (place | {"threads": 2}, place):  # and where it was measured elsewhere
+        save_speed(tmp_path, ["t" * 64], "d" * 64, other, "fp32", lambda: measure("fp32", "bf16"))
+    assert measured[2:] == [("fp32", "bf16")] * 2 and not measured.clear()
     assert load_speed(tmp_path, ["t" * 64], "d" * 64).student.keys() == {"fp32", "bf16"}
     monkeypatch.setitem(CODE, "models.py", "0" * 12)
     for _ in range(2):
         save_speed(tmp_path, ["t" * 64], "d" * 64, place, "fp32", lambda: measure("fp32"))
-    assert measured[2:] == [("fp32",)]
+    assert measured == [("fp32",)]
 
 
 def comparison(teacher, kd, baseline, p=None, seeds=5, speeds=(100.0, 710.0), members=1):

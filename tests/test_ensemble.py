@@ -1,5 +1,6 @@
 """Several teachers that answer together, through the command line and against NumPy."""
 
+import csv
 import json
 import re
 import runpy
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ import distill
 import models
 from distill import Ensemble, compress
 from reports.comparison import Comparison
+from runs import teaching
 from runs.command import exit_status
+from runs.speed import speeds
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,12 @@ def test_the_comparison_is_with_the_mean_of_the_teachers_logits(trained):
     assert sorted(teacher["members"]) == sorted((logits.argmax(2) == labels).mean(1))
     one = json.loads((trained / "teacher-s0" / "run.json").read_text())["costs"]["teacher"]
     assert (teacher["parameters"], teacher["macs"]) == (2 * one["parameters"], 2 * one["macs"])
+    assert teacher["cost"]["bytes"] == sum(
+        (trained / f"teacher-s{seed}" / "model.pt").stat().st_size for seed in (0, 1)
+    )
+    with open(trained / "comparison.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            assert float(row["balanced_accuracy"]) == pytest.approx(float(row["accuracy"])), row["run"]
     students = np.stack([np.load(trained / f"kd-T4-a0.9-s{seed}" / "test_logits.npy") for seed in (0, 1)])
     agreement = (students.argmax(2) == logits.mean(0).argmax(1)).mean(1)
     assert kd["agreement_with_teacher"] == agreement.tolist()
@@ -189,6 +199,8 @@ def test_the_ablation_takes_the_views_from_the_same_ensemble(copy, images, monke
     for name, folder in (("fixed", copy / "fixed"), ("shared", copy)):
         accuracies = [load_run(folder, f"kd-T4-a0.9-s{seed}").accuracy for seed in (0, 1)]
         assert result[name]["accuracies"] == accuracies
+    gains = np.subtract(result["shared"]["accuracies"], result["fixed"]["accuracies"])
+    assert result["shared_over_fixed"]["mean"] == pytest.approx(100 * gains.mean())
     for name in ("kd-T4-a0.9-s1", "baseline-s1"):  # of other settings than those of seed 0
         path = copy / name / "run.json"
         path.write_text(path.read_text().replace('"epochs": 2', '"epochs": 3'))
@@ -232,9 +244,19 @@ def test_a_chain_of_three(cli, flags, trained, tmp_path, asked):
     assert report.status == 0 and "the student is as large" in report.out
 
 
-def test_a_teacher_and_a_student_answer_together(cli, flags, trained, tmp_path):
-    both = ("--teacher", trained / "teacher-s0", trained / "baseline-s0")
-    assert cli(*flags, "--output-dir", tmp_path, *both).status == 0
+def test_soft_targets_take_the_bytes_of_all_epochs(tmp_path):
+    said, arguments = [], SimpleNamespace(epochs=4, output_dir=tmp_path)
+    session = SimpleNamespace(arguments=arguments, group=SimpleNamespace(say=said.append))
+    teaching.say_size(session, SimpleNamespace(bytes_per_epoch=1_500_000))
+    assert said == [f"Soft targets: 6.0 MB in {tmp_path / 'targets'}"]
+
+
+def test_a_teacher_and_a_student_answer_together(cli, flags, trained, tmp_path, monkeypatch):
+    both, asked = ("--teacher", trained / "teacher-s0", trained / "baseline-s0"), []
+    monkeypatch.setattr(
+        teaching, "speeds", lambda networks, *rest: asked.append(len(networks)) or speeds(networks, *rest)
+    )
+    assert cli(*flags, "--output-dir", tmp_path, *both).status == 0 and asked == [2]
     found = json.loads((tmp_path / "comparison.json").read_text())["teacher"]
     assert found["macs"] == sum(models.costs(name, 3, 16).macs for name in ("teacher", "student"))
     assert len(found["members"]) == 2

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import models
+from reports.records import find_test_images
 from reports.statistics import softmax
 from sources.decode import read_image
 from train import evaluate
@@ -192,8 +193,9 @@ class TestNothingIsLeft:
     def test_onnx_runtime_cannot_read_it(self, says):
         assert "cannot run the model, opset 18" in says()
 
-    def test_the_answers_differ(self, says, monkeypatch):
-        monkeypatch.setattr(export, "compare", lambda *_: (float("nan"), 3))
+    @pytest.mark.parametrize("difference", [float("nan"), 0.001])
+    def test_the_answers_differ(self, says, monkeypatch, difference):
+        monkeypatch.setattr(export, "compare", lambda *_: (difference, 24))
         assert "does not answer as PyTorch does: on 24 test images" in says()
 
     def test_the_disk_is_full(self, says, monkeypatch):
@@ -209,6 +211,20 @@ class TestNothingIsLeft:
         (path,) = (copy / "data").glob("test-*.npz")
         path.write_bytes(path.read_bytes()[:-9])
         assert f"{path} is damaged" in says()
+
+
+def test_a_model_of_a_sweep_is_compared_on_the_test_set_too(finished):
+    (test,) = (finished / "data").glob("test-*.npz")
+    digest = models.load(finished / "teacher-s0" / "model.pt").settings["data"]
+    for place in ("kd-T4-a0.1-s0", "selection/kd-T4-a0.1-s0"):
+        found = find_test_images(finished / place / "model.pt", digest)
+        assert np.array_equal(found, np.load(test)["images"])
+
+
+def test_the_file_says_how_samples_of_more_bits_were_scaled(finished):
+    network = models.load(finished / "kd-T4-a0.1-s0" / "model.pt")
+    network.ranges = {"16-bit": (0, 4095)}
+    assert json.loads(export._metadata(network, "0" * 64, 1.0, False)["ranges"]) == {"16-bit": [0, 4095]}
 
 
 def test_an_opset_that_pytorch_does_not_know(cli, copy, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 from runs import group as group_module
-from runs.group import Group, launched
+from runs.group import Group, Tally, launched
 from runs.lock import lock
 from runs.settings import UNFAIR_SWEEP
 
@@ -416,6 +416,16 @@ main.main = wait
     assert second.startswith("[1] error: the first process is missing at 127.0.0.1:"), second
     assert "Start the same number of processes on every machine" in first and "Start the same" in second
     assert third.startswith("[0] error: WORLD_SIZE is set, but not"), third
+
+
+def test_the_time_left_counts_what_comes_afterwards(monkeypatch):
+    """Of 10 epochs 4 are done after 20 seconds; with 6 more afterwards 12 are left."""
+    counts, now = {"started": 2, "done": 1, "epochs": 4}, [100.0]
+    monkeypatch.setattr("runs.group.time.monotonic", lambda: now[0])
+    asked = Mock(_key=lambda name: name, ask=lambda _, key, __: counts[key.split()[1]])
+    tally = Tally(asked, 3, 10, 6)
+    now[0] = 120.0
+    assert tally.words() == "1 of 3 runs done, 1 running, 1 waiting, 01:00 left for all runs"
 
 
 # A group by itself ----------------------------------------------------------------------------------------------------

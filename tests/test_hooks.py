@@ -1,5 +1,6 @@
 """A loss of the user's own: its bits, its name, its place in the comparison, and what is refused before training."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,12 +13,13 @@ from conftest import ROOT, leave_out
 from scipy.special import log_softmax, softmax
 
 import models
+from arguments import parse
 from distill import distillation_loss
 from reports import accuracy
 from reports.text import claim, method
 from runs.command import exit_status
 from runs.files import Failure
-from runs.hooks import Hook
+from runs.hooks import Hook, find_hooks
 from runs.machine import Machine
 from runs.trial import try_loss
 
@@ -121,6 +123,14 @@ def test_one_byte_more_is_another_run_and_is_refused_by_name(cli, flags, hooked,
     moved = tmp_path / "moved.py"  # the same content elsewhere is the same run
     moved.write_text(SAME)
     assert "(finished before)" in cli(*flags, "--output-dir", output, "--loss", f"{moved}:same").out
+
+
+def test_what_runs_is_what_was_hashed(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("def f(classes):\n    return 1\n")
+    found = find_hooks(parse(["--loss", f"{file}:f"])).loss
+    file.write_text("def f(classes):\n    return 2\n")
+    assert found.loaded(3) == 1 and found.sha256 == hashlib.sha256(b"def f(classes):\n    return 1\n").hexdigest()
 
 
 def test_at_alpha_0_the_teacher_is_asked_all_the_same(cli, flags, finished, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soak
 from conftest import CLASSES, make_images
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 import data
 import models
@@ -339,6 +339,49 @@ def test_copies_are_counted_and_named(folder, tmp_path):
     again = []
     assert survey.look(loaded, tmp_path / "out", again.append)["copies"]["test_in_training"] == 3
     assert again == said[2:]  # the warnings are repeated, the rest is not
+
+
+def test_a_list_of_copies_has_the_names_of_today(folder):
+    shutil.copy(folder.top / "train/red/00.png", folder.top / "test/red/same.png")
+    survey.look(folder.load(), folder.cache, lambda line: None)
+    digest = folder.load().digest
+    (folder.top / "test/red/same.png").rename(folder.top / "test/red/zebra.png")
+    loaded, said = folder.load(), []
+    record = survey.look(loaded, folder.cache, said.append)
+    assert (folder.cache / record["copies"]["listed"]).read_text() == "train/red/00.png = test/red/zebra.png\n"
+    assert loaded.digest == digest and said[-1].startswith("Warning: 1 of 10 test images")
+
+
+def test_no_program_is_started_for_an_eps_whatever_its_name(folder, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    Image.new("RGB", (9, 9)).save(folder.top / "train/red/run.png", format="EPS")
+    with pytest.raises(Failure, match="run.png"):
+        folder.load()
+    assert not {".eps", ".fits", ".wmf"} & {*decode.image_formats()[1]}
+
+
+def test_images_are_decoded_again_by_another_decoder(folder, monkeypatch):
+    folder.load()
+    read, decode_one = [], kept.decode
+    monkeypatch.setattr(kept, "decode", lambda path, *rest: read.append(path) or decode_one(path, *rest))
+    folder.load()
+    assert not read
+    monkeypatch.setattr(kept, "DECODER_VERSION", 99)
+    folder.load()
+    assert len(read) == 24  # of 3 classes, 5 to train and 3 to test
+
+
+def test_images_are_resized_by_a_cubic_filter_and_jpegs_from_twice_the_size_or_more(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    image.save(tmp_path / "noise.png")
+    fitted = ImageOps.fit(image, (16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(decode.read_image(tmp_path / "noise.png", 16), np.array(fitted))
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    smooth = Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "smooth.png"), smooth.save(tmp_path / "smooth.jpg", quality=95)
+    one, other = (decode.read_image(tmp_path / f"smooth.{kind}", 64).astype(int) for kind in ("png", "jpg"))
+    assert np.abs(one - other).max() < 15  # 27 from half the size
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such name")

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,9 +17,13 @@ from conftest import CLASSES, ROOT, leave_out
 import data
 import distill
 import models
+import train
+from arguments import parse
 from data import Views
 from distill import omitted_bias
+from reports import omitted
 from reports.comparison import Comparison
+from runs import plan
 from runs.command import exit_status
 from runs.files import Failure
 from runs.machine import Machine
@@ -147,6 +152,29 @@ def test_the_report_adds_each_runs_bias(without_red, capsys):
             assert given["accuracies"][seed] == (logits[labels == 2].argmax(1) == 2).mean()
             assert given["corrected_accuracies"][seed] == (shifted[labels == 2].argmax(1) == 2).mean()
             assert given["corrected_accuracies_on_all"][seed] == (shifted.argmax(1) == labels).mean()
+    head, *rows = omitted.rows(comparison)
+    assert head[1:] == ("on these", "std", "corrected", "std", "all, corr.", "bias")
+    for (_, *cells), (_, entry) in zip(rows, comparison.students, strict=True):
+        given = entry["omitted"]
+        pairs = [(np.mean(each), np.std(each, ddof=1)) for each in (given["accuracies"], given["corrected_accuracies"])]
+        means = *pairs[0], *pairs[1], np.mean(given["corrected_accuracies_on_all"]), np.mean(given["bias"])
+        assert [float(cell) for cell in cells] == pytest.approx(means, abs=0.0051) and pairs[0] != pairs[1]
+        assert float(cells[4]) == pytest.approx(means[4], abs=5e-5)
+
+
+def test_several_omitted_classes_all_get_the_bias(monkeypatch):
+    """With 2 added to the first and the third class, all images of these are found, not only one of c; b's stays."""
+    logits = np.array([[0, 1, 0], [0, 1, 0.5], [0, 1, 2], [0, 5, 0]])
+    run = SimpleNamespace(settings=SimpleNamespace(omit_class=("a", "c")), omitted_bias=2.0)
+    found = omitted.omitted_classes([run], [logits], np.array([0, 2, 2, 1]), ["a", "b", "c"])["omitted"]
+    assert found["accuracies"] == [1 / 3] and found["corrected_accuracies"] == found["corrected_accuracies_on_all"] == [
+        1
+    ]
+    lacking = torch.tensor([[5.0, 0, 4], [0, 5, 3], [5, 5, 1], [7, 0, 0], [0, 9, 1]])  # as above
+    monkeypatch.setattr(train, "evaluate", lambda *_: lacking)
+    loaded = SimpleNamespace(classes=["a", "b", "c"], train_labels=torch.tensor([0, 0, 2, 1, 1]))
+    loaded = SimpleNamespace(**vars(loaded), train_images=None, mean=None, std=None)
+    assert train.bias_of_omitted(None, loaded, ("a", "c")) == 1.0
 
 
 def test_the_bias_of_a_run_is_found_on_the_training_images(without_red, images):
@@ -207,6 +235,12 @@ def test_what_is_as_ever_is_recorded_as_ever(tmp_path):
         assert f"train fraction {fraction}" in phrases and "omit class" in phrases
     with pytest.raises(Failure, match="train fraction 0.1 instead of 1.0"):
         run.refuse_other_settings(part)
+
+
+def test_omitted_classes_are_the_same_in_any_order():
+    loaded = SimpleNamespace(classes=["blue", "green", "red"])
+    for words in (["red", "blue", "red"], ["blue", "red"]):
+        assert plan.omitted(parse(["--omit-class", *words]), loaded) == ("blue", "red")
 
 
 def test_names_are_safe_for_files():

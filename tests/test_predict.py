@@ -113,6 +113,15 @@ def test_files_folders_and_a_named_model(cli, finished, images, tmp_path):
     assert rows(cli("--predict", odd, "--model", finished / "teacher-s0" / "model.pt").out)[0]["path"] == str(odd)
 
 
+def test_the_nearest_folder_named_like_a_class_counts(cli, finished, images, tmp_path):
+    place = tmp_path / "red" / "blue" / "of today"
+    shutil.copytree(images / "train" / "blue", place)
+    got = cli("--model", finished / STUDENT, "--predict", place.parent.parent)
+    rows = list(csv.reader(io.StringIO(got.out)))[1:]
+    blue = sum(row[1] == "blue" for row in rows)
+    assert blue > 0 and f"named like the class: {blue / 16:.4f} ({blue} of 16 images)" in got.err
+
+
 def test_what_cannot_be_decoded_is_named_and_the_others_go_on(cli, finished, images, tmp_path):
     folder = tmp_path / "some"
     shutil.copytree(images / "test" / "red", folder)
@@ -251,6 +260,12 @@ def test_list(cli, finished, copy, tmp_path, monkeypatch):
     assert "2 of 2  unfinished" in unfinished
     assert f"DAMAGED: {model} is damaged: the checksum" in flipped
     assert f"DAMAGED: {copy / 'teacher-s0' / 'run.json'} is damaged" in broken
+
+    logits, wrong = copy / STUDENT / "test_logits.npy", np.zeros((24, 3), np.float32)
+    model.write_bytes((finished / STUDENT / "model.pt").read_bytes()), np.save(logits, wrong)
+    os.utime(model, (0, 86_400 * 20_000)), os.utime(copy / STUDENT / "run.json", (0, 86_400 * 10_000))
+    flipped = cli("--list", "--output-dir", copy).out.splitlines()[2]
+    assert "  2024-10-0" in flipped and f"DAMAGED: {logits}" in flipped
 
     monkeypatch.setattr(listing, "read_json", finishes_once(copy / "baseline-s0", listing.read_json))
     (copy / "baseline-s0" / "model.pt").write_bytes((finished / "baseline-s0" / "model.pt").read_bytes())

@@ -1,10 +1,12 @@
 """The report of output folders written by hand, against results worked by hand."""
 
+import base64
 import csv
 import io
 import itertools
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from conftest import CLASSES, process
 
-from reports import accuracy, figures, records, report
+from reports import accuracy, calibration, fidelity, figures, records, report
 from reports.accuracy import points
 from reports.comparison import Comparison
 from reports.html import page
@@ -384,7 +386,9 @@ def test_runs_with_other_settings_are_not_compared(folder):
     folder.add("kd", 20, 4.0, 0.1), folder.add("baseline", 15)
     folder.add("kd", 21, 8.0, 0.1, teacher="f" * 64), folder.add("kd", 21, 9.0, 0.1, epochs=3)
     assert [entry["temperature"] for entry in Comparison(folder.path).kd] == [4.0]
-    for seed, other in enumerate([{"batch_size": 8}, {"learning_rate": 0.2}, {"recipe": 1}, {"views": 0}], 1):
+    others = {"batch_size": 8, "learning_rate": 0.2, "recipe": 1, "views": 0, "weight_decay": 0.1, "padding": 5}
+    others |= {"cutout": 3, "mirror": False, "label_smoothing": 0.1}
+    for seed, other in enumerate([{name: value} for name, value in others.items()], 1):
         folder.add("kd", 20, 4.0, 0.1, seed), folder.add("baseline", 15, seed=seed, **other)
         with pytest.raises(Failure, match=f"no finished baseline-s{seed} that this comparison can use"):
             Comparison(folder.path, {"temperature": 4.0, "alpha": 0.1, "seeds": [0, seed]})
@@ -407,6 +411,67 @@ def test_the_best_pair_is_that_of_the_best_validation_accuracy(folder):
     assert records.best_pair(folder.path, [(4.0, 0.5), (1.0, 0.5)], [0]) == (1.0, 0.5)
 
 
+def test_the_best_pair_is_that_of_students_of_the_same_width(folder):
+    for (width, best), temperature in itertools.product(((1.0, 2.0), (0.5, 4.0)), (2.0, 4.0)):
+        folder.add("kd", 20 + (temperature == best), temperature, 0.5, val_fraction=0.1, width=width)
+    pairs = [(2.0, 0.5), (4.0, 0.5)]
+    shared = {run.settings.width: run.settings.shared for run in records.all_finished_runs(folder.path / "selection")}
+    assert [records.best_pair(folder.path, pairs, [0], shared[width]) for width in (1.0, 0.5)] == pairs
+
+
+def test_a_copy_of_a_run_under_another_name_is_left_out(folder):
+    folder.add("kd", 20, 4.0, 0.1), folder.add("baseline", 15)
+    copied = shutil.copytree(folder.path / "kd-T4-a0.1-s0", folder.path / "kd-T4-a0.1-s0-old")
+    rewrite(copied / "run.json", lambda run: run.update(accuracy=0.25))
+    assert Comparison(folder.path).kd[0]["accuracies"] == [20 / 24]
+
+
+def test_the_tables_have_means_over_the_seeds(folder):
+    for seed, (kd, baseline) in enumerate([(20, 15), (14, 11)]):
+        folder.add("kd", kd, 4.0, 0.5, seed, sure=3.0 + seed)
+        folder.add("baseline", baseline, seed=seed, sure=1.0 + seed)
+    comparison = Comparison(folder.path)
+    for table_of, columns in (
+        (accuracy, {"agreement": "agreement_with_teacher", "ECE": "calibration_error",
+                    "NLL": "negative_log_likelihood"}),
+        (fidelity, {"agreement": "agreement_with_teacher", "KL, T = 1": "kl_from_teacher",
+                    "KL at its T": "kl_from_teacher_softened"}),
+        (calibration, {"fitted T": "fitted_temperature", "ECE": "scaled_calibration_error",
+                       "NLL": "scaled_negative_log_likelihood"}),
+    ):  # fmt: skip
+        head, *rows = table_of.rows(comparison)
+        assert head[-3:] == tuple(columns)
+        for row, (name, entry) in zip(rows[-2:], comparison.students, strict=True):
+            found = {key: float(cell) for key, cell in zip(columns.values(), row[-3:], strict=True)}
+            assert row[0] == name and all(entry[key][0] != entry[key][1] for key in found)
+            rounded = {key: 0.005 if key == "fitted_temperature" else 5e-5 for key in found}
+            assert all(found[key] == pytest.approx(np.mean(entry[key]), abs=rounded[key]) for key in found), row
+    for entry, counts in ((comparison.kd[0], (20, 14)), (comparison.baseline, (15, 11))):
+        by_hand = [
+            np.mean([(np.arange(24) < right)[number == LABELS].mean() for right in counts]) for number in range(3)
+        ]
+        assert entry["class_accuracies"] == pytest.approx(by_hand)
+    advised = np.mean(comparison.kd[0]["fitted_temperature"])
+    assert f"--temperature {advised:.2g}" in calibration.where(comparison)
+    seconds = [float(row["seconds"]) for row in csv.DictReader(io.StringIO(table(comparison)))]
+    assert comparison.as_dict()["seconds"] == sum(seconds) == 4 * 1.5
+
+
+def test_the_page_tells_student_and_baseline_apart(folder):
+    folder.add("kd", 20, 4.0, 0.1), folder.add("baseline", 15)
+    comparison, paths = Comparison(folder.path), [folder.path / f"{name}.png" for name in ("gain", "curves")]
+    for path in paths:
+        write(path, path.stem.encode())
+    content = page(comparison, paths)
+    assert re.findall(r"<b>(.*?)</b>", content) == ["0.9167", "0.8333", "0.6250"]
+    for number, name in enumerate(CLASSES):
+        right = ((np.arange(24) < count)[number == LABELS].mean() for count in (22, 20, 15))
+        assert f"<td>{name}</td>{''.join(f'<td>{each:.4f}</td>' for each in right)}" in content
+    for path, caption in zip(paths, ("The gain with", "Training curves."), strict=True):
+        image = base64.b64encode(path.read_bytes()).decode()
+        assert re.search(rf'{image}"><figcaption>{caption}', content), path
+
+
 def test_the_best_pair_is_by_the_mean_over_seeds_and_the_first_of_equals(folder):
     for temperature, counts in ((1.0, (23, 10)), (2.0, (18, 18)), (4.0, (17, 19))):
         for seed, count in enumerate(counts):
@@ -422,6 +487,7 @@ def test_the_sweep_is_reported_over_the_seeds_of_the_students(folder):
     for seed, (pair, right) in itertools.product(range(3), [((2.0, 0.5), 11), ((4.0, 0.5), 10), ((), 9)]):
         folder.add("kd" if pair else "baseline", right + seed, *pair, seed=seed, val_fraction=0.25)
     folder.add("kd", 22, 8.0, 0.5, 1, val_fraction=0.25), folder.add("kd", 22, 16.0, 0.5, 1, val_fraction=0.1)
+    folder.add("kd", 23, 9.0, 0.5, 1, val_fraction=0.25, epochs=3)
     comparison = Comparison(folder.path)
     found = {entry["temperature"]: entry for entry in comparison.selection}
     assert found.keys() == {None, 2.0, 4.0, 8.0} and all(entry["seeds"] == [1] for entry in found.values())

@@ -1,6 +1,7 @@
 """Images without labels: the loss, whose turn it is, the very batches of plain distillation, and what is refused."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -26,10 +27,10 @@ from distill import UNLABELED, Ensemble, SoftTargets, distillation_loss
 from runs.command import exit_status
 from runs.files import Damaged
 from runs.machine import Machine
-from runs.progress import Options
+from runs.progress import Options, Progress
 from runs.run import Run
 from runs.settings import Settings
-from sources import unlabeled
+from sources import survey, unlabeled
 
 pytestmark = pytest.mark.usefixtures("nothing_slow")
 
@@ -185,6 +186,21 @@ def test_a_step_takes_the_batch_of_plain_distillation_and_as_many_others(cli, wo
         assert (labels.view(3, 32)[:, 16:] == UNLABELED).all() and (labels.view(3, 32)[:, :16] >= 0).all()
 
 
+def test_the_training_accuracy_is_over_images_with_labels(cli, words, finished, tmp_path, monkeypatch):
+    right, add = [], Progress.add
+
+    def watched(progress, loss, logits, labels):
+        if progress.run.name == NAME:
+            right.append((logits.argmax(1) == labels)[labels != UNLABELED].float().mean().item())
+        add(progress, loss, logits, labels)
+
+    monkeypatch.setattr(Progress, "add", watched)
+    assert cli(*words, "--output-dir", tmp_path, "--teacher", finished / "teacher-s0").status == 0
+    with open(tmp_path / NAME / "history.csv", newline="") as file:
+        found = [float(row["train_accuracy"]) for row in csv.DictReader(file)]
+    assert found == pytest.approx(np.reshape(right, (2, 3)).mean(1)) and min(found) > 0
+
+
 def test_an_interrupted_run_resumes_to_the_same_bits(cli, words, finished, taught, tmp_path, monkeypatch):
     command, steps = (*words, "--output-dir", tmp_path, "--teacher", finished / "teacher-s0"), []
     batch = JoinedViews.batch
@@ -316,6 +332,26 @@ def test_samples_of_16_bits_are_scaled_as_those_of_the_data_set_are(tmp_path):
         assert left.images[:, 0, 0, 0].tolist() == [25, 50] and left.skipped == 1
 
 
+def test_an_image_in_both_parts_is_told_as_a_test_image(images, tmp_path):
+    top, photos = shutil.copytree(images, tmp_path / "top"), write_noise(tmp_path / "photos", 3)
+    image = Image.new("RGB", (16, 16), "red")
+    for path in (top / "train" / "red" / "more.png", top / "test" / "red" / "more.png", photos / "more.png"):
+        image.save(path)
+    loaded = data.with_unlabeled(data.load("folder", data_dir=top, image_size=16), photos)
+    found = survey.look_at_unlabeled(loaded, tmp_path / "out", lambda line: None)
+    assert (found["test_images"], found["training_images"]) == (1, 0)
+
+
+def test_data_pass_their_ranges_on(images, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.full((16, 16), 100, np.uint16)).save(tmp_path / "photos" / "deep.png")
+    Image.fromarray(np.full((16, 16), 1023, np.uint16)).save(tmp_path / "photos" / "white.png")
+    loaded = data.load("folder", data_dir=images, image_size=16)
+    loaded = dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, ranges={"16-bit": (0, 2046)}))
+    found = data.with_unlabeled(loaded, tmp_path / "photos").unlabeled
+    assert found.images[:, 0, 0, 0].tolist() == [round(100 * 255 / 2046), round(1023 * 255 / 2046)]
+
+
 def test_test_and_training_images_among_them_are_a_warning_with_a_list(
     cli, flags, words, images, photos, finished, tmp_path
 ):
@@ -364,6 +400,7 @@ def test_damaged_images_are_refused_by_name_or_left_out(cli, flags, photos, fini
     assert (
         got.status == 0 and "Left out, since they cannot be decoded: 1 of the images without labels, listed" in got.out
     )
+    assert "Note that images that cannot be decoded were left out: 1 without labels." in got.out
     record = json.loads((tmp_path / "out" / NAME / "run.json").read_text())
     assert record["images"]["unlabeled"] == {
         "count": 100, "skipped": 1, "test_images": 0, "training_images": 0, "listed": None,
@@ -488,6 +525,8 @@ def test_the_benchmark_takes_labels_away_and_trains_all_that_it_compares(benchma
         parsed = parse(command[1:])
         assert (parsed.epochs, parsed.data_dir, parsed.device) == (epochs, str(folder), "cpu")
         assert parsed.unlabeled == (str(folder / "unlabeled" / "same") if command == students else None)
+        pair = ([32.0], [0.9], 2) if command != teacher else ([4.0], [0.1], 1)
+        assert (parsed.temperature, parsed.alpha, parsed.seeds) == pair
     assert parse(students[1:]).teacher == parse(longer[1:]).teacher == [str(output / "teacher-s0")]
     assert difference[1] == str(output / "kd-unlabeled-T32-a0.9-s*")
     names = ("kd-T32-a0.9-s*", "baseline-s*")

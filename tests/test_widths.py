@@ -181,6 +181,7 @@ def test_students_of_several_widths_are_compared(cli, monkeypatch, finished, fla
     widths.main()
     expected = [[t, w] for t in ("32", "4") for w in ("0.25", "1")]
     assert [[command[1], command[3]] for command in commands] == expected
+    assert all((parse(command).alpha, parse(command).seeds) == ([0.9], 2) for command in commands)
     narrow, usual = (json.loads((results / f"width-{width}.json").read_text()) for width in ("0.25", "1"))
     assert narrow["settings"]["width"] == 0.25 and "width" not in usual["settings"]
     accuracies = [[np.array(kd["accuracies"]) for kd in each["kd"]] for each in (narrow, usual)]
@@ -197,6 +198,12 @@ def test_students_of_several_widths_are_compared(cli, monkeypatch, finished, fla
     for (first, other), each in zip(accuracies, ahead, strict=True):
         assert each["points"]["mean"] == pytest.approx(100 * np.mean(other - first), abs=1e-6)
     assert (results / "gain.png").read_bytes()[:4] == b"\x89PNG"
+    left, right = widths.draw([narrow, usual]).axes
+    for axes, names in ((left, ("baseline", 0, 1)), (right, (0, 1))):
+        for bars, name in zip(axes.containers, names, strict=True):
+            entries = [each["baseline"] if name == "baseline" else each["kd"][name] for each in (narrow, usual)]
+            drawn = [each["mean"] if axes is left else each["improvement"]["mean"] for each in entries]
+            assert [*bars.lines[0].get_ydata()] == drawn
 
 
 def test_widths_and_temperatures_are_tested_by_seed(monkeypatch):
