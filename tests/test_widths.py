@@ -15,7 +15,7 @@ from conftest import CLASSES, ROOT
 import data
 import models
 import runs.session
-import runs.speed
+import runs.teaching
 import train
 from arguments import parse
 from runs.machine import Machine
@@ -82,10 +82,10 @@ def test_a_narrower_student_is_loaded_and_answers_as_it_was_trained(cli, flags, 
 
 
 def test_speed_and_memory_are_those_of_the_width(cli, flags, copy, monkeypatch):
-    measured, estimated, speeds = [], [], runs.speed.speeds
+    measured, estimated, speeds = [], [], runs.teaching.speeds
     count = lambda network: sum(each.numel() for each in network.parameters())  # noqa: E731
     monkeypatch.setattr(
-        runs.speed,
+        runs.teaching,
         "speeds",
         lambda teachers, student, *more: measured.append(student) or speeds(teachers, student, *more),
     )
