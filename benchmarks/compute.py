@@ -30,7 +30,7 @@ from reports.styles import STYLES
 
 RESULTS = ROOT / "results"
 IMAGES = 50_000  # of an epoch
-CHOSEN = 4, 0.9  # temperature and alpha
+CHOSEN = 4, 0.9  # temperature and alpha of the students that are drawn
 PLACES = (8, 0), (-8, 0), (0, 9), (0, -9), (8, 6), (-8, 6), (8, -6), (-8, -6)  # of a name, in points from its mark
 MARK = 5  # pixels from the middle of a mark to its edge
 

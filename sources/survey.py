@@ -47,8 +47,8 @@ def look(data, output, say):
     Copies are looked for once and kept in the folder `output`/data, until an image gets another path; after that only
     warnings are repeated.
     """
-    kept = data.digest if data.facts.names is None else _digest_of([data.digest, *data.facts.names])
-    path = Path(output) / "data" / f"survey-{kept[:16]}.json"
+    key = hashlib.sha256(json.dumps([data.digest, data.facts.names]).encode()).hexdigest()[:16]
+    path = Path(output) / "data" / f"survey-{key}.json"
     try:
         copies = read_json(path, Copies) if path.is_file() else None
     except Damaged:
@@ -57,7 +57,7 @@ def look(data, output, say):
         for line in (_classes(data), _sizes(data)):
             if line:
                 say(line)
-        copies = _find_copies(data, path.with_name(f"duplicates-{kept[:16]}.txt"))
+        copies = _find_copies(data, path.with_name(f"duplicates-{key}.txt"))
         make_folder(path.parent)
         write_json(path, asdict(copies))
     for warning in _warnings(copies, len(data.test_labels), output):
@@ -204,10 +204,6 @@ def _find_copies(data, path):
         make_folder(path.parent)
         write(path, "".join(f"{line}\n" for line in lines))
     return Copies(*(counts[name] for name in names), f"{path.parent.name}/{path.name}" if lines else None)
-
-
-def _digest_of(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _digest(image):

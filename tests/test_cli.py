@@ -466,7 +466,9 @@ def test_help_names_every_option_with_its_default(cli):
 
 def test_defaults_are_the_users():
     given = parse([])
+    assert (given.batch_size, given.epochs, given.num_workers) == (128, 200, 2)
     assert (given.temperature, given.alpha) == ([4.0], [0.1])
+    assert (given.dataset, given.output_dir, given.image_size, given.seed) == ("cifar10", "outputs", 32, 0)
     assert given.device == "auto"
 
 

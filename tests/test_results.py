@@ -588,6 +588,8 @@ def test_what_images_of_other_classes_add_is_told_as_measured():
     )
     words += "animals are {:.2f} points ahead of those that saw vehicles ({:+.2f} to {:+.2f})."
     lead = ahead(animals["accuracies"], vehicles["accuracies"])
+    short = f"six classes, images of these added {means[0] - means[2]:.2f} points, images of other classes "
+    assert f"{short}{means[1] - means[2]:.2f};" in told_in("README.md")
     assert words.format(means[0] - means[2], means[1] - means[2], *lead) in readme
     words = (
         "is {:.2f} points ahead of students that saw vehicles ({:+.2f} to {:+.2f}), and {:.2f} behind those that saw "

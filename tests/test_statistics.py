@@ -86,11 +86,11 @@ def test_the_interval_with_images_by_hand():
     low, high = interval_with_images([[1, 0, 0, 0], [1, 1, 1, 0]])
     half = max(stats.t.ppf(0.975, 1.5) / 12**0.5, 12.706205 / 4)
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
-    # Rows -1, 0 and 1 plus columns -3, -1, 1 and 3, nothing else. Mean squares: 4 * 1, 3 * 20/3 and 0; so the variance
-    # is 24 / 12, and the degrees of freedom are 24^2 / (4^2 / 2 + 20^2 / 3), 4.08.
-    half = stats.t.ppf(0.975, 576 / (8 + 400 / 3)) * 2**0.5
-    wide = np.add.outer([-1, 0, 1], [-3, -1, 1, 3])
-    assert half > 3.8 and interval_with_images(wide + 0.5) == pytest.approx([0.5 - half, 0.5 + half])
+    # Rows -1, 0 and 1 plus columns -3, -1, 1 and 3, and a rest of 1 or -1, in the second row of -2 or 2. Mean squares:
+    # 4, 3 * 20/3 and 24 / 6; so the variance is (4 + 20 - 4) / 12, and the degrees of freedom are 2.78.
+    half = stats.t.ppf(0.975, 400 / (4**2 / 2 + 20**2 / 3 + 4**2 / 6)) * (20 / 12) ** 0.5
+    wide = np.add.outer([-1, 0, 1], [-3, -1, 1, 3]) + np.outer([1, -2, 1], [1, -1, -1, 1])
+    assert half > 4.2 and interval_with_images(wide + 0.5) == pytest.approx([0.5 - half, 0.5 + half])
     for none in ([[1, 0, 1]], [[1], [0]], [[0, 0], [0, 0]], [[100, 0, 0, 0], [0, 100, 0, 0]]):
         assert interval_with_images(none) is None
 

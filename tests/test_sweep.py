@@ -455,7 +455,8 @@ def test_figures_show_what_was_measured(swept):
     assert sorted(line.get_ydata()[0] for line in right.lines if line.get_marker() == "D") == sorted(reached)
 
     panels = figures.reliability_diagrams(comparison).axes
-    for axes, logits in zip(panels, ([comparison.teacher_logits], comparison.kd_logits), strict=False):
+    answers = [comparison.teacher_logits], comparison.kd_logits, comparison.baseline_logits
+    for axes, logits in zip(panels, answers, strict=True):
         probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         sure, right = probabilities.max(-1).ravel(), (np.argmax(logits, -1) == comparison.labels).ravel()
         bins = np.minimum((sure * 15).astype(int), 14)
